@@ -1,0 +1,29 @@
+"""Where the ranks of a job live. The trainer knows only this page."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+
+class WorkerGroup(Protocol):
+    """One worker object on each rank, called together. Every call returns at once with a future."""
+
+    world_size: int
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Future[list[Any]]:
+        """``method`` with the same arguments on every rank; the ranks' answers in rank order."""
+        ...
+
+    def map(self, method: str, table: pa.Table, **kwargs: Any) -> Future[pa.Table]:
+        """``method(rows, **kwargs)`` on every rank with its share of the rows. A worker answers with a table of one
+        row for each row it got, in the same order; the future holds all of them in the order of ``table``."""
+        ...
+
+    def reduce(self, method: str, table: pa.Table, **kwargs: Any) -> Future[dict[str, float]]:
+        """Like ``map`` for a method that answers with metrics, which are equal on every rank."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,76 @@
+"""Ragged token columns: an Arrow list column seen as flat values and row offsets, without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths, end to end.
+
+    values: shape (N,), any dtype: all rows' tokens in order.
+    offsets: int64, shape (B + 1,): row b is ``values[offsets[b]:offsets[b + 1]]``.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def from_column(cls, column: pa.ChunkedArray | pa.Array) -> Ragged:
+        """A view of a list column (no copy when it is one chunk without nulls)."""
+        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        if isinstance(array, pa.ChunkedArray):  # combine_chunks of an empty column keeps the wrapper
+            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+        if array.null_count:
+            raise ValueError("a token column holds nulls")
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        values = array.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+        return cls(values, offsets - offsets[0])
+
+    @classmethod
+    def from_rows(cls, rows: list[np.ndarray], dtype: np.dtype | type) -> Ragged:
+        lengths = np.array([len(row) for row in rows], np.int64)
+        values = np.concatenate(rows).astype(dtype) if rows else np.empty(0, dtype)
+        return cls(values, offsets_of(lengths))
+
+    def to_column(self) -> pa.ListArray:
+        return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), pa.array(self.values))
+
+    def like(self, values: np.ndarray) -> Ragged:
+        """The same rows holding other values."""
+        if len(values) != len(self.values):
+            raise ValueError(f"{len(values)} values for {len(self.values)} tokens")
+        return Ragged(values, self.offsets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64, shape (B,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def row_of_token(self) -> np.ndarray:
+        """int64, shape (N,): the row each token belongs to."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def row_sums(self, values: np.ndarray | None = None) -> np.ndarray:
+        """float64, shape (B,): each row's sum of ``values`` (this column's own by default); 0 for an empty row."""
+        values = self.values if values is None else values
+        return np.bincount(self.row_of_token, weights=values, minlength=len(self))
+
+    def spread(self, per_row: np.ndarray) -> np.ndarray:
+        """Shape (N,): each row's value repeated for each of its tokens."""
+        return np.repeat(np.asarray(per_row), self.lengths)
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
