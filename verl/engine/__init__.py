@@ -1,0 +1,7 @@
+"""A model being trained: per-token numbers, updates, memory, checkpoints. Knows no PPO and no rollout."""
+
+from verl.engine.checkpoint import CheckpointError
+from verl.engine.engine import TrainEngine
+from verl.engine.packing import Batching
+
+__all__ = ["Batching", "CheckpointError", "TrainEngine"]

@@ -1,0 +1,113 @@
+"""Model paths: local folders that lack something, and hub ids, of which only the local cache is looked at."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from verl.checks.findings import Findings
+from verl.checks.models import check_model, check_tokenizer, looks_local, parameter_count
+
+KEY = "actor_rollout_ref.model.path"
+
+
+def problem_of(path):
+    findings = Findings()
+    check_model(findings, KEY, str(path))
+    (problem,) = findings.problems
+    assert (problem.key, problem.value) == (KEY, str(path))
+    return problem
+
+
+def test_a_whole_folder_gives_its_facts(tmp_path, make_model):
+    findings = Findings()
+    facts = check_model(findings, KEY, str(make_model(tmp_path / "m", max_positions=77, parameters=12345)))
+    assert findings == Findings()
+    assert (facts.max_positions, facts.parameters) == (77, 12345)
+
+
+def test_a_misspelt_folder_gets_the_nearest_one(tmp_path, make_model):
+    make_model(tmp_path / "smollm2")
+    assert str(tmp_path / "smollm2") in problem_of(tmp_path / "smollm").fix
+    assert str(tmp_path / "smollm2") in problem_of(tmp_path / "smollm" / "final").fix
+
+
+def test_a_folder_without_config_points_to_the_models_below_it(tmp_path, make_model):
+    make_model(tmp_path / "run" / "global_step_4" / "hf")
+    problem = problem_of(tmp_path / "run")
+    assert "no config.json" in problem.why
+    assert "global_step_4/hf" in problem.fix
+
+
+def test_a_folder_without_weights_says_so(tmp_path, make_model):
+    folder = make_model(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    assert "no weights" in problem_of(folder).why
+
+
+def test_missing_weight_files_of_an_index_are_named(tmp_path, make_model):
+    folder = make_model(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert "1 of its weight files are missing: model-00002-of-00002.safetensors" in problem_of(folder).why
+
+
+def test_a_config_that_is_no_json_says_so(tmp_path, make_model):
+    folder = make_model(tmp_path / "m")
+    (folder / "config.json").write_text("{")
+    assert "config.json cannot be read" in problem_of(folder).why
+
+
+def test_a_folder_without_tokenizer_says_so(tmp_path, make_model):
+    findings = Findings()
+    folder = make_model(tmp_path / "m", tokenizer=False)
+    check_tokenizer(findings, KEY, str(folder), folder)
+    assert "no tokenizer" in findings.problems[0].why
+
+
+@pytest.mark.parametrize("path", ["/models/x", "./x", "../x", "~/x", "a/b/c", "."])
+def test_paths_that_can_only_be_local(path):
+    assert looks_local(path)
+
+
+@pytest.mark.parametrize("path", ["Qwen/Qwen2-7B-Instruct", "gpt2", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_a_hub_id_that_is_not_cached_is_unchecked(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    findings = Findings()
+    assert check_model(findings, KEY, path) is None
+    assert not findings.problems
+    assert path in findings.unchecked[0]
+
+
+def test_neither_a_folder_nor_a_hub_id_is_a_problem():
+    assert "neither" in problem_of("my model").why
+
+
+def test_a_cached_hub_id_is_checked_like_a_folder(tmp_path, monkeypatch, make_model):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--some--model"
+    make_model(repo / "snapshots" / "abc", max_positions=99)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    findings = Findings()
+    facts = check_model(findings, KEY, "some/model")
+    assert findings == Findings()
+    assert facts.max_positions == 99
+
+
+def test_parameters_are_counted_as_transformers_counts_them(tmp_path):
+    import transformers
+
+    config = transformers.Qwen2Config(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        vocab_size=50,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    assert parameter_count(tmp_path) == model.num_parameters()

@@ -1,0 +1,68 @@
+"""Single-turn episodes: one response to each prompt, n samples a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from verl.data.ragged import Ragged
+from verl.data.schema import with_columns
+from verl.rollout.base import Request, Result, RolloutEngine, SamplingParams
+
+
+def episode_seed(*parts: object) -> int:
+    """A 63-bit seed that is a pure function of its parts, so that a resumed run draws what the first would have."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def episodes_of(prompts: pa.Table, *, n: int, seed: int, step: int) -> pa.Table:
+    """Each prompt's row n times in a row, with the episode's ``uid``, ``group`` and ``seed``."""
+    count = prompts.num_rows
+    table = prompts.take(pa.array([row for row in range(count) for _ in range(n)], pa.int64()))
+    keys = [(row, sample) for row in prompts["row"].to_pylist() for sample in range(n)]
+    return with_columns(
+        table,
+        uid=[f"{step}-{row}-{sample}" for row, sample in keys],
+        group=[row for row, _ in keys],
+        seed=[episode_seed(seed, step, row, sample) for row, sample in keys],
+    )
+
+
+async def roll_out(
+    engine: RolloutEngine,
+    episodes: pa.Table,
+    sampling: SamplingParams,
+    on_finish: Callable[[int, Result], None] = lambda index, result: None,
+) -> pa.Table:
+    """Draw every episode's response and return the table with the trajectory columns.
+
+    on_finish: called with (row index, result) as each episode ends, in the order in which they end.
+    """
+
+    async def episode(index: int, uid: str, prompt_ids: list[int], seed: int, images: list[str]) -> Result:
+        request = Request(uid, prompt_ids, replace(sampling, seed=seed), tuple(images))
+        (result,) = await engine.generate([request])
+        on_finish(index, result)
+        return result
+
+    columns = [episodes[name].to_pylist() for name in ("uid", "prompt_ids", "seed", "images")]
+    results = await asyncio.gather(*(episode(index, *row) for index, row in enumerate(zip(*columns, strict=True))))
+    return with_results(episodes, results)
+
+
+def with_results(episodes: pa.Table, results: list[Result]) -> pa.Table:
+    ids = Ragged.from_rows([result.response_ids for result in results], "int32")
+    return with_columns(
+        episodes,
+        response_ids=ids,
+        response_mask=ids.like(np.ones(len(ids.values), "int8")),
+        rollout_log_probs=Ragged.from_rows([result.log_probs for result in results], "float32"),
+        finish_reason=[result.finish_reason for result in results],
+        weight_version=[result.weight_versions[-1][0] if result.weight_versions else 0 for result in results],
+    )

@@ -1,0 +1,157 @@
+"""The plan of a run as a text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+from verl.checks.findings import Findings
+from verl.checks.plan import RunPlan, Split, UpdatePlan
+from verl.checks.preflight import check
+from verl.config.problems import report
+
+if TYPE_CHECKING:
+    from verl.config.load import Loaded
+    from verl.config.models import Config
+
+UNKNOWN = "unknown until the data can be read"
+Section = list[tuple[str, str]]
+
+
+def print_plan(loaded: Loaded, out: TextIO | None = None) -> int:
+    """Print the plan, then all that the checks found. The exit code: 1 when there are problems, else 0."""
+    plan, findings = check(loaded, dry_run=True)
+    print(plan_text(loaded.config, plan), findings_text(findings), sep="\n\n", file=out or sys.stdout)
+    return 1 if findings.problems else 0
+
+
+def plan_text(config: Config, plan: RunPlan) -> str:
+    sections = {
+        "Plan of the run": _setup(config, plan),
+        "Each step": _step(plan),
+        "The whole run": _whole(plan),
+    }
+    width = max(len(label) for rows in sections.values() for label, _ in rows)
+    lines = []
+    for title, rows in sections.items():
+        lines += ["", title] + [f"  {label:<{width}}  {text}".rstrip() for label, text in rows]
+    return "\n".join(lines[1:])
+
+
+def findings_text(findings: Findings) -> str:
+    """What the checks found, one part a kind."""
+    parts = []
+    for title, texts in (
+        ("Decided for you", findings.notices),
+        ("Could not be checked", findings.unchecked),
+        ("Warnings", findings.warnings),
+    ):
+        if texts:
+            parts.append("\n".join([title, *(f"  - {text}" for text in texts)]))
+    parts.append(report(findings.problems) if findings.problems else "No problem found.")
+    return "\n\n".join(parts)
+
+
+def _setup(config: Config, plan: RunPlan) -> Section:
+    model = config.actor_rollout_ref.model.path
+    device = "CPU" if plan.device == "cpu" else "GPU"
+    if plan.world_size == 1:
+        placement = f"one {device}, everything in this process"
+    else:
+        placement = (
+            f"{plan.world_size} {device}s ({plan.nnodes} × {plan.devices_per_node} a node), one rank each, under Ray"
+        )
+    rows = [("model", model), ("placement", placement)]
+    rows += [(f"builds {role}", why) for role, why in plan.roles.items()]
+    size = "" if plan.tensor_parallel == 1 else f" of {plan.tensor_parallel} GPUs each (tensor parallel)"
+    replicas = f"{plan.replicas} replica{'s' if plan.replicas != 1 else ''}{size}"
+    rows.append(("rollout engine", f"{plan.engine}, {replicas}, on the same devices as training"))
+    lengths = f"{plan.max_prompt_length:,} of prompt + {plan.max_response_length:,} of response"
+    rows.append(("context", f"{plan.context_length:,} tokens ({lengths} at most)"))
+    return rows
+
+
+def _step(plan: RunPlan) -> Section:
+    samples = "1 response" if plan.samples == 1 else f"{plan.samples} responses"
+    rows = [
+        ("prompts", f"{plan.prompts:,}"),
+        ("trajectories", f"{plan.trajectories:,} ({samples} to each prompt)"),
+    ]
+    names = {"old_log_probs": "old log-probs", "ref_log_probs": "reference log-probs", "values": "values"}
+    rows += [(names[name], f"per rank {_split(split)}") for name, split in plan.forwards.items()]
+    if plan.critic:
+        rows += _update("critic update", plan.critic)
+    return rows + _update("actor update", plan.actor)
+
+
+def _update(name: str, update: UpdatePlan) -> Section:
+    batches = f"{update.mini_batches:,} mini-batches of {update.mini_batch_size:,} prompts"
+    passes = "" if update.epochs == 1 else f" × {update.epochs} passes"
+    return [
+        (name, f"{update.optimizer_steps:,} optimizer steps: {batches}{passes}"),
+        ("", f"per rank and mini-batch {_split(update.split)}"),
+    ]
+
+
+def _split(split: Split) -> str:
+    rows = f"{split.rows:,} sequence{'s' if split.rows != 1 else ''}"
+    if split.micro_batch_size is None:
+        return f"{rows}, in micro-batches of up to {split.max_tokens:,} tokens"
+    count = split.micro_batches
+    capped = f" (capped, {split.asked} was asked for)" if split.capped else ""
+    return f"{rows} = {count:,} micro-batch{'es' if count != 1 else ''} of {split.micro_batch_size:,}{capped}"
+
+
+def _whole(plan: RunPlan) -> Section:
+    if plan.train_rows is None:
+        rows = [("training rows", UNKNOWN), ("steps an epoch", UNKNOWN)]
+    else:
+        rows = [
+            ("training rows", f"{plan.train_rows:,}"),
+            ("steps an epoch", f"{plan.steps_per_epoch:,}, {plan.rows_left_out:,} rows left out of each"),
+        ]
+    rows.append(("steps", _total(plan)))
+    if plan.total_steps:
+        rows.append(("optimizer steps", _optimizer_steps(plan)))
+    rows.append(("validation", _schedule(plan, plan.validates, plan.test_freq) + _validation_size(plan)))
+    rows.append(("checkpoints", _schedule(plan, plan.saves, plan.save_freq)))
+    return rows
+
+
+def _total(plan: RunPlan) -> str:
+    if plan.total_steps is None:
+        return f"{UNKNOWN} ({plan.total_epochs} epochs)"
+    if plan.asked_steps is not None:
+        return f"{plan.total_steps:,} (trainer.total_training_steps)"
+    return f"{plan.total_steps:,} ({plan.total_epochs} epochs)"
+
+
+def _optimizer_steps(plan: RunPlan) -> str:
+    steps = range(1, (plan.total_steps or 0) + 1)
+    actor = sum(plan.trains_actor(step) for step in steps) * plan.actor.optimizer_steps
+    text = f"actor {actor:,}"
+    if plan.critic:
+        text += f", critic {len(steps) * plan.critic.optimizer_steps:,}"
+    return text
+
+
+def _schedule(plan: RunPlan, due: Callable[[int], bool], every: int) -> str:
+    """When something happens: its steps while they are few, else the rule."""
+    steps = plan.steps(due)
+    if plan.total_steps is None:
+        before = "before training, " if due(0) else ""
+        return f"{before}every {every} steps and at the end" if every > 0 else (before.rstrip(", ") or "never")
+    if not steps:
+        return "never"
+    names = ["before training" if step == 0 else str(step) for step in steps]
+    if len(names) > 6:
+        names = [*names[:3], "...", names[-1]]
+    return f"at step {', '.join(names)}" if steps[0] else ", ".join(names)
+
+
+def _validation_size(plan: RunPlan) -> str:
+    if not plan.validates_ever or plan.val_rows is None:
+        return ""
+    times = "" if plan.val_samples == 1 else f" × {plan.val_samples} responses"
+    return f" ({plan.val_rows:,} prompts{times})"

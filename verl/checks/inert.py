@@ -1,0 +1,235 @@
+"""Keys that the user set and that do nothing in this run: a table of which, when and why.
+
+A key that is neither here nor used somewhere is a bug: ``tests/checks/test_inert.py`` looks for such keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from verl.checks.plan import RunPlan
+from verl.checks.settings import ACTOR, REF, ROLLOUT, SPLIT_KEYS, splits
+from verl.config.problems import shown
+
+if TYPE_CHECKING:
+    from verl.config.models import Config, OptimConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    config: Config
+    plan: RunPlan
+    set_keys: frozenset[str]
+
+    def by_tokens(self, *names: str) -> bool:
+        """All of these micro-batches (names of SPLIT_KEYS) are cut by tokens; those that the run has."""
+        return all(split.max_tokens is not None for name, split in splits(self.plan).items() if name in names)
+
+    def by_sequences(self, *names: str) -> bool:
+        return all(split.max_tokens is None for name, split in splits(self.plan).items() if name in names)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """keys: patterns of dotted keys; spared: exceptions. The first rule that holds for a key names it."""
+
+    keys: tuple[str, ...]
+    when: Callable[[Run], bool]
+    why: str
+    spared: tuple[str, ...] = ()
+
+    def covers(self, key: str) -> bool:
+        return any(fnmatchcase(key, p) for p in self.keys) and not any(fnmatchcase(key, p) for p in self.spared)
+
+
+def find_inert(config: Config, plan: RunPlan, set_keys: Iterable[str]) -> list[str]:
+    """One sentence a reason, naming the keys that it makes inert, with their values. A key set to null says nothing."""
+    run = Run(config, plan, frozenset(set_keys))
+    by_reason: dict[str, list[str]] = {}
+    for key in sorted(run.set_keys):
+        value = value_at(config, key)
+        rule = next((rule for rule in RULES if rule.covers(key) and rule.when(run)), None)
+        if rule is not None and value is not None:
+            by_reason.setdefault(rule.why, []).append(f"{key}={shown(value)}")
+    return [f"{', '.join(keys)} has no effect: {why}." for why, keys in by_reason.items()]
+
+
+def value_at(config: Any, key: str) -> Any:
+    """The value of a dotted key; keys below a free-form dict too."""
+    value = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name)
+    return value
+
+
+def _role(run: Run, role: str) -> bool:
+    return role in run.plan.roles
+
+
+def _one_rank(run: Run) -> bool:
+    return run.plan.world_size == 1
+
+
+BY_TOKENS = "micro-batches are cut by tokens there (use_dynamic_bsz)"
+BY_SEQUENCES = "micro-batches are cut by sequences there (use_dynamic_bsz is off)"
+
+# Whose size and token keys -> the micro-batches that they reach, their own and those that take them for a default.
+REACH = {
+    "actor": tuple(SPLIT_KEYS),
+    "old_log_probs": ("old_log_probs", "ref_log_probs"),
+    "ref_log_probs": ("ref_log_probs",),
+    "critic": ("critic", "values"),
+    "values": ("values",),
+}
+
+
+def _micro_batch_rules(name: str) -> tuple[Rule, Rule]:
+    size_key, tokens_key = SPLIT_KEYS[name]
+    reach = REACH[name]
+    return (
+        Rule((size_key,), lambda run: run.by_tokens(*reach), BY_TOKENS),
+        Rule((tokens_key,), lambda run: run.by_sequences(*reach), BY_SEQUENCES),
+    )
+
+
+def _optimizer_rules(owner: str) -> tuple[Rule, Rule]:
+    def optim(run: Run) -> OptimConfig:
+        return value_at(run.config, f"{owner}.optim")
+
+    return (
+        Rule(
+            (f"{owner}.optim.lr_warmup_steps_ratio",),
+            lambda run: optim(run).lr_warmup_steps >= 0,
+            "lr_warmup_steps stands for it",
+        ),
+        Rule(
+            (f"{owner}.optim.min_lr_ratio",),
+            lambda run: optim(run).lr_scheduler_type == "constant",
+            "the schedule is constant",
+        ),
+    )
+
+
+RULES = (
+    # roles that are not built
+    Rule(
+        ("critic.*", "trainer.critic_warmup"),
+        lambda run: not _role(run, "critic"),
+        "no critic is built, the advantages need none (algorithm.adv_estimator, critic.enable)",
+        spared=("critic.enable",),
+    ),
+    Rule(
+        (f"{REF}.*",),
+        lambda run: not _role(run, "reference"),
+        f"no reference model is built, neither algorithm.use_kl_in_reward nor {ACTOR}.use_kl_loss is on",
+    ),
+    # KL
+    Rule(
+        ("algorithm.kl_ctrl.*", "algorithm.kl_penalty"),
+        lambda run: not run.config.algorithm.use_kl_in_reward,
+        "the KL penalty in the reward is off (algorithm.use_kl_in_reward)",
+    ),
+    Rule(
+        ("algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl"),
+        lambda run: run.config.algorithm.kl_ctrl.type == "fixed",
+        "the KL coefficient is fixed (algorithm.kl_ctrl.type)",
+    ),
+    Rule(
+        (f"{ACTOR}.kl_loss_coef", f"{ACTOR}.kl_loss_type"),
+        lambda run: not run.config.actor_rollout_ref.actor.use_kl_loss,
+        f"the KL loss is off ({ACTOR}.use_kl_loss)",
+    ),
+    # advantages and losses
+    Rule(
+        ("algorithm.gamma", "algorithm.lam"),
+        lambda run: run.config.algorithm.adv_estimator == "grpo",
+        "algorithm.adv_estimator=grpo gives every token of a response the same advantage",
+    ),
+    Rule(
+        ("algorithm.norm_adv_by_std_in_grpo",),
+        lambda run: run.config.algorithm.adv_estimator == "gae",
+        "it belongs to algorithm.adv_estimator=grpo",
+    ),
+    Rule(
+        (f"{ACTOR}.clip_ratio",),
+        lambda run: {f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high"} <= run.set_keys,
+        "clip_ratio_low and clip_ratio_high stand for it",
+    ),
+    # micro-batches and optimizers
+    *(rule for name in SPLIT_KEYS for rule in _micro_batch_rules(name)),
+    Rule(
+        ("*.use_remove_padding",),
+        lambda run: True,
+        "this version sorts sequences by length into micro-batches and pads each to its longest; packing is not in it",
+    ),
+    *(rule for owner in (ACTOR, "critic") for rule in _optimizer_rules(owner)),
+    # engine and sampling
+    Rule(
+        tuple(
+            f"{ROLLOUT}.{name}"
+            for name in (
+                "tensor_model_parallel_size",
+                "gpu_memory_utilization",
+                "free_cache_engine",
+                "enforce_eager",
+                "dtype",
+                "load_format",
+                "engine_kwargs.*",
+                "max_num_batched_tokens",
+            )
+        ),
+        lambda run: run.plan.engine == "hf",
+        f"the embedded engine ({ROLLOUT}.name=hf) runs the trainer's own model in the trainer's process",
+    ),
+    Rule(
+        tuple(f"{ROLLOUT}.val_kwargs.{name}" for name in ("temperature", "top_p", "top_k")),
+        lambda run: not run.config.actor_rollout_ref.rollout.val_kwargs.do_sample,
+        f"validation is greedy ({ROLLOUT}.val_kwargs.do_sample=False)",
+    ),
+    # data, validation, saving
+    Rule(("data.seed",), lambda run: not run.config.data.shuffle, "the data are not shuffled (data.shuffle)"),
+    Rule(
+        ("data.truncation",),
+        lambda run: run.config.data.filter_overlong_prompts,
+        "prompts over the limit are dropped (data.filter_overlong_prompts)",
+    ),
+    Rule(
+        ("data.val_*", f"{ROLLOUT}.val_kwargs.*", "trainer.validation_data_dir", "trainer.log_val_generations"),
+        lambda run: not run.plan.validates_ever,
+        "nothing is validated (trainer.test_freq, trainer.val_before_train)",
+    ),
+    Rule(
+        ("trainer.max_ckpt_to_keep", "*.checkpoint.*"),
+        lambda run: run.plan.save_freq <= 0,
+        "no checkpoint is saved (trainer.save_freq)",
+    ),
+    Rule(
+        ("trainer.total_epochs",),
+        lambda run: run.plan.asked_steps is not None,
+        "trainer.total_training_steps says how long the run is",
+    ),
+    Rule(
+        ("trainer.resume_from_path",),
+        lambda run: run.config.trainer.resume_mode != "resume_path",
+        "it is read with trainer.resume_mode=resume_path only",
+    ),
+    # rewards
+    Rule(
+        ("custom_reward_function.name", "custom_reward_function.reward_kwargs*"),
+        lambda run: run.config.custom_reward_function.path is None,
+        "there is no custom reward function (custom_reward_function.path)",
+    ),
+    Rule(
+        ("reward.gsm8k.*",),
+        lambda run: run.config.custom_reward_function.path is not None,
+        "custom_reward_function.path scores instead of the data source's scorer",
+    ),
+    # one device, one process
+    Rule(("*_offload",), lambda run: run.plan.device == "cpu", "on a CPU there is nowhere to offload to"),
+    Rule(("*.fsdp_size", "*.reshard_after_forward"), _one_rank, "one device holds the whole model"),
+    Rule(("trainer.balance_batch",), _one_rank, "there is one rank"),
+    Rule(("ray_init.*",), _one_rank, "one device needs no Ray: everything runs in this process"),
+)

@@ -1,0 +1,155 @@
+"""Checks of model paths: a folder in Hugging Face layout, or a hub id, of which only the local cache is looked at."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl.checks.files import existing_ancestor
+from verl.checks.findings import Findings
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's folder says without loading it. max_positions: its context length in tokens; None if unsaid."""
+
+    folder: Path
+    max_positions: int | None
+    parameters: int | None
+
+
+def check_model(findings: Findings, key: str, path: str) -> ModelFacts | None:
+    """None: no model was found, or it is only on the hub."""
+    folder = find_folder(findings, key, path)
+    return None if folder is None else _check_folder(findings, key, path, folder)
+
+
+def check_tokenizer_path(findings: Findings, key: str, path: str) -> None:
+    folder = find_folder(findings, key, path)
+    if folder is not None:
+        check_tokenizer(findings, key, path, folder)
+
+
+def check_tokenizer(findings: Findings, key: str, path: str, folder: Path) -> None:
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        fix = "save the tokenizer there, or name its folder in actor_rollout_ref.model.tokenizer_path"
+        findings.problem(key, path, f"there is no tokenizer in this folder (none of {', '.join(TOKENIZERS)})", fix)
+
+
+def find_folder(findings: Findings, key: str, path: str) -> Path | None:
+    """The local folder of a path or a hub id; None, said in ``findings``, where there is none."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        findings.problem(key, path, "this is a file, not a folder", "name the folder that holds it")
+    elif looks_local(path):
+        findings.problem(key, path, "there is no such folder", _nearest(folder))
+    elif not HUB_ID.fullmatch(path):
+        fix = "name a folder, or a hub id like Qwen/Qwen3-0.6B"
+        findings.problem(key, path, "this is neither a folder nor a hub id", fix)
+    elif cached := cached_snapshot(path):
+        return cached
+    else:
+        findings.cannot_check(f"{key}={path}: not in the local hub cache, and the hub is asked only when a model loads")
+    return None
+
+
+def looks_local(path: str) -> bool:
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1
+
+
+def cached_snapshot(hub_id: str) -> Path | None:
+    """The folder of the hub cache that holds this model. Never asks the network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _check_folder(findings: Findings, key: str, path: str, folder: Path) -> ModelFacts | None:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        findings.problem(key, path, "there is no config.json in this folder", _models_below(folder))
+        return None
+    except (OSError, ValueError) as error:
+        findings.problem(key, path, f"its config.json cannot be read ({error})", "write or download the model again")
+        return None
+    if "model_type" not in config:
+        findings.problem(key, path, "its config.json names no model_type", "name a model that transformers can load")
+    _check_weights(findings, key, path, folder)
+    return ModelFacts(folder, _text_config(config).get("max_position_embeddings"), parameter_count(folder))
+
+
+def _check_weights(findings: Findings, key: str, path: str, folder: Path) -> None:
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        findings.problem(
+            key, path, f"there are no weights in this folder (none of {', '.join(WEIGHTS)})", _models_below(folder)
+        )
+    elif found[0].endswith(".index.json"):
+        missing = [name for name in _shards(folder / found[0]) if not (folder / name).is_file()]
+        if missing:
+            names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+            findings.problem(
+                key,
+                path,
+                f"{len(missing)} of its weight files are missing: {names}",
+                "download or copy the model again",
+            )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return [index.name + " (unreadable)"]
+
+
+def parameter_count(folder: Path) -> int | None:
+    """Parameters in the folder's safetensors files, read from their headers; None where there are none to read."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+        except (OSError, ValueError, struct.error):
+            return None
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total or None
+
+
+def _text_config(config: dict) -> dict:
+    """A vision-language model keeps its language model's settings in a config of their own."""
+    return config.get("text_config") or config
+
+
+def _models_below(folder: Path) -> str:
+    inside = sorted(
+        str(found.parent.relative_to(folder)) for depth in ("*", "*/*") for found in folder.glob(f"{depth}/config.json")
+    )
+    if inside:
+        return f"these folders in it hold a model: {', '.join(inside[:4])}"
+    return "name a folder that holds config.json, the weights and the tokenizer (as save_pretrained writes them)"
+
+
+def _nearest(folder: Path) -> str:
+    parent = existing_ancestor(folder)
+    missing = folder.absolute().relative_to(parent).parts[0]
+    names: Sequence[str] = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
+    close = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
+    if close:
+        return f"the nearest name there is {parent / close[0]}"
+    return f"the path is good up to {parent}; name a folder, or a hub id like Qwen/Qwen3-0.6B"

@@ -1,0 +1,62 @@
+"""The policy and the reference model."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from verl.config.base import AggregationMode, KLKind, PositiveInt, Section, derived
+from verl.config.parts import CheckpointConfig, FSDPConfig, ModelConfig, OptimConfig
+from verl.config.rollout import RolloutConfig
+
+
+class ActorConfig(Section):
+    ppo_mini_batch_size: PositiveInt = Field(
+        256, description="Prompts of an optimizer step, over all ranks, each with its rollout.n responses."
+    )
+    ppo_micro_batch_size_per_gpu: PositiveInt | None = Field(
+        None,
+        description="Responses of one forward and backward pass of a rank; null: the rank's share of a mini-batch. "
+        "It changes memory and speed, never the gradient.",
+    )
+    use_dynamic_bsz: bool = Field(False, description="Cut micro-batches by tokens instead of by responses.")
+    ppo_max_token_len_per_gpu: PositiveInt = Field(
+        16384,
+        description="With use_dynamic_bsz: tokens of a micro-batch, prompts included; a longer sequence goes alone.",
+    )
+    ppo_epochs: PositiveInt = Field(1, description="Passes over a step's trajectories.")
+    shuffle: bool = Field(False, description="Draw the mini-batches in a new order each pass.")
+    clip_ratio: float = Field(0.2, ge=0, description="PPO's clip range of the probability ratio, on both sides.")
+    clip_ratio_low: float = derived("Clip range below 1.", ge=0, lt=1)
+    clip_ratio_high: float = derived("Clip range above 1.", ge=0)
+    clip_ratio_c: float = Field(
+        3.0, gt=1, description="Dual clip: with a negative advantage the loss is at most -advantage times this."
+    )
+    loss_agg_mode: AggregationMode = Field(
+        "token-mean", description="How the tokens' losses become one number, over the whole mini-batch and all ranks."
+    )
+    entropy_coeff: float = Field(0.0, description="Weight of the entropy bonus in the loss.")
+    use_kl_loss: bool = Field(False, description="Add the KL divergence from the reference model to the loss.")
+    kl_loss_coef: float = Field(0.001, ge=0, description="Weight of that term.")
+    kl_loss_type: KLKind = Field(
+        "low_var_kl", description="Its estimator: kl or k1, abs, mse or k2, low_var_kl or k3 (Schulman 2020)."
+    )
+    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    optim: OptimConfig = OptimConfig()
+    fsdp_config: FSDPConfig = FSDPConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class RefConfig(Section):
+    log_prob_micro_batch_size_per_gpu: PositiveInt | None = Field(
+        None, description="Responses of one forward pass of a rank."
+    )
+    log_prob_use_dynamic_bsz: bool = derived("Cut micro-batches by tokens instead of by responses.")
+    log_prob_max_token_len_per_gpu: PositiveInt = derived("With log_prob_use_dynamic_bsz: tokens of a micro-batch.")
+    fsdp_config: FSDPConfig = FSDPConfig()
+
+
+class ActorRolloutRefConfig(Section):
+    model: ModelConfig
+    actor: ActorConfig = ActorConfig()
+    ref: RefConfig = RefConfig()
+    rollout: RolloutConfig

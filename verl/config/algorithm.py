@@ -1,0 +1,37 @@
+"""Advantages and the KL penalty in the reward."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from verl.config.base import KLKind, PositiveInt, Section, Share
+
+
+class KLControlConfig(Section):
+    type: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="fixed: kl_coef throughout; adaptive: it is steered towards target_kl (Ziegler 2019)."
+    )
+    kl_coef: float = Field(
+        0.001, ge=0, description="Weight of the KL penalty in the reward. Setting it turns the penalty on."
+    )
+    horizon: PositiveInt = Field(10000, description="adaptive: responses over which kl_coef adjusts.")
+    target_kl: float = Field(0.1, gt=0, description="adaptive: the KL divergence aimed at.")
+
+
+class AlgorithmConfig(Section):
+    adv_estimator: str = Field(
+        "gae", description="Advantages: gae (with a critic), grpo, or your own function as package.module:function."
+    )
+    gamma: Share = Field(1.0, description="Discount of a reward one token later.")
+    lam: Share = Field(1.0, description="GAE's lambda.")
+    norm_adv_by_std_in_grpo: bool = Field(
+        True, description="Divide GRPO's advantages by the group's standard deviation; off: Dr. GRPO."
+    )
+    use_kl_in_reward: bool | None = Field(
+        None,
+        description="Take kl_coef times the KL from the reference off each token's reward; null: if kl_coef is set.",
+    )
+    kl_penalty: KLKind = Field("kl", description="Its estimator: kl or k1, abs, mse or k2, low_var_kl or k3.")
+    kl_ctrl: KLControlConfig = KLControlConfig()

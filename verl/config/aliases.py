@@ -1,0 +1,77 @@
+"""Names and values that other versions of the configuration use, and what they are called here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Old name (of a key or of a whole section) -> name here.
+RENAMED = {
+    "ray_kwargs.ray_init": "ray_init",
+    "data.tokenizer": "actor_rollout_ref.model.tokenizer_path",
+    "actor_rollout_ref.actor.optim.warmup_style": "actor_rollout_ref.actor.optim.lr_scheduler_type",
+    "actor_rollout_ref.actor.checkpoint.contents": "actor_rollout_ref.actor.checkpoint.save_contents",
+    "actor_rollout_ref.rollout.prompt_length": "data.max_prompt_length",
+    "actor_rollout_ref.rollout.response_length": "data.max_response_length",
+    "critic.optim.warmup_style": "critic.optim.lr_scheduler_type",
+    "critic.checkpoint.contents": "critic.checkpoint.save_contents",
+    "critic.fsdp": "critic.model.fsdp_config",
+    "critic.fsdp_config": "critic.model.fsdp_config",
+    "optim.warmup_style": "optim.lr_scheduler_type",
+    "reward.custom_reward_function": "custom_reward_function",
+    "reward.reward_model": "reward_model",
+    "reward.reward_manager.name": "reward_model.reward_manager",
+    "trainer.max_actor_ckpt_to_keep": "trainer.max_ckpt_to_keep",
+    "trainer.max_critic_ckpt_to_keep": "trainer.max_ckpt_to_keep",
+}
+
+# Old batch size over all ranks -> batch size of one rank, to which its value is divided.
+PER_RANK = {
+    "actor_rollout_ref.actor.ppo_micro_batch_size": "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size": (
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"
+    ),
+    "actor_rollout_ref.ref.log_prob_micro_batch_size": "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
+    "critic.ppo_micro_batch_size": "critic.ppo_micro_batch_size_per_gpu",
+    "critic.forward_micro_batch_size": "critic.forward_micro_batch_size_per_gpu",
+}
+
+# Keys that old commands carry and that have nothing left to decide.
+WITHOUT_EFFECT = {
+    "data.val_batch_size": "validation takes all prompts at once",
+    "data.return_raw_chat": "the chat messages always travel along",
+    "actor_rollout_ref.rollout.mode": "every engine is asynchronous",
+}
+
+# Old values: (key, old value) -> value here.
+REVALUED = {("actor_rollout_ref.rollout.name", "sglang_async"): "sglang"}
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """A setting under its name here. key: None when it has no effect. per_rank: the value is to be divided over the
+    ranks. notice: what to tell the user."""
+
+    key: str | None
+    value: Any
+    per_rank: bool = False
+    notice: str | None = None
+
+
+def canonical(key: str, value: Any) -> Canonical:
+    if key in WITHOUT_EFFECT:
+        return Canonical(None, value, notice=f"{key} has no effect: {WITHOUT_EFFECT[key]}.")
+    if key in PER_RANK:
+        return Canonical(PER_RANK[key], value, per_rank=True)
+    if new_key := _renamed(key):
+        return Canonical(new_key, value, notice=f"{key} is an old name of {new_key}.")
+    if isinstance(value, str) and (new_value := REVALUED.get((key, value))):
+        return Canonical(key, new_value, notice=f"{key}={value} is an old name of {key}={new_value}.")
+    return Canonical(key, value)
+
+
+def _renamed(key: str) -> str | None:
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(old + "."):
+            return new + key[len(old) :]
+    return None

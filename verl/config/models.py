@@ -1,0 +1,147 @@
+"""The whole configuration of each entry point, and the defaults that come from other keys."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from pydantic import model_validator
+
+from verl.config.actor import ActorConfig, ActorRolloutRefConfig, RefConfig
+from verl.config.algorithm import AlgorithmConfig, KLControlConfig
+from verl.config.base import Section
+from verl.config.critic import CriticConfig, CriticModelConfig
+from verl.config.data import DataConfig, SFTDataConfig
+from verl.config.parts import BackboneConfig, CheckpointConfig, FSDPConfig, ModelConfig, OptimConfig, SFTOptimConfig
+from verl.config.reward import CustomRewardFunctionConfig, RewardConfig, RewardModelConfig
+from verl.config.rollout import RolloutConfig, ValidationSamplingConfig
+from verl.config.schema import ABSENT, get, keys_of, plain, put
+from verl.config.trainer import RayInitConfig, SFTTrainerConfig, TrainerConfig
+
+__all__ = [
+    "ActorConfig",
+    "ActorRolloutRefConfig",
+    "AlgorithmConfig",
+    "BackboneConfig",
+    "CheckpointConfig",
+    "Config",
+    "CriticConfig",
+    "CriticModelConfig",
+    "CustomRewardFunctionConfig",
+    "DataConfig",
+    "FSDPConfig",
+    "KLControlConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RayInitConfig",
+    "RefConfig",
+    "RewardConfig",
+    "RewardModelConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "SFTDataConfig",
+    "SFTOptimConfig",
+    "SFTTrainerConfig",
+    "TrainerConfig",
+    "ValidationSamplingConfig",
+]
+
+# Defaults that come from other keys, in an order in which every source comes before its use.
+RUN_DEFAULTS = {
+    "data.seed": "${trainer.seed}",
+    "trainer.default_local_dir": "checkpoints/${trainer.project_name}/${trainer.experiment_name}",
+}
+PPO_DEFAULTS = {
+    "actor_rollout_ref.model.tokenizer_path": "${actor_rollout_ref.model.path}",
+    "actor_rollout_ref.actor.clip_ratio_low": "${actor_rollout_ref.actor.clip_ratio}",
+    "actor_rollout_ref.actor.clip_ratio_high": "${actor_rollout_ref.actor.clip_ratio}",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": (
+        "${actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu}"
+    ),
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": "${actor_rollout_ref.actor.use_dynamic_bsz}",
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": "${actor_rollout_ref.actor.ppo_max_token_len_per_gpu}",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": (
+        "${actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu}"
+    ),
+    "actor_rollout_ref.ref.log_prob_use_dynamic_bsz": "${actor_rollout_ref.rollout.log_prob_use_dynamic_bsz}",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": (
+        "${actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu}"
+    ),
+    "actor_rollout_ref.ref.fsdp_config.dtype": "${actor_rollout_ref.actor.fsdp_config.dtype}",
+    "critic.model.path": "${actor_rollout_ref.model.path}",
+    "critic.model.trust_remote_code": "${actor_rollout_ref.model.trust_remote_code}",
+    "critic.model.attn_implementation": "${actor_rollout_ref.model.attn_implementation}",
+    "critic.model.fsdp_config.dtype": "${actor_rollout_ref.actor.fsdp_config.dtype}",
+    "critic.ppo_mini_batch_size": "${actor_rollout_ref.actor.ppo_mini_batch_size}",
+    "critic.ppo_micro_batch_size_per_gpu": "${actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu}",
+    "critic.forward_micro_batch_size_per_gpu": "${critic.ppo_micro_batch_size_per_gpu}",
+    "critic.use_dynamic_bsz": "${actor_rollout_ref.actor.use_dynamic_bsz}",
+    "critic.forward_max_token_len_per_gpu": "${critic.ppo_max_token_len_per_gpu}",
+    "critic.ppo_epochs": "${actor_rollout_ref.actor.ppo_epochs}",
+    "critic.shuffle": "${actor_rollout_ref.actor.shuffle}",
+    "critic.loss_agg_mode": "${actor_rollout_ref.actor.loss_agg_mode}",
+}
+
+
+def sources_of(reference: str) -> list[str]:
+    """The keys that a default in terms of other keys names."""
+    return re.findall(r"\$\{(.*?)\}", reference)
+
+
+class Root(Section):
+    """derived: keys whose default comes from other keys."""
+
+    derived: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_derived(cls, tree: Any) -> Any:
+        tree = plain(tree)
+        if isinstance(tree, dict):
+            for key, source in cls.derived.items():
+                if get(tree, key) in (ABSENT, None) and (value := cls._derive(source, tree)) is not ABSENT:
+                    put(tree, key, value)
+        return tree
+
+    @classmethod
+    def _derive(cls, source: str, tree: dict[str, Any]) -> Any:
+        """A source that is one reference is that key's value; one with text around its references is text."""
+        values = {name: cls._value_or_default(name, tree) for name in sources_of(source)}
+        for name, value in values.items():
+            if source == f"${{{name}}}":
+                return value
+            source = source.replace(f"${{{name}}}", str(value))
+        return source
+
+    @classmethod
+    def _value_or_default(cls, key: str, tree: dict[str, Any]) -> Any:
+        value = get(tree, key)
+        return keys_of(cls)[key].default if value is ABSENT else value
+
+
+class Config(Root):
+    """What ``verl.trainer.main_ppo`` takes."""
+
+    derived: ClassVar[dict[str, str]] = RUN_DEFAULTS | PPO_DEFAULTS
+
+    data: DataConfig = DataConfig()
+    actor_rollout_ref: ActorRolloutRefConfig
+    critic: CriticConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    reward: RewardConfig = RewardConfig()
+    custom_reward_function: CustomRewardFunctionConfig = CustomRewardFunctionConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    ray_init: RayInitConfig = RayInitConfig()
+
+
+class SFTConfig(Root):
+    """What ``verl.trainer.main_sft`` takes."""
+
+    derived: ClassVar[dict[str, str]] = RUN_DEFAULTS | {"model.tokenizer_path": "${model.path}"}
+
+    data: SFTDataConfig = SFTDataConfig()
+    model: ModelConfig
+    optim: SFTOptimConfig = SFTOptimConfig()
+    fsdp_config: FSDPConfig = FSDPConfig()
+    trainer: SFTTrainerConfig = SFTTrainerConfig()

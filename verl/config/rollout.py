@@ -1,0 +1,64 @@
+"""Generation: the engine, how responses are drawn, and the log-probs computed of them afterwards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Le
+from pydantic import Field
+
+from verl.config.base import CountOrAll, Integers, PositiveInt, Section, Share, Strings, derived
+
+TopP = Annotated[float, Gt(0), Le(1)]
+
+
+class ValidationSamplingConfig(Section):
+    do_sample: bool = Field(False, description="Draw from the distribution; off: take the likeliest token.")
+    temperature: float = Field(0.0, ge=0, description="Temperature of validation responses; 0 is greedy.")
+    top_p: TopP = Field(1.0, description="As for training responses.")
+    top_k: CountOrAll = Field(-1, description="As for training responses.")
+    n: PositiveInt = Field(1, description="Responses to each validation prompt.")
+
+
+class EngineKwargsConfig(Section):
+    sglang: dict[str, Any] = Field({}, description="Further server arguments of SGLang.")
+    vllm: dict[str, Any] = Field({}, description="Further engine arguments of vLLM.")
+
+
+class RolloutConfig(Section):
+    name: str = Field(description="Rollout engine: hf (embedded, works everywhere), sglang or vllm.")
+    n: PositiveInt = Field(1, description="Responses to each training prompt.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of training responses, and of all log-probs.")
+    top_p: TopP = Field(1.0, description="Draw from the likeliest tokens that make up this probability; 1: all.")
+    top_k: CountOrAll = Field(-1, description="Draw from this many likeliest tokens; -1: all.")
+    min_p: Share = Field(0.0, description="Leave out tokens less likely than this share of the likeliest; 0: none.")
+    min_new_tokens: int = Field(0, ge=0, description="Do not end a response before it has this many tokens.")
+    ignore_eos: bool = Field(False, description="Go on after the model's end token, to max_response_length.")
+    stop: Strings = Field([], description="Text or texts that end a response.")
+    stop_token_ids: Integers = Field([], description="Token ids that end a response, besides the model's own.")
+    val_kwargs: ValidationSamplingConfig = ValidationSamplingConfig()
+    max_model_len: PositiveInt | None = Field(
+        None, description="Context length of the engine; null: data.max_prompt_length + data.max_response_length."
+    )
+    max_num_seqs: PositiveInt = Field(1024, description="Responses that an engine draws at a time.")
+    max_num_batched_tokens: PositiveInt = Field(8192, description="Tokens of one forward pass of the engine.")
+    log_prob_micro_batch_size_per_gpu: PositiveInt | None = Field(
+        None, description="Responses of one forward pass of a rank, when the old log-probs are computed."
+    )
+    log_prob_use_dynamic_bsz: bool = derived("Cut micro-batches by tokens instead of by responses.")
+    log_prob_max_token_len_per_gpu: PositiveInt = derived("With log_prob_use_dynamic_bsz: tokens of a micro-batch.")
+    tensor_model_parallel_size: PositiveInt = Field(1, description="GPUs that share one copy of the engine's model.")
+    gpu_memory_utilization: float = Field(
+        0.5, gt=0, le=1, description="Share of GPU memory for the engine's weights and KV cache."
+    )
+    free_cache_engine: bool = Field(
+        True, description="The engine gives its weights and KV cache back to the GPU while training runs."
+    )
+    enforce_eager: bool = Field(False, description="Run the engine without CUDA graphs.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Type of the engine's weights; auto: the actor's compute type."
+    )
+    load_format: str = Field(
+        "dummy", description="What the engine starts with; dummy: random weights, then the actor's."
+    )
+    engine_kwargs: EngineKwargsConfig = EngineKwargsConfig()

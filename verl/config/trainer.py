@@ -1,0 +1,63 @@
+"""The run: its length, devices, validation, logging and checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+from pydantic import Field
+
+from verl.config.base import Device, PositiveInt, Section, Strings, derived
+
+Frequency = Annotated[int, Ge(-1)]
+
+
+class RunConfig(Section):
+    """What every entry point's trainer has."""
+
+    project_name: str = Field("verl", description="Name of the project, in logs and paths.")
+    experiment_name: str = Field("ppo", description="Name of the run within the project.")
+    total_training_steps: PositiveInt | None = Field(None, description="Steps of the run; null: total_epochs decides.")
+    total_epochs: PositiveInt = Field(30, description="Passes over the training data.")
+    device: Device = Field("auto", description="Where models live; auto: cuda where there is a GPU, else cpu.")
+    seed: int = Field(1, ge=0, description="Every random draw of the run follows from it.")
+    logger: Strings = Field(
+        ["console", "file"], description="Where metrics go: console, file (JSON lines), tensorboard."
+    )
+    default_local_dir: str = derived("Folder of the run: checkpoints, metrics, samples.")
+    save_freq: Frequency = Field(
+        -1, description="Save a checkpoint every so many steps and at the end; -1 or 0: never."
+    )
+    test_freq: Frequency = Field(-1, description="Validate every so many steps and at the end; -1 or 0: never.")
+    dry_run: bool = Field(False, description="Check everything, print the plan of the run and stop.")
+
+
+class TrainerConfig(RunConfig):
+    nnodes: PositiveInt = Field(1, description="Machines.")
+    n_gpus_per_node: PositiveInt = Field(1, description="GPUs (or CPU ranks) of each machine.")
+    critic_warmup: int = Field(0, ge=0, description="The actor is trained from this step on; before, only the critic.")
+    balance_batch: bool = Field(
+        True, description="Share a mini-batch's responses over the ranks so that tokens even out."
+    )
+    val_before_train: bool = Field(True, description="Validate before the first step.")
+    log_val_generations: int = Field(0, ge=0, description="Validation samples that go to the loggers.")
+    rollout_data_dir: str | None = Field(None, description="Folder for every step's responses; null: not kept.")
+    validation_data_dir: str | None = Field(
+        None, description="Folder for validation's responses; null: in the run's folder."
+    )
+    max_ckpt_to_keep: PositiveInt | None = Field(None, description="Checkpoints to keep, the newest; null: all.")
+    resume_mode: Literal["auto", "disable", "resume_path"] = Field(
+        "auto",
+        description="Start from the newest checkpoint in default_local_dir, from none, or from resume_from_path.",
+    )
+    resume_from_path: str | None = Field(None, description="Checkpoint folder (.../global_step_N) to start from.")
+    default_hdfs_dir: str | None = Field(None, description="Must be null: checkpoints go to default_local_dir.")
+
+
+class SFTTrainerConfig(RunConfig):
+    experiment_name: str = Field("sft", description="Name of the run within the project.")
+    total_epochs: PositiveInt = Field(1, description="Passes over the training data.")
+
+
+class RayInitConfig(Section):
+    num_cpus: PositiveInt | None = Field(None, description="CPU cores that Ray may use; null: all.")

@@ -1,0 +1,95 @@
+"""Sharding over ranks, and the few collectives an engine needs. Without a process group everything is one rank's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from verl.errors import UserError
+
+if TYPE_CHECKING:
+    from verl.config.models import FSDPConfig
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor (a collective), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def max_over_ranks(number: int, device: torch.device) -> int:
+    if world_size() == 1:
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def sum_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """Key by key, in rank order; a rank may lack keys."""
+    if world_size() == 1:
+        return metrics
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, metrics)
+    keys = sorted(set().union(*gathered))
+    return {key: sum(each[key] for each in gathered if key in each) for key in keys}
+
+
+def make_mesh(fsdp_size: int, device: torch.device) -> DeviceMesh:
+    """One dimension, or (replicas, shards) when ``fsdp_size`` is below the world size (hybrid sharding)."""
+    world = world_size()
+    if fsdp_size in (-1, 0) or fsdp_size >= world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    if world % fsdp_size:
+        raise UserError(f"fsdp_config.fsdp_size={fsdp_size} does not divide the {world} ranks")
+    return init_device_mesh(device.type, (world // fsdp_size, fsdp_size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    root: nn.Module, layer_classes: set[str], config: FSDPConfig, device: torch.device, compute: torch.dtype
+) -> None:
+    """FSDP2 over each decoder layer and the root, in place.
+
+    Parameters stay in their dtype and are gathered in ``compute``; gradients are reduced in float32, as plain sums, for
+    the losses of all ranks add up to the mini-batch's.
+    """
+    mesh = make_mesh(config.fsdp_size, device)
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for module in root.modules():
+        if type(module).__name__ in layer_classes:
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+    for module in sharded_modules(root):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded_modules(root: nn.Module) -> list[FSDPModule]:
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def receive_from_first(root: nn.Module, source: nn.Module | None, device: torch.device) -> None:
+    """Fill a sharded module that has no storage with the tensors of ``source``, a whole one, which rank 0 holds."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    buffers = dict(source.named_buffers()) if source else {}
+    root.to_empty(device=device)
+    for name, buffer in root.named_buffers():  # of which some, like rotary frequencies, are in no state dict
+        if source:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=0)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(root, source.state_dict() if source else {}, options=options)

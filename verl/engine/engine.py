@@ -1,0 +1,316 @@
+"""TrainEngine: one model on this rank's device, whole or sharded over the ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from verl.engine import checkpoint, offload
+from verl.engine.distributed import (
+    full,
+    max_over_ranks,
+    rank,
+    receive_from_first,
+    shard,
+    sharded_modules,
+    sum_over_ranks,
+    world_size,
+)
+from verl.engine.model import Kind, empty_model, read_config, read_model, wrap
+from verl.engine.optim import Optimizer
+from verl.engine.packing import Batching, MicroBatch, Packer
+from verl.engine.precision import Masters
+
+if TYPE_CHECKING:
+    from verl.config.models import FSDPConfig, ModelConfig, OptimConfig
+
+LossFunction = Callable[
+    [dict[str, torch.Tensor], dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]
+]
+CPU = torch.device("cpu")
+
+
+class Offloaded(RuntimeError):
+    """The engine was asked for work while what it needs is on the host: ``onload`` first."""
+
+
+class TrainEngine:
+    """Per-token numbers and updates of one model.
+
+    With a process group of several ranks, which the caller has initialised, the model is sharded over them and every
+    method is collective: all ranks call it, each with rows of its own (any number, none included).
+
+    module: the transformers model (its parameters sharded, with several ranks). root: the module around it that is the
+    root of sharding. compute_dtype: of the forward.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        kind: Kind,
+        fsdp_config: FSDPConfig,
+        *,
+        optim_config: OptimConfig | None = None,
+        grad_clip: float | None = 1.0,
+        total_steps: int = 1,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ):
+        """optim_config: None for a model that is never updated (a reference). total_steps: of the schedule."""
+        self.kind: Kind = kind
+        self.device = torch.device(device)
+        self.compute_dtype = _dtype(fsdp_config.dtype, self.device)
+        self.trainable = optim_config is not None
+        self.config = read_config(model_config, kind)
+        self.root = self._build(model_config, fsdp_config, seed)
+        self.root.eval()
+        self.module: transformers.PreTrainedModel = self.root.hf
+        self.optimizer: Optimizer | None = None
+        if optim_config is None:
+            self.root.requires_grad_(False)
+        else:
+            self.masters = Masters(self.module, self.compute_dtype, sharded=world_size() > 1)
+            self.optimizer = Optimizer(self.masters.by_name, optim_config, grad_clip, total_steps)
+            if model_config.enable_gradient_checkpointing:
+                self.module.gradient_checkpointing_enable({"use_reentrant": False})
+        self._params_loaded = self._optimizer_loaded = True
+
+    def _build(self, model_config: ModelConfig, fsdp_config: FSDPConfig, seed: int) -> Any:
+        stored = torch.float32 if self.trainable else self.compute_dtype
+        read = rank() == 0
+        whole = read_model(model_config, self.kind, self.config, stored, seed) if read else None
+        if world_size() == 1:
+            assert whole is not None
+            return wrap(whole, self.kind).to(self.device)
+        root = wrap(empty_model(model_config, self.kind, self.config, stored), self.kind)
+        shard(root, set(root.hf._no_split_modules or ()), fsdp_config, self.device, self.compute_dtype)
+        receive_from_first(root, None if whole is None else wrap(whole, self.kind), self.device)
+        if whole is not None:
+            root.hf.generation_config = getattr(whole, "generation_config", None)
+        return root
+
+    # ---- per-token numbers
+
+    def log_probs(
+        self, table: pa.Table, *, temperature: float, batching: Batching, entropy: bool = True
+    ) -> dict[str, pa.ListArray]:
+        """``log_probs`` (and ``entropy``): float32 columns with an entry for each response token, rows as in ``table``.
+
+        Of ``log_softmax(logits / temperature)`` over the full vocabulary.
+        """
+        return self._infer(table, batching, temperature=_positive(temperature), entropy=entropy)
+
+    def values(self, table: pa.Table, *, batching: Batching) -> pa.ListArray:
+        """float32, an entry for each response token: the value of the state in which it is chosen, before it is emitted."""
+        return self._infer(table, batching)["values"]
+
+    @torch.no_grad()
+    def _infer(self, table: pa.Table, batching: Batching, **options: Any) -> dict[str, pa.ListArray]:
+        self._need(params=True)
+        packer = Packer(table, self.device)
+        tokens: list[np.ndarray] = []
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in self._output_names(**options)}
+        for micro in self._micro_batches(packer, batching):
+            outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
+            if len(micro.tokens):
+                tokens.append(micro.tokens)
+                for name, values in outputs.items():
+                    found[name].append(values)
+        self._reshard()
+        return {name: packer.column(tokens, values) for name, values in found.items()}
+
+    # ---- updates
+
+    def update(
+        self,
+        table: pa.Table,
+        loss_fn: LossFunction,
+        *,
+        batching: Batching,
+        temperature: float = 1.0,
+        entropy: bool = True,
+    ) -> dict[str, float]:
+        """One optimizer step on a mini-batch, of which ``table`` is this rank's share.
+
+        loss_fn: (outputs, batch) -> (loss, metrics) on the T response tokens of a micro-batch. outputs: float32 (T,),
+            ``log_probs`` and (if asked for) ``entropy``, or ``values``. batch: the table's token columns and ``row_ids``.
+            Loss and metrics must add up over micro-batches and ranks to the mini-batch's.
+        Gives the metrics' sums over micro-batches and ranks, and ``grad_norm`` (before clipping), ``lr``, and
+        ``skipped``: 1.0 if the gradient was not finite, so that nothing was changed.
+        """
+        if self.optimizer is None:
+            raise RuntimeError("this engine was built without an optimizer")
+        self._need(params=True, optimizer=True)
+        options = {"temperature": _positive(temperature), "entropy": entropy} if self.kind == "policy" else {}
+        packer = Packer(table, self.device)
+        totals: dict[str, torch.Tensor] = {}
+        with self._recomputing():
+            for micro in self._micro_batches(packer, batching):
+                outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
+                if len(micro.tokens):
+                    loss, metrics = loss_fn(outputs, micro.columns)
+                    for name, value in metrics.items():
+                        totals[name] = totals.get(name, 0.0) + value
+                else:
+                    loss = sum(0.0 * values.sum() for values in outputs.values())
+                loss.backward()
+        self._reshard()
+        lr = self.optimizer.lr
+        grad_norm, stepped = self.optimizer.step()
+        if stepped:
+            self.masters.publish()
+        metrics = sum_over_ranks({name: float(value) for name, value in totals.items()})
+        return {**metrics, "grad_norm": grad_norm, "lr": lr, "skipped": float(not stepped)}
+
+    def step_schedule(self) -> None:
+        """The learning rate's next value: once a PPO iteration, not once an update."""
+        assert self.optimizer is not None
+        self.optimizer.step_schedule()
+
+    def _micro_batches(self, packer: Packer, batching: Batching) -> Iterator[MicroBatch]:
+        """This rank's, then fillers until every rank has run as many forwards (and at least one)."""
+        plan = packer.micro_batches(batching)
+        for rows in plan:
+            yield packer.micro_batch(rows)
+        for _ in range(max_over_ranks(max(len(plan), 1), self.device) - len(plan)):
+            yield packer.filler()
+
+    def _arguments(self, micro: MicroBatch) -> tuple[torch.Tensor, ...]:
+        return (micro.positions, micro.targets) if self.kind == "policy" else (micro.positions,)
+
+    def _output_names(self, entropy: bool = False, **_: Any) -> tuple[str, ...]:
+        if self.kind == "value":
+            return ("values",)
+        return ("log_probs", "entropy") if entropy else ("log_probs",)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """transformers checkpoints only layers in training mode; what is inside them stays in evaluation mode."""
+        layers = [layer for layer in self.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+    def _reshard(self) -> None:
+        for module in sharded_modules(self.root):
+            module.reshard()
+
+    # ---- weights
+
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor in the compute dtype), one gathered at a time. Collective: every rank
+        consumes all of it. Tied parameters come once, under the name that a saved model has."""
+        self._need(params=True)
+        for name, param in self.module.named_parameters():
+            yield name, full(param.detach().to(self.compute_dtype))
+
+    def export_hf(self, path: str | Path, tokenizer: Any = None) -> None:
+        """A folder that transformers loads by path: safetensors in the compute dtype, config, tokenizer if given."""
+        names = dict(self.module.named_parameters(remove_duplicate=False))
+        if world_size() == 1:
+            self.module.save_pretrained(path)
+        else:
+            state = {}
+            for name, tensor in self.weights():
+                if rank() == 0:
+                    state[name] = tensor.cpu()
+            if rank() == 0:
+                self.module.save_pretrained(path, state_dict=state)
+        del names
+        if tokenizer is not None and rank() == 0:
+            tokenizer.save_pretrained(path)
+
+    # ---- memory
+
+    def offload(self, *, params: bool = False, optimizer: bool = False) -> None:
+        """Move parameters, and optimizer state with separate masters, to the host. What is there already stays."""
+        if params and self._params_loaded:
+            offload.move_module(self.root, CPU)
+            self._params_loaded = False
+        if optimizer and self._optimizer_loaded:
+            offload.move_tensors(self._optimizer_tensors(), CPU)
+            self._optimizer_loaded = False
+        self._free_cache()
+
+    def onload(self, *, params: bool = False, optimizer: bool = False) -> None:
+        if params and not self._params_loaded:
+            offload.move_module(self.root, self.device)
+            self._params_loaded = True
+        if optimizer and not self._optimizer_loaded:
+            offload.move_tensors(self._optimizer_tensors(), self.device)
+            self._optimizer_loaded = True
+
+    def _optimizer_tensors(self) -> list[torch.Tensor]:
+        if self.optimizer is None:
+            return []
+        masters = list(self.masters.by_name.values()) if self.masters.separate else []
+        return [*masters, *self.optimizer.tensors().values()]
+
+    def _need(self, params: bool = False, optimizer: bool = False) -> None:
+        if params and not self._params_loaded:
+            raise Offloaded("the parameters are on the host: call onload(params=True) first")
+        if optimizer and not self._optimizer_loaded:
+            raise Offloaded("the optimizer is on the host: call onload(optimizer=True) first")
+
+    def _free_cache(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- checkpoints
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Masters, optimizer state and schedule into a fresh folder. Collective."""
+        state: dict[str, Any] = {"kind": self.kind}
+        if self.optimizer is not None:
+            state["schedule_steps"] = self.optimizer.steps
+        checkpoint.save(Path(path), self._state_tensors(), state)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Go on exactly where ``save`` was called, on any number of ranks. Collective."""
+        state = checkpoint.load(Path(path), self._state_tensors())
+        if self.optimizer is not None:
+            self.optimizer.steps = state["schedule_steps"]
+            self.masters.publish()
+
+    def _state_tensors(self) -> dict[str, torch.Tensor]:
+        params = self.masters.by_name if self.optimizer is not None else dict(self.module.named_parameters())
+        tensors: dict[str, torch.Tensor] = {f"model.{name}": param.detach() for name, param in params.items()}
+        if self.optimizer is not None:
+            tensors |= {f"optim.{name}": tensor for name, tensor in self.optimizer.tensors().items()}
+        return tensors
+
+    def close(self) -> None:
+        """Drop the model and all state."""
+        self.optimizer = None
+        self.__dict__.pop("masters", None)
+        self.__dict__.pop("module", None)
+        self.root = nn.Module()
+        self._params_loaded = self._optimizer_loaded = False
+        self._free_cache()
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _positive(temperature: float) -> float:
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature}: log-probs need one above 0 (those of greedy responses are at 1)")
+    return temperature

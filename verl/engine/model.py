@@ -1,0 +1,209 @@
+"""The two models that are trained, as modules whose forward gives per-token numbers, and how they are read from disk.
+
+Each wraps a transformers model and is the root of sharding: all that touches parameters happens inside its forward.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from verl.errors import UserError
+
+if TYPE_CHECKING:
+    from verl.config.models import ModelConfig
+
+Kind = Literal["policy", "value"]
+Outputs = dict[str, torch.Tensor]
+
+# Elements of one float32 (tokens, vocabulary) block: what stands in memory at once, a few times over.
+LOGIT_BLOCK = 1 << 26
+
+# Config entries that change logits after the head; a model that sets one is refused rather than computed wrongly.
+_LOGIT_CHANGERS = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+
+
+class PolicyModel(nn.Module):
+    """Log-probabilities of given tokens under a causal language model."""
+
+    def __init__(self, hf: transformers.PreTrainedModel):
+        super().__init__()
+        self.hf = hf
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float = 1.0,
+        entropy: bool = True,
+    ) -> Outputs:
+        """input_ids (B, L), positions (T,) and targets (T,) as in ``MicroBatch``. Gives float32 (T,) each:
+
+        log_probs: ``log_softmax(logits / temperature)`` over the full vocabulary, at the target.
+        entropy: of that distribution, in nats; left out if not asked for.
+        """
+        hidden = _hidden_states(self.hf, input_ids, positions)
+        return token_statistics(hidden, self.hf.get_output_embeddings(), targets, temperature, entropy)
+
+
+class ValueModel(nn.Module):
+    """A scalar for each state: a transformers token classifier with one label, whose head runs in float32."""
+
+    def __init__(self, hf: transformers.PreTrainedModel):
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Outputs:
+        """values: float32 (T,), of the state in which each response token is chosen, before it is emitted."""
+        hidden, head = _hidden_states(self.hf, input_ids, positions), self.hf.score
+        bias = None if head.bias is None else head.bias.float()
+        return {"values": nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)}
+
+
+def token_statistics(
+    hidden_TH: torch.Tensor,
+    head: nn.Module,
+    targets_T: torch.Tensor,
+    temperature: float,
+    entropy: bool,
+    block: int = LOGIT_BLOCK,
+) -> Outputs:
+    """Log-probs (and entropy) from hidden states, ``block`` logits at a time; backward computes them again."""
+
+    def of(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scaled = head(hidden).float() / temperature
+        normaliser = scaled.logsumexp(-1)
+        log_probs = scaled.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+        if not entropy:
+            return (log_probs,)
+        probs = (scaled - normaliser[:, None]).exp()
+        return log_probs, normaliser - (probs * scaled).sum(-1)
+
+    tokens = max(1, block // head.weight.shape[0])
+    parts = [
+        checkpoint(of, *chunk, use_reentrant=False) if torch.is_grad_enabled() else of(*chunk)
+        for chunk in zip(hidden_TH.split(tokens), targets_T.split(tokens), strict=True)
+    ]
+    return dict(zip(("log_probs", "entropy"), map(torch.cat, zip(*parts, strict=True)), strict=False))
+
+
+def _hidden_states(hf: transformers.PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The backbone's last hidden state at ``positions``: (T, H). Without a mask attention is plainly causal."""
+    hidden_BLH = hf.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden_BLH.flatten(0, 1).index_select(0, positions)
+
+
+# ---- reading a model
+
+
+def read_config(model: ModelConfig, kind: Kind) -> transformers.PreTrainedConfig:
+    """The model's transformers config with ``override_config`` applied and every dropout off."""
+    path = os.path.expanduser(model.path)
+    if path != model.path or path.startswith((".", "/")) or Path(path).exists():
+        _check_folder(Path(path), model.path)
+    overrides: dict[str, Any] = dict(model.override_config or {})
+    if kind == "value":
+        overrides["num_labels"] = 1
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **overrides)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(model.path, error) from error
+    for name, value in config.to_dict().items():  # log-probs must be those of the rollout
+        if name == "classifier_dropout" or (isinstance(value, float) and ("dropout" in name or name.endswith("pdrop"))):
+            setattr(config, name, 0.0)
+    for name, harmless in _LOGIT_CHANGERS.items():
+        if kind == "policy" and getattr(config, name, None) not in (None, harmless):
+            raise UserError(
+                f"model.path={model.path}: models with {name}={getattr(config, name)} are not supported yet"
+            )
+    return config
+
+
+def read_model(
+    model: ModelConfig, kind: Kind, config: transformers.PreTrainedConfig, dtype: torch.dtype, seed: int
+) -> transformers.PreTrainedModel:
+    """The model on the CPU in ``dtype``. A value head that the files lack is drawn from ``seed``: N(0, 1 / (H + 1))
+    weights, bias 0."""
+    try:
+        hf, report = _auto_class(kind).from_pretrained(
+            os.path.expanduser(model.path),
+            config=config,
+            dtype=dtype,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **_attention(model),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _unreadable(model.path, error) from error
+    missing = set(report["missing_keys"])
+    if kind == "value":
+        _check_head(hf, model.path)
+        if any(name.startswith("score.") for name in missing):
+            _init_head(hf.score, seed)
+        missing = {name for name in missing if not name.startswith("score.")}
+    if missing:
+        raise UserError(
+            f"model.path={model.path}: its files lack {', '.join(sorted(missing)[:5])} ({len(missing)} in all)"
+        )
+    return hf
+
+
+def empty_model(
+    model: ModelConfig, kind: Kind, config: transformers.PreTrainedConfig, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
+    """The same module without storage (meta device): its tensors come from another rank."""
+    with torch.device("meta"):
+        hf = _auto_class(kind).from_config(
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code, **_attention(model)
+        )
+    if kind == "value":
+        _check_head(hf, model.path)
+    return hf
+
+
+def wrap(hf: transformers.PreTrainedModel, kind: Kind) -> PolicyModel | ValueModel:
+    return PolicyModel(hf) if kind == "policy" else ValueModel(hf)
+
+
+def _auto_class(kind: Kind):
+    return transformers.AutoModelForCausalLM if kind == "policy" else transformers.AutoModelForTokenClassification
+
+
+def _attention(model: ModelConfig) -> dict[str, str]:
+    return {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+
+
+def _check_folder(path: Path, given: str) -> None:
+    if not path.is_dir():
+        raise UserError(
+            f"model.path={given} does not exist: give a folder in Hugging Face format, or the name of a hub model"
+        )
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.path={given} is not a model: the folder has no config.json")
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(f"model.path={path} could not be loaded: {str(error).strip() or type(error).__name__}")
+
+
+def _check_head(hf: transformers.PreTrainedModel, path: str) -> None:
+    if not isinstance(getattr(hf, "score", None), nn.Linear):
+        raise UserError(
+            f"model.path={path}: {type(hf).__name__} has no linear 'score' head, so it cannot be a value model"
+        )
+
+
+def _init_head(head: nn.Linear, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if head.bias is not None:
+            head.bias.zero_()

@@ -1,0 +1,203 @@
+"""The embedded engine: decodes with the trainer's own module, in the trainer's process, without a copy of its weights.
+
+    generate() ──> waiting ──(a free slot)──> rows in the decoder ──> results
+                      ^                             │
+                      └──── update_weights() ───────┘   (what was drawn is kept, its cache is not)
+
+One task steps the decoder while there is work and the engine is not paused. Between steps it gives way to the event
+loop, so every other method runs when no forward does. No event loop is kept: the engine outlives asyncio.run().
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from verl.errors import UserError
+from verl.rollout.base import Capabilities, IllegalState, MemoryTag, Request, Result, Unsupported
+from verl.rollout.decoder import Decoder, Row
+from verl.rollout.fsdp import UnshardedForward
+from verl.rollout.requests import check_request
+from verl.rollout.stops import StopWatch
+
+
+class HFEngine:
+    """See ``verl.rollout.base.RolloutEngine``.
+
+    module: a transformers causal LM; its training mode and attention implementation are put back after each use.
+    tokenizer: for stop strings.
+    eos_token_ids: the tokens that end a response unless its request ignores them.
+    max_model_len: tokens of prompt and response together; max_num_seqs: responses decoded at a time. The cache holds
+        at most their product in tokens, grows as needed and is freed whenever nothing is under way.
+    max_prefill_tokens: prompt tokens that one step adds at most (one prompt at least).
+    root: the FSDP module whose part ``module`` is, if it is one. See ``whole_weights``.
+    version: of the weights now in the module.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        eos_token_ids: Sequence[int],
+        max_model_len: int,
+        max_num_seqs: int = 256,
+        max_prefill_tokens: int = 8192,
+        root: torch.nn.Module | None = None,
+        version: int = 0,
+    ):
+        config = module.config.get_text_config(decoder=True)
+        _check_architecture(module, config)
+        self.capabilities = Capabilities(holds_weights=False, stop_strings=tokenizer is not None)
+        self._module, self._tokenizer = module, tokenizer
+        self._eos = frozenset(eos_token_ids)
+        self._max_model_len, self._vocab_size = max_model_len, config.vocab_size
+        self._forward = UnshardedForward(module, module if root is None else root)
+        self._decoder = Decoder(self._forward, config, max_num_seqs, max_model_len, max_prefill_tokens)
+        self._waiting: deque[Row] = deque()
+        self._in_flight: dict[str, Row] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._paused = self._closed = False
+        self.version = version
+
+    async def generate(self, requests: Sequence[Request]) -> list[Result]:
+        self._check_open("generate")
+        rows = [self._row(request) for request in requests]
+        ids = [request.id for request in requests]
+        for index, request_id in enumerate(ids):
+            if request_id in self._in_flight or request_id in ids[:index]:
+                raise IllegalState(f"generate: a request with id {request_id!r} is already in flight")
+        self._in_flight.update(zip(ids, rows, strict=True))
+        self._waiting.extend(rows)
+        self._start()
+        try:
+            return await asyncio.gather(*(row.future for row in rows))
+        finally:
+            self._drop([row for row in rows if self._in_flight.get(row.request.id) is row])
+
+    async def abort(self, ids: Sequence[str] | None = None) -> None:
+        chosen = list(self._in_flight) if ids is None else ids
+        rows = [self._in_flight[request_id] for request_id in chosen if request_id in self._in_flight]
+        self._drop(rows)
+        for row in rows:
+            row.future.set_result(row.result("abort"))
+
+    async def pause(self) -> None:
+        self._check_open("pause")
+        if self._paused:
+            raise IllegalState("pause: the engine is already paused")
+        self._paused = True
+        await self._stopped()
+
+    async def resume(self) -> None:
+        self._check_open("resume")
+        if not self._paused:
+            raise IllegalState("resume: the engine is not paused")
+        self._paused = False
+        self._start()
+
+    async def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Takes the version; the stream is not read, as the module holds the trainer's weights already."""
+        self._check_open("update_weights")
+        if self._in_flight and not self._paused:
+            raise IllegalState(
+                f"update_weights: {len(self._in_flight)} requests are being generated; pause or abort them first"
+            )
+        self._waiting.extendleft(reversed(self._decoder.clear()))
+        self.version = version
+
+    async def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        raise Unsupported(
+            "the embedded engine cannot sleep: its weights are the trainer's, its cache is freed when idle"
+        )
+
+    async def wake(self, tags: Sequence[MemoryTag]) -> None:
+        raise Unsupported("the embedded engine cannot wake, as it never sleeps")
+
+    async def health(self) -> None:
+        self._check_open("health")
+
+    async def close(self) -> None:
+        self._closed = True
+        await self.abort()
+        await self._stopped()
+        self._decoder.clear()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Under FSDP, generate only within this: gathers the weights on entry, which every rank has to do together,
+        and frees them on leaving. Between the two no rank waits for another. Without FSDP it does nothing."""
+        with self._forward.unsharded():
+            yield
+            if self._task is not None and not self._task.done():
+                raise IllegalState("whole_weights: left while requests are being generated; pause or abort them first")
+
+    def _row(self, request: Request) -> Row:
+        check_request(request, self.capabilities, self._max_model_len, self._vocab_size)
+        sampling = request.sampling
+        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
+        watch = StopWatch(self._tokenizer, sampling.stop) if sampling.stop else None
+        return Row(request, asyncio.get_running_loop().create_future(), stop_ids, watch)
+
+    def _start(self) -> None:
+        if not self._paused and self._in_flight and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        device = self._module.device
+        try:
+            with self._evaluating():
+                while self._in_flight and not self._paused:
+                    for row, reason in self._decoder.step(self._waiting, self.version, device):
+                        del self._in_flight[row.request.id]
+                        row.future.set_result(row.result(reason))
+                    await asyncio.sleep(0)
+        except Exception as error:  # goes to every caller; the engine is left empty and fit for use
+            rows = list(self._in_flight.values())
+            self._drop(rows)
+            for row in rows:
+                row.future.set_exception(error)
+        if not self._in_flight:
+            self._decoder.clear()
+
+    async def _stopped(self) -> None:
+        """Wait until no forward will run (the task, told to stop, finishes)."""
+        if self._task is not None and not self._task.done():
+            await asyncio.wait([self._task])
+
+    def _drop(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            del self._in_flight[row.request.id]
+        leaving = set(rows)
+        self._decoder.remove(leaving)
+        if any(row in leaving for row in self._waiting):
+            self._waiting = deque(row for row in self._waiting if row not in leaving)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = [part for part in self._module.modules() if part.training]
+        self._module.eval()
+        try:
+            yield
+        finally:
+            for part in training:
+                part.training = True
+
+    def _check_open(self, order: str) -> None:
+        if self._closed:
+            raise IllegalState(f"{order}: the engine is closed")
+
+
+def _check_architecture(module: PreTrainedModel, config) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or not module._supports_attention_backend:
+        reason = f"has layers of kind {', '.join(sorted(kinds))}" if kinds else "brings an attention of its own"
+        raise UserError(
+            f"the embedded engine (rollout.name=hf) cannot decode {type(module).__name__}: it {reason}; "
+            "use rollout.name=sglang or vllm for this model"
+        )

@@ -1,0 +1,56 @@
+"""Files that are whole at any moment, whatever happens to the process or the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class AppendFile:
+    """A file that grows by whole records.
+
+    A record that could not be written (no space, say) leaves nothing of itself behind, and is written together with the
+    next one. What ``append`` has returned from survives the death of the process.
+    """
+
+    def __init__(self, path: Path):
+        self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+        self._waiting = b""
+
+    def append(self, record: bytes) -> None:
+        self._waiting += record
+        rest = memoryview(self._waiting)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._size)
+            raise
+        self._size += len(self._waiting)
+        self._waiting = b""
+
+    def close(self) -> None:
+        try:
+            if self._waiting:
+                self.append(b"")
+        finally:
+            self._file.close()
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to; it gets its name when the block ends well, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

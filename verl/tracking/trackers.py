@@ -1,0 +1,104 @@
+"""The loggers of a run (``trainer.logger``), told together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from verl.errors import UserError
+from verl.tracking.backends import Backend, JsonlBackend, TensorBoardBackend
+from verl.tracking.dumps import DumpFormat, dump_rows
+from verl.tracking.progress import Progress
+from verl.tracking.run import RunInfo
+
+BACKENDS: dict[str, Callable[[RunInfo], Backend]] = {
+    "file": JsonlBackend,
+    "tensorboard": TensorBoardBackend,
+}
+LOGGERS = ("console", *BACKENDS)
+
+
+class Trackers:
+    """What a step reports goes to every backend and the console. A failure there never stops the run: it is reported
+    once, and tried again the next time."""
+
+    def __init__(self, backends: dict[str, Backend], progress: Progress):
+        self.progress = progress
+        self._backends = backends
+        self._reported: set[str] = set()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """``metrics``: name -> a number (Python's, numpy's or a tensor of one element)."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        for name, backend in self._backends.items():
+            self._try(f"logger {name!r}", partial(backend.log, numbers, step))
+        self.progress.step(step, numbers)
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """A few generations (``verl.tracking.dumps.generation_rows``) to read."""
+        for name, backend in self._backends.items():
+            self._try(f"logger {name!r}", partial(backend.log_samples, rows, step))
+        self.progress.samples(rows, step)
+
+    def dump(
+        self, folder: Path, step: int, rows: pa.Table | Sequence[Mapping[str, Any]], file_format: DumpFormat = "jsonl"
+    ) -> None:
+        """See ``verl.tracking.dumps.dump_rows``."""
+        self._try(f"the dump to {folder}", partial(dump_rows, folder, step, rows, file_format))
+
+    def close(self) -> None:
+        for name, backend in self._backends.items():
+            self._try(f"closing logger {name!r}", backend.close)
+        self._backends = {}
+
+    def __enter__(self) -> Trackers:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            self.close()
+        finally:
+            self.progress.__exit__(*exception)
+
+    def _try(self, what: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # a logger's library may raise anything, and none of it is worth the run
+            if what not in self._reported:
+                self._reported.add(what)
+                self.progress.warn(f"{what} failed ({error or type(error).__name__}); the run goes on")
+
+
+def build_trackers(names: Sequence[str], run: RunInfo) -> Trackers:
+    """Start these loggers. Without "console" among them only notes and warnings are printed.
+
+    Raises UserError naming each logger that is unknown, or the one that cannot start.
+    """
+    unknown = [name for name in names if name not in LOGGERS]
+    if unknown:
+        raise UserError("; ".join(_unknown(name) for name in unknown) + f". Known loggers: {', '.join(LOGGERS)}")
+    progress = Progress(run, show="console" in names)
+    trackers = Trackers({}, progress)
+    for name in dict.fromkeys(names):
+        if name == "console":
+            continue
+        try:
+            trackers._backends[name] = BACKENDS[name](run)
+        except Exception as error:  # as above: whatever it is, the user reads which logger and why
+            trackers.close()
+            raise UserError(
+                f"trainer.logger: {name!r} cannot start ({error or type(error).__name__}). "
+                f"Mend that, or leave it out of trainer.logger={list(names)}"
+            ) from error
+    return trackers
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, LOGGERS, 1)
+    return f"trainer.logger: {name!r} is no logger" + (f" (did you mean {near[0]!r}?)" if near else "")

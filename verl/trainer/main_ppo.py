@@ -1,0 +1,40 @@
+"""``python3 -m verl.trainer.main_ppo key=value ...``: train a model with PPO. ``--help`` says more.
+
+Light on purpose: torch is imported only once the checks have passed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from verl.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 when all went well, 2 when the settings are wrong, 1 for other errors that the user can mend."""
+    from verl.checks.dry_run import print_plan
+    from verl.checks.preflight import check
+    from verl.config.load import load
+    from verl.config.problems import report
+
+    try:
+        loaded = load(sys.argv[1:] if argv is None else argv)
+        if loaded.config is None:
+            print(report(loaded.problems), file=sys.stderr)
+            return 2
+        if loaded.config.trainer.dry_run:
+            return print_plan(loaded)
+        plan, findings = check(loaded, dry_run=False)
+        if findings.problems:
+            print(report(findings.problems), file=sys.stderr)
+            return 2
+        from verl.trainer.ppo.run import run
+
+        return run(loaded, plan, findings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""What a step reports, as pure functions of its table: name -> float, named as users of such systems know them.
+
+Token statistics count only tokens that the policy wrote (``response_mask`` 1). A column that the run does not have
+(``values`` without a critic) adds no metric.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+
+from verl.data.schema import ragged
+
+Metrics = dict[str, float]
+
+GIB = 1024**3
+# What each timed stage works on: the response's tokens, or prompt and response.
+STAGES_PER_RESPONSE_TOKEN = ("gen",)
+STAGES_PER_TOKEN = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
+
+
+def data_metrics(table: pa.Table, *, max_prompt_length: int) -> Metrics:
+    """critic/{score,rewards,advantages,returns,values}/*, critic/vf_explained_var, actor/entropy, *_length/*."""
+    written = ragged(table, "response_mask").values > 0
+    metrics: Metrics = {}
+    if "score" in table.column_names:
+        metrics |= _spread("critic/score", table["score"].to_numpy())
+    if "token_rewards" in table.column_names:
+        metrics |= _spread("critic/rewards", ragged(table, "token_rewards").row_sums())
+    for name in ("advantages", "returns", "values"):
+        if name in table.column_names:
+            metrics |= _spread(f"critic/{name}", ragged(table, name).values[written])
+    if {"values", "returns"} <= set(table.column_names):
+        values, returns = (ragged(table, name).values[written].astype(np.float64) for name in ("values", "returns"))
+        if np.isfinite(explained := explained_variance(values, returns)):
+            metrics["critic/vf_explained_var"] = explained
+    if "entropy" in table.column_names and written.any():
+        metrics["actor/entropy"] = float(ragged(table, "entropy").values[written].mean(dtype=np.float64))
+    return metrics | length_metrics(table, max_prompt_length=max_prompt_length)
+
+
+def length_metrics(table: pa.Table, *, max_prompt_length: int) -> Metrics:
+    """{prompt,response}_length/{mean,max,min,clip_ratio}, in tokens; response/aborted_ratio.
+
+    A response is clipped when it ended for want of room (finish_reason "length"), a prompt when it is as long as the
+    limit allows.
+    """
+    prompts = ragged(table, "prompt_ids").lengths
+    finish = np.array(table["finish_reason"].to_pylist(), dtype=object)
+    metrics = _spread("prompt_length", prompts) | _spread("response_length", ragged(table, "response_ids").lengths)
+    if len(table):
+        metrics["prompt_length/clip_ratio"] = float(np.mean(prompts >= max_prompt_length))
+        metrics["response_length/clip_ratio"] = float(np.mean(finish == "length"))
+        metrics["response/aborted_ratio"] = float(np.mean(finish == "abort"))
+    return metrics
+
+
+def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
+    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 no better than a constant. Where the
+    returns are all one number there is nothing to explain: nan."""
+    if len(returns) < 2 or returns.min() == returns.max():
+        return float("nan")
+    return float(1.0 - np.var(returns - values) / np.var(returns))
+
+
+def rollout_mismatch_metrics(table: pa.Table) -> Metrics:
+    """How far the engine's log-probs are from the trainer's, over the same tokens and weights.
+
+    training/rollout_probs_diff_{max,mean,std}: of |p_rollout - p_trainer|;
+    training/rollout_log_probs_diff_{max,mean}: of |log p_rollout - log p_trainer|, in nats.
+    """
+    written = ragged(table, "response_mask").values > 0
+    if not written.any():
+        return {}
+    rollout, trainer = (
+        ragged(table, name).values[written].astype(np.float64) for name in ("rollout_log_probs", "old_log_probs")
+    )
+    probs = np.abs(np.exp(rollout) - np.exp(trainer))
+    logs = np.abs(rollout - trainer)
+    return {
+        "training/rollout_probs_diff_max": float(probs.max()),
+        "training/rollout_probs_diff_mean": float(probs.mean()),
+        "training/rollout_probs_diff_std": float(probs.std()),
+        "training/rollout_log_probs_diff_max": float(logs.max()),
+        "training/rollout_log_probs_diff_mean": float(logs.mean()),
+    }
+
+
+def sequence_lengths(table: pa.Table) -> np.ndarray:
+    """int64, shape (B,): prompt and response tokens of each row."""
+    return ragged(table, "prompt_ids").lengths + ragged(table, "response_ids").lengths
+
+
+def seqlen_metrics(lengths: np.ndarray, shares: list[np.ndarray]) -> Metrics:
+    """global_seqlen/*, in tokens a rank. lengths: sequence_lengths; shares: each rank's row positions.
+
+    min, max, minmax_diff: had the rows been dealt in their order; balanced_min, balanced_max: as they were.
+    """
+    in_order = [part.sum() for part in np.array_split(lengths, len(shares))]
+    balanced = [lengths[share].sum() for share in shares]
+    return {
+        "global_seqlen/min": float(min(in_order)),
+        "global_seqlen/max": float(max(in_order)),
+        "global_seqlen/minmax_diff": float(max(in_order) - min(in_order)),
+        "global_seqlen/balanced_min": float(min(balanced)),
+        "global_seqlen/balanced_max": float(max(balanced)),
+        "global_seqlen/mean": float(lengths.sum() / len(shares)),
+    }
+
+
+def timing_metrics(seconds: dict[str, float], table: pa.Table, *, num_devices: int) -> Metrics:
+    """timing_s/*, timing_per_token_ms/* and perf/{total_num_tokens,time_per_step,throughput}.
+
+    seconds: wall time of each stage ("gen", "reward", "old_log_prob", "ref", "values", "adv", "update_critic",
+    "update_actor", ...) and of the whole "step". Throughput: prompt and response tokens a second a device.
+    """
+    response_tokens = int(ragged(table, "response_ids").lengths.sum())
+    total_tokens = int(sequence_lengths(table).sum())
+    metrics: Metrics = {f"timing_s/{stage}": value for stage, value in seconds.items()}
+    for stages, tokens in ((STAGES_PER_RESPONSE_TOKEN, response_tokens), (STAGES_PER_TOKEN, total_tokens)):
+        for stage in stages:
+            if stage in seconds and tokens:
+                metrics[f"timing_per_token_ms/{stage}"] = 1000.0 * seconds[stage] / tokens
+    metrics["perf/total_num_tokens"] = float(total_tokens)
+    if "step" in seconds:
+        metrics["perf/time_per_step"] = seconds["step"]
+        metrics["perf/throughput"] = total_tokens / (seconds["step"] * num_devices)
+    return metrics
+
+
+def memory_metrics(device: torch.device | None = None) -> Metrics:
+    """perf/cpu_memory_used_gb (this machine), perf/cpu_memory_process_gb (this process, resident) and, of a CUDA
+    device, perf/max_memory_{allocated,reserved}_gb; in GiB. Maxima are since torch.cuda.reset_peak_memory_stats."""
+    metrics = {
+        "perf/cpu_memory_used_gb": psutil.virtual_memory().used / GIB,
+        "perf/cpu_memory_process_gb": psutil.Process().memory_info().rss / GIB,
+    }
+    if device is not None and device.type == "cuda":
+        metrics["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated(device) / GIB
+        metrics["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved(device) / GIB
+    return metrics
+
+
+def _spread(name: str, values: np.ndarray) -> Metrics:
+    if not len(values):
+        return {}
+    return {
+        f"{name}/mean": float(np.mean(values, dtype=np.float64)),
+        f"{name}/max": float(np.max(values)),
+        f"{name}/min": float(np.min(values)),
+    }

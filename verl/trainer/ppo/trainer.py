@@ -1,0 +1,330 @@
+"""The PPO loop. A stage is a method that takes the step's table of samples and returns it with columns added."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from verl.agent.single_turn import episodes_of, roll_out
+from verl.checks.plan import RunPlan, UpdatePlan
+from verl.cluster.base import WorkerGroup
+from verl.config.models import ActorConfig, Config, CriticConfig, RolloutConfig
+from verl.data.loader import PromptLoader
+from verl.data.schema import ragged, with_columns
+from verl.reward.manager import RewardManager
+from verl.rollout.base import Result, RolloutEngine, SamplingParams
+from verl.tracking import StageTimer, Trackers
+from verl.tracking.dumps import generation_rows
+from verl.tracking.progress import Stage
+from verl.trainer.checkpoints import Checkpoint, Checkpoints, NoSpace
+from verl.trainer.ppo import metrics as measure
+from verl.trainer.ppo.advantages import AdvantageInputs, resolve
+from verl.trainer.ppo.batches import mini_batches
+from verl.trainer.ppo.kl import apply_kl_penalty, kl_control, place_scores
+from verl.trainer.ppo.losses import aggregation_weights
+from verl.trainer.ppo.validation_metrics import validation_metrics
+
+Metrics = dict[str, float]
+VALIDATION = -1  # stands for the step in the seeds of validation responses: the same ones each time
+
+
+@dataclass
+class Parts:
+    """What a run is put together from; ``verl.trainer.ppo.run`` does it."""
+
+    workers: WorkerGroup
+    rollout: RolloutEngine
+    rewards: RewardManager
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: pa.Table
+    val_prompts: pa.Table | None
+    checkpoints: Checkpoints
+    trackers: Trackers
+
+
+class PPOTrainer:
+    """``fit`` trains from ``step`` (0, or a checkpoint's after ``restore``) to the plan's last step.
+
+    stop: asked after each step whether to end the run there; what is due at the end is then done.
+    """
+
+    def __init__(self, config: Config, plan: RunPlan, parts: Parts, stop: Callable[[], bool] = lambda: False):
+        self.config, self.plan, self.parts, self.stop = config, plan, parts, stop
+        self.step = 0
+        self.loader = PromptLoader(
+            parts.train_prompts.num_rows, plan.prompts, shuffle=config.data.shuffle, seed=config.data.seed
+        )
+        self.estimator = resolve(config.algorithm.adv_estimator)
+        self.kl_control = kl_control(config.algorithm.kl_ctrl)
+        self.metrics: Metrics = {}  # of the step under way
+        self.timer = StageTimer()
+        self.unsaved: NoSpace | None = None  # why the save that was due last did not work
+
+    # ---- the loop
+
+    def fit(self) -> None:
+        if self.step == 0 and self.plan.validates(0):
+            self.validate()
+            self.parts.trackers.log(self.metrics, 0)
+        while self.step < self.plan.last_step and not self.stop():
+            self.step += 1
+            self.metrics, self.timer = {}, StageTimer()
+            with self.timer("step"):
+                epoch, rows = next(self.loader)
+                table = self.train_step(self.parts.train_prompts.take(rows))
+                if self.plan.validates(self.step):
+                    self.validate()
+                if self.save_is_due():
+                    self.save()
+            self.report(table, epoch)
+        if self.unsaved:
+            raise self.unsaved
+
+    def train_step(self, prompts: pa.Table) -> pa.Table:
+        table = self.roll_out(prompts)
+        table = self.old_log_probs(table)
+        table = self.ref_log_probs(table)
+        table = self.values(table)
+        table = self.advantages(table)
+        self.update_critic(table)
+        self.update_actor(table)
+        self.update_rollout_weights()
+        return table
+
+    # ---- stages
+
+    def roll_out(self, prompts: pa.Table) -> pa.Table:
+        """Responses and their scores; a response is scored while others are still being generated."""
+        rollout = self.config.actor_rollout_ref.rollout
+        episodes = episodes_of(prompts, n=rollout.n, seed=self.config.trainer.seed, step=self.step)
+        return self._generate_and_score(episodes, training_sampling(rollout, self.config.data.max_response_length))
+
+    def _generate_and_score(self, episodes: pa.Table, sampling: SamplingParams) -> pa.Table:
+        references = episodes.select(["data_source", "ground_truth", "extra_info"]).to_pylist()
+        scores = [None] * episodes.num_rows
+        with self.stage("gen", total=episodes.num_rows) as progress, self.loaded("actor"):
+
+            def finished(index: int, result: Result) -> None:
+                scores[index] = self.parts.rewards.submit(references[index], result.response_ids)
+                progress.advance(tokens=len(result.response_ids))
+
+            table = asyncio.run(roll_out(self.parts.rollout, episodes, sampling, finished))
+        with self.stage("reward"):
+            table, metrics = self.parts.rewards.collect(table, scores)
+        self.metrics |= metrics
+        return table
+
+    def old_log_probs(self, table: pa.Table) -> pa.Table:
+        with self.stage("old_log_prob"), self.loaded("actor"):
+            return self.parts.workers.map("old_log_probs", table).result()
+
+    def ref_log_probs(self, table: pa.Table) -> pa.Table:
+        if "reference" not in self.plan.roles:
+            return table
+        with self.stage("ref"), self.loaded("reference"):
+            return self.parts.workers.map("ref_log_probs", table).result()
+
+    def values(self, table: pa.Table) -> pa.Table:
+        if "critic" not in self.plan.roles:
+            return table
+        with self.stage("values"), self.loaded("critic"):
+            return self.parts.workers.map("values", table).result()
+
+    def advantages(self, table: pa.Table) -> pa.Table:
+        """Token rewards (the score, less the KL penalty where it is on), advantages and returns."""
+        algorithm, mask = self.config.algorithm, ragged(table, "response_mask")
+        scores = table["score"].to_numpy()
+        with self.stage("adv"):
+            if algorithm.use_kl_in_reward:
+                coef = self.kl_control.coef
+                log_probs = ragged(table, "old_log_probs"), ragged(table, "ref_log_probs")
+                rewards, kl = apply_kl_penalty(scores, *log_probs, mask, coef, algorithm.kl_penalty)
+                self.metrics |= {"actor/reward_kl_penalty": kl, "actor/reward_kl_penalty_coeff": coef}
+                self.kl_control.update(kl, table.num_rows)
+            else:
+                rewards = place_scores(scores, mask)
+            inputs = AdvantageInputs(
+                token_rewards=rewards,
+                response_mask=mask,
+                values=ragged(table, "values") if "values" in table.column_names else None,
+                group=table["group"].to_numpy(),
+                settings=algorithm,
+            )
+            advantages, returns = self.estimator(inputs)
+            return with_columns(table, token_rewards=rewards, advantages=advantages, returns=returns)
+
+    def update_critic(self, table: pa.Table) -> None:
+        if self.plan.critic:
+            self._update("critic", self.plan.critic, self.config.critic, table)
+
+    def update_actor(self, table: pa.Table) -> None:
+        if self.plan.trains_actor(self.step):
+            self._update("actor", self.plan.actor, self.config.actor_rollout_ref.actor, table)
+
+    def _update(self, role: str, plan: UpdatePlan, settings: ActorConfig | CriticConfig, table: pa.Table) -> None:
+        """All of a step's optimizer steps of one model. Metrics are means over them; skipped ones are counted."""
+        batches = mini_batches(
+            table["group"].to_numpy(),
+            plan.mini_batch_size,
+            epochs=plan.epochs,
+            shuffle=settings.shuffle,
+            seed=self.config.data.seed,
+            step=self.step,
+        )
+        found: dict[str, list[float]] = defaultdict(list)
+        with self.stage(f"update_{role}", total=len(batches)) as progress, self.loaded(role, optimizer=True):
+            for rows in batches:
+                mini = table.take(pa.array(rows))
+                mask = ragged(mini, "response_mask")
+                weights = aggregation_weights(mask, settings.loss_agg_mode, self.plan.max_response_length)
+                mini = with_columns(mini, loss_weights=weights)
+                tokens = max(int(mask.values.sum()), 1)
+                metrics = self.parts.workers.reduce(f"update_{role}", mini, num_tokens=tokens).result()
+                for name, value in metrics.items():
+                    found[name].append(value)
+                progress.advance()
+            self.parts.workers.call("step_schedule", role).result()
+        skipped = found.pop(f"{role}/skipped_steps")
+        self.metrics |= {name: float(np.mean(values)) for name, values in found.items()}
+        self.metrics[f"{role}/skipped_steps"] = sum(skipped)
+
+    def update_rollout_weights(self) -> None:
+        with self.stage("update_weights"):
+            self._update_rollout_weights()
+
+    def _update_rollout_weights(self) -> None:
+        rollout, workers = self.parts.rollout, self.parts.workers
+        stream = workers.call("weights").result()[0] if rollout.capabilities.holds_weights else ()
+        asyncio.run(rollout.update_weights(stream, version=self.step))
+
+    # ---- around the step
+
+    def validate(self) -> None:
+        """Answers to the validation prompts: scored, dumped, and summed up as ``val-core/...`` and ``val-aux/...``."""
+        config, rollout = self.config.trainer, self.config.actor_rollout_ref.rollout
+        if self.parts.val_prompts is None:
+            return
+        training_metrics, self.metrics = self.metrics, {}
+        with self._timed_as("testing"):
+            episodes = episodes_of(
+                self.parts.val_prompts, n=rollout.val_kwargs.n, seed=config.seed, step=VALIDATION
+            )
+            sampling = validation_sampling(rollout, self.plan.max_response_length)
+            table = self._generate_and_score(episodes, sampling)
+        found = validation_metrics(table, seed=config.seed)
+        errors = {name.replace("reward/", "val-aux/reward_"): value for name, value in self.metrics.items()}
+        self.metrics = training_metrics | found | errors
+        self._dump(self.validation_folder, table)
+
+    @property
+    def validation_folder(self) -> Path:
+        trainer = self.config.trainer
+        return Path(trainer.validation_data_dir or f"{trainer.default_local_dir}/validation").expanduser()
+
+    def save_is_due(self) -> bool:
+        """Also after a save that did not fit, and, where the run saves at all, when it is asked to stop."""
+        asked_to_stop = self.config.trainer.save_freq > 0 and self.stop()
+        return self.plan.saves(self.step) or self.unsaved is not None or asked_to_stop
+
+    def save(self) -> None:
+        """A disk that is full costs the run nothing: the save is tried again after each step until it works."""
+        state = {"step": self.step, "loader": self.loader.state_dict(), "kl_control": self.kl_control.state_dict()}
+        with self.stage("save_checkpoint"):
+            try:
+                self.parts.checkpoints.save(self.step, self._write_models, state)
+                self.unsaved = None
+            except NoSpace as error:
+                self.unsaved = error
+                self.parts.trackers.progress.warn(f"{error}. Training goes on; saving is tried again after each step.")
+
+    def _write_models(self, folder: Path) -> None:
+        self.parts.workers.call("save", folder).result()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state()
+        self.step = state["step"]
+        self.loader.load_state_dict(state["loader"])
+        self.kl_control.load_state_dict(state["kl_control"])
+        self.parts.workers.call("restore", checkpoint.folder).result()
+        self._update_rollout_weights()
+
+    def report(self, table: pa.Table, epoch: int) -> None:
+        lengths = measure.sequence_lengths(table)
+        self.metrics |= {
+            "training/global_step": self.step,
+            "training/epoch": epoch,
+            **measure.data_metrics(table, max_prompt_length=self.plan.max_prompt_length),
+            **measure.rollout_mismatch_metrics(table),
+            **measure.seqlen_metrics(lengths, [np.arange(len(lengths))]),
+            **measure.timing_metrics(self.timer.seconds, table, num_devices=self.plan.world_size),
+            **self.parts.workers.call("memory_metrics").result()[0],
+        }
+        self.parts.trackers.log(self.metrics, self.step)
+        if folder := self.config.trainer.rollout_data_dir:
+            self._dump(Path(folder).expanduser(), table)
+
+    # ---- helpers
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        with self.timer(name), self.parts.trackers.progress.stage(name, total) as stage:
+            yield stage
+
+    @contextmanager
+    def _timed_as(self, name: str) -> Iterator[None]:
+        """The stages inside count as this one."""
+        outer, self.timer = self.timer, StageTimer()
+        try:
+            with outer(name):
+                yield
+        finally:
+            self.timer = outer
+
+    @contextmanager
+    def loaded(self, role: str, optimizer: bool = False) -> Iterator[None]:
+        """The role's model on the device, for a stage."""
+        self.parts.workers.call("load", role, optimizer).result()
+        try:
+            yield
+        finally:
+            self.parts.workers.call("unload", role).result()
+
+    def _dump(self, folder: Path, table: pa.Table) -> None:
+        def decode(rows: list[list[int]]) -> list[str]:
+            return self.parts.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+        self.parts.trackers.dump(folder, self.step, generation_rows(table, decode, self.step))
+
+
+def training_sampling(rollout: RolloutConfig, max_new_tokens: int) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=rollout.min_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+        ignore_eos=rollout.ignore_eos,
+    )
+
+
+def validation_sampling(rollout: RolloutConfig, max_new_tokens: int) -> SamplingParams:
+    chosen = rollout.val_kwargs
+    return SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=chosen.temperature if chosen.do_sample else 0.0,
+        top_p=chosen.top_p,
+        top_k=chosen.top_k,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+    )

@@ -1,0 +1,153 @@
+"""One rank of a PPO job: the models it trains and what the trainer asks of them. One process holds them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from verl.checks.plan import RunPlan, Split
+from verl.config.models import Config, FSDPConfig
+from verl.data.schema import with_columns
+from verl.data.tokenizer import load_tokenizer
+from verl.engine import Batching, TrainEngine
+from verl.trainer.ppo.losses import ppo_policy_loss, value_loss
+from verl.trainer.ppo.metrics import memory_metrics
+
+
+class PPOWorker:
+    """Roles: "actor", "critic" and "reference", those that the plan builds.
+
+    A role whose switches say so lives in host memory between stages: ``load`` brings it to the device for a stage,
+    ``unload`` takes it away again.
+    """
+
+    def __init__(self, config: Config, plan: RunPlan):
+        self.config, self.plan = config, plan
+        self.temperature = config.actor_rollout_ref.rollout.temperature
+        self.fsdp_configs: dict[str, FSDPConfig] = {
+            "actor": config.actor_rollout_ref.actor.fsdp_config,
+            "critic": config.critic.model.fsdp_config,
+            "reference": config.actor_rollout_ref.ref.fsdp_config,
+        }
+        self.engines: dict[str, TrainEngine] = {}
+        for role in plan.roles:
+            self.engines[role] = self._build(role)
+            self.unload(role)
+
+    def _build(self, role: str) -> TrainEngine:
+        settings = {"actor": self.config.actor_rollout_ref.actor, "critic": self.config.critic}.get(role)
+        return TrainEngine(
+            self.config.critic.model if role == "critic" else self.config.actor_rollout_ref.model,
+            "value" if role == "critic" else "policy",
+            self.fsdp_configs[role],
+            optim_config=settings.optim if settings else None,
+            grad_clip=settings.grad_clip if settings else None,
+            total_steps=self.plan.total_steps or 1,
+            device=self.plan.device,
+            seed=self.config.trainer.seed,
+        )
+
+    # ---- memory
+
+    def load(self, role: str, optimizer: bool = False) -> None:
+        self.engines[role].onload(params=True, optimizer=optimizer)
+
+    def unload(self, role: str) -> None:
+        switches = self.fsdp_configs[role]
+        self.engines[role].offload(params=switches.param_offload, optimizer=switches.optimizer_offload)
+
+    def memory_metrics(self) -> dict[str, float]:
+        return memory_metrics(torch.device(self.plan.device))
+
+    # ---- stages: each takes rows and answers with the same rows, columns added
+
+    def old_log_probs(self, rows: pa.Table) -> pa.Table:
+        batching = as_batching(self.plan.forwards["old_log_probs"])
+        found = self.engines["actor"].log_probs(rows, temperature=self.temperature, batching=batching)
+        return with_columns(rows, old_log_probs=found["log_probs"], entropy=found["entropy"])
+
+    def ref_log_probs(self, rows: pa.Table) -> pa.Table:
+        batching = as_batching(self.plan.forwards["ref_log_probs"])
+        found = self.engines["reference"].log_probs(
+            rows, temperature=self.temperature, batching=batching, entropy=False
+        )
+        return with_columns(rows, ref_log_probs=found["log_probs"])
+
+    def values(self, rows: pa.Table) -> pa.Table:
+        batching = as_batching(self.plan.forwards["values"])
+        return with_columns(rows, values=self.engines["critic"].values(rows, batching=batching))
+
+    # ---- updates: one optimizer step on these rows, which carry their ``loss_weights``
+
+    def update_actor(self, rows: pa.Table, num_tokens: int) -> dict[str, float]:
+        actor = self.config.actor_rollout_ref.actor
+        loss = partial(
+            ppo_policy_loss,
+            clip_low=actor.clip_ratio_low,
+            clip_high=actor.clip_ratio_high,
+            clip_c=actor.clip_ratio_c,
+            entropy_coeff=actor.entropy_coeff,
+            kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+            kl_loss_type=actor.kl_loss_type,
+            num_tokens=num_tokens,
+        )
+        found = self.engines["actor"].update(
+            rows,
+            loss,
+            batching=as_batching(self.plan.actor.split),
+            temperature=self.temperature,
+            entropy=actor.entropy_coeff != 0,
+        )
+        return of_role("actor", found)
+
+    def update_critic(self, rows: pa.Table, num_tokens: int) -> dict[str, float]:
+        assert self.plan.critic is not None
+        loss = partial(value_loss, cliprange_value=self.config.critic.cliprange_value, num_tokens=num_tokens)
+        found = self.engines["critic"].update(rows, loss, batching=as_batching(self.plan.critic.split))
+        return of_role("critic", found)
+
+    def step_schedule(self, role: str) -> None:
+        self.engines[role].step_schedule()
+
+    # ---- weights and state
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.engines["actor"].weights()
+
+    def save(self, folder: Path) -> None:
+        """Each trained role in ``folder/{role}``, with ``huggingface/`` in it where save_contents asks for hf_model."""
+        contents = {"actor": self.config.actor_rollout_ref.actor.checkpoint, "critic": self.config.critic.checkpoint}
+        for role, checkpoint in contents.items():
+            if role in self.engines:
+                self.engines[role].save(folder / role)
+                if "hf_model" in checkpoint.save_contents:
+                    self.engines[role].export_hf(folder / role / "huggingface", self._tokenizer())
+
+    def restore(self, folder: Path) -> None:
+        for role, engine in self.engines.items():
+            if engine.trainable:
+                self.load(role, optimizer=True)
+                engine.load(folder / role)
+                self.unload(role)
+
+    def _tokenizer(self):
+        model = self.config.actor_rollout_ref.model
+        return load_tokenizer(model.tokenizer_path, model.trust_remote_code)
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
+
+
+def as_batching(split: Split) -> Batching:
+    return Batching(micro_batch_size=split.micro_batch_size, max_tokens=split.max_tokens)
+
+
+def of_role(role: str, found: dict[str, float]) -> dict[str, float]:
+    """An engine's metrics under the names that a run reports."""
+    own = {"grad_norm": f"{role}/grad_norm", "lr": f"{role}/lr", "skipped": f"{role}/skipped_steps"}
+    return {own.get(name, name): value for name, value in found.items()}
