@@ -53,39 +53,41 @@ class Draw:
 Story = Callable[[Draw], tuple[tuple[int, ...], str, list[str], int]]
 
 
+SMALL = 20
+
+
 def get_more(d: Draw):
-    a, b = d.number(10, 99), d.number(10, 99)
+    a, b = d.number(10, 99), d.number(2, SMALL)
     question = f"{d.name} has {a} {d.items} and buys {b} more. How many {d.items} does {d.name} have now?"
     return (a, b), question, [f"{a} + {b} = {a + b}"], a + b
 
 
 def give_away(d: Draw):
-    a = d.number(20, 99)
-    b = d.number(10, a)
+    a = d.number(21, 99)
+    b = d.number(2, SMALL)
     question = f"{d.name} has {a} {d.items} and gives {b} to {d.other}. How many {d.items} are left?"
     return (a, b), question, [f"{a} - {b} = {a - b}"], a - b
 
 
-def two_have(d: Draw):
-    a, b = d.number(10, 99), d.number(2, 60)
-    question = f"{d.name} has {a} {d.items}. {d.other} has {b} more than {d.name}. How many do they have together?"
-    return (a, b), question, [f"{a} + {b} = {a + b}", f"{a} + {a + b} = {2 * a + b}"], 2 * a + b
+def two_gifts(d: Draw):
+    a, b, c = d.number(10, 99), d.number(2, SMALL), d.number(2, SMALL)
+    question = f"{d.name} has {a} {d.items}, gets {b} and then finds {c}. How many {d.items} does {d.name} have now?"
+    return (a, b, c), question, [f"{a} + {b} = {a + b}", f"{a + b} + {c} = {a + b + c}"], a + b + c
 
 
 def find_and_lose(d: Draw):
-    a, b = d.number(10, 99), d.number(10, 60)
-    c = d.number(10, min(a + b, 99))
+    a, b, c = d.number(21, 99), d.number(2, SMALL), d.number(2, SMALL)
     question = f"{d.name} has {a} {d.items}, finds {b} and then loses {c}. How many {d.items} does {d.name} have now?"
     return (a, b, c), question, [f"{a} + {b} = {a + b}", f"{a + b} - {c} = {a + b - c}"], a + b - c
 
 
 def boxes(d: Draw):
-    a, b, c = d.number(2, 9), d.number(2, 9), d.number(10, 60)
+    a, b, c = d.number(2, 9), d.number(2, 9), d.number(2, SMALL)
     question = f"{d.name} buys {a} boxes of {b} {d.items} and has {c} {d.items} at home. How many is that together?"
     return (a, b, c), question, [f"{a} * {b} = {a * b}", f"{a * b} + {c} = {a * b + c}"], a * b + c
 
 
-STORIES: tuple[Story, ...] = (get_more, give_away, two_have, find_and_lose, boxes)
+STORIES: tuple[Story, ...] = (get_more, give_away, two_gifts, find_and_lose, boxes)
 
 
 def draw_problem(random: np.random.Generator) -> Problem:

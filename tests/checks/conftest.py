@@ -19,11 +19,11 @@ from verl.config.load import Loaded, load
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
-def write_parquet(path: Path, rows: int) -> Path:
+def write_parquet(path: Path, rows: int, data_source: str = "openai/gsm8k") -> Path:
     """A data set of GSM8K's columns."""
     table = pa.table(
         {
-            "data_source": pa.array(["openai/gsm8k"] * rows, pa.string()),
+            "data_source": pa.array([data_source] * rows, pa.string()),
             "prompt": pa.array([[{"role": "user", "content": "1 + 1?"}]] * rows, MESSAGES),
             "ability": pa.array(["math"] * rows, pa.string()),
             "reward_model": pa.array(
@@ -46,6 +46,11 @@ def write_model(folder: Path, *, max_positions: int = 1024, parameters: int = 10
     if tokenizer:
         (folder / "tokenizer.json").write_text("{}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_parquet() -> Callable[..., Path]:
+    return write_parquet
 
 
 @pytest.fixture(scope="session")
@@ -98,8 +103,6 @@ def checked(load_run) -> Callable[..., tuple[RunPlan, Findings]]:
     """The same run's plan and findings, as a real run would get them."""
 
     def run(*overrides: str, dry_run: bool = False) -> tuple[RunPlan, Findings]:
-        loaded = load_run(*overrides)
-        assert loaded.config is not None, loaded.problems
-        return check(loaded, dry_run=dry_run)
+        return check(load_run(*overrides), dry_run=dry_run)
 
     return run

@@ -157,8 +157,3 @@ def test_token_budgets_take_the_place_of_micro_batch_sizes():
     )
     for split in (plan.actor.split, plan.forwards["old_log_probs"]):
         assert (split.micro_batch_size, split.max_tokens, split.micro_batches) == (None, 5000, None)
-
-
-def test_rows_known_after_filtering_replace_those_of_the_files():
-    plan = plan_of(train_rows=100, trainer__total_epochs=2).with_rows(40, None)
-    assert (plan.steps_per_epoch, plan.rows_left_out, plan.total_steps) == (5, 0, 10)

@@ -6,6 +6,9 @@ import re
 
 import pytest
 
+from verl.checks.preflight import check
+from verl.config.load import load
+
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -159,6 +162,35 @@ def test_a_disk_too_small_for_the_checkpoints_is_a_problem(checked, tmp_path, ma
     assert keys(findings) == ["trainer.default_local_dir"]
     assert "max_ckpt_to_keep" in findings.problems[0].fix
     assert checked(*where)[1].problems == []  # nothing is saved
+
+
+def test_settings_that_cannot_be_read_do_not_hide_other_problems(checked):
+    _, findings = checked(
+        f"{ROLLOUT}.temprature=0.7",  # no such key
+        f"{ROLLOUT}.n=many",  # not a number
+        "actor_rollout_ref.model.path=/no/model",
+        "data.train_batch_size=100",
+        "data.val_files=/no/test.parquet",
+    )
+    assert keys(findings) == [
+        f"{ROLLOUT}.temprature",
+        f"{ROLLOUT}.n",
+        "data.val_files",
+        f"{ACTOR}.ppo_mini_batch_size",
+        "actor_rollout_ref.model.path",
+    ]
+
+
+@pytest.mark.parametrize("fault", ["data.train_batch_sise=96", "data.train_batch_size=lots", "data.train_batch_size=0"])
+def test_a_problem_that_only_follows_from_another_is_not_reported(checked, fault):
+    _, findings = checked(fault, f"{ACTOR}.ppo_mini_batch_size=48")  # fits 96, not the default of 1024
+    assert keys(findings) == [fault.partition("=")[0]]
+
+
+def test_a_required_key_that_is_missing_is_reported_once_and_with_the_rest(gsm8k, tmp_path):
+    loaded = load([f"data.train_files={gsm8k}/train.parquet", "data.val_files=/no/test.parquet", "trainer.device=cpu"])
+    _, findings = check(loaded, dry_run=False)
+    assert sorted(keys(findings)) == ["actor_rollout_ref.model.path", f"{ROLLOUT}.name", "data.val_files"]
 
 
 def test_everything_wrong_is_reported_at_once(checked, tmp_path):

@@ -68,8 +68,7 @@ def test_an_empty_tokenizer_that_transformers_makes_up_is_refused(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_hub_model_that_cannot_be_reached_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_a_hub_model_that_cannot_be_reached_is_named():  # tests/conftest.py sets HF_HUB_OFFLINE
     with pytest.raises(UserError, match=r"nobody/no-such-model.*cache or on the hub"):
         load_tokenizer("nobody/no-such-model")
 

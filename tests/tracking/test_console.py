@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import select
-import struct
 import subprocess
 import sys
 import termios
@@ -79,7 +78,7 @@ def test_rows_line_up_whatever_the_numbers():
 def test_a_number_fits_its_column_and_stays_the_same_number(value, spec, width):
     text = number_text(value, spec, width)
     assert len(text) <= width
-    if abs(value) > 1e6 and abs(value) < float("inf"):
+    if 1e6 < abs(value) < 1e300:
         read = float(text.replace(",", "").rstrip("%")) / (100 if text.endswith("%") else 1)
         assert read == pytest.approx(value, rel=0.5)
 
@@ -215,7 +214,7 @@ with build_trackers(["console"], RunInfo("gsm8k", "demo", Path("unused"), total_
     for step in range(1, 5):
         with trackers.progress.stage("rollout", 8) as stage:
             for _ in range(8):
-                time.sleep(0.02)
+                time.sleep(0.1 if "slowly" in sys.argv else 0.01)
                 stage.advance(tokens=50)
         with trackers.progress.stage("update_actor"):
             time.sleep(0.1)
@@ -230,7 +229,7 @@ Path(sys.argv[1]).write_text("done")
 def in_terminal(columns, arguments, repository, **environment):
     """What a process writes to a terminal of that width."""
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, columns)) if hasattr(termios, "tcsetwinsize") else _set_size(theirs, columns)
+    termios.tcsetwinsize(theirs, (24, columns))
     clean = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *arguments],
@@ -254,14 +253,8 @@ def in_terminal(columns, arguments, repository, **environment):
     return process.wait(60), output.decode()
 
 
-def _set_size(terminal, columns):
-    import fcntl
-
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-
 def test_a_terminal_shows_bars_of_the_run_and_of_the_stage(tmp_path, repository):
-    code, shown = in_terminal(100, [str(tmp_path / "end")], repository)
+    code, shown = in_terminal(100, [str(tmp_path / "end"), "slowly"], repository)
     assert code == 0
     assert (tmp_path / "end").exists()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
@@ -293,22 +286,11 @@ def test_no_color_and_dumb_terminals_are_respected(tmp_path, repository):
     assert "\x1b" not in shown
 
 
-@pytest.mark.parametrize("reader", ["head -n 1", "cat > /dev/full"])
-def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path, repository, reader):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    command = f"{sys.executable} {script} {tmp_path / 'end'} | {reader}"
-    subprocess.run(command, shell=True, cwd=repository, timeout=60, capture_output=True, env=_with_path(repository))
-    assert (tmp_path / "end").exists()
-
-
-def test_output_to_a_full_disk_does_not_end_the_run(tmp_path, repository):
+@pytest.mark.parametrize("output", ["| head -n 1", "| cat > /dev/full", "> /dev/full"])
+def test_output_that_goes_nowhere_does_not_end_the_run(tmp_path, repository, output):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.replace('print("from another library")', "pass"))
-    command = f"{sys.executable} {script} {tmp_path / 'end'} > /dev/full"
-    subprocess.run(command, shell=True, cwd=repository, timeout=60, capture_output=True, env=_with_path(repository))
+    command = f"{sys.executable} {script} {tmp_path / 'end'} {output}"
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    subprocess.run(command, shell=True, timeout=60, capture_output=True, env=environment)
     assert (tmp_path / "end").exists()
-
-
-def _with_path(repository):
-    return {**os.environ, "PYTHONPATH": str(repository)}

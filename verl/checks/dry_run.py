@@ -19,10 +19,14 @@ UNKNOWN = "unknown until the data can be read"
 Section = list[tuple[str, str]]
 
 
-def print_plan(loaded: Loaded, out: TextIO | None = None) -> int:
-    """Print the plan, then all that the checks found. The exit code: 1 when there are problems, else 0."""
+def print_plan(loaded: Loaded[Config], out: TextIO | None = None) -> int:
+    """Print the plan (unless the settings could not be read), then all that the checks found.
+
+    The exit code: 1 when there are problems, else 0.
+    """
     plan, findings = check(loaded, dry_run=True)
-    print(plan_text(loaded.config, plan), findings_text(findings), sep="\n\n", file=out or sys.stdout)
+    texts = [] if loaded.config is None else [plan_text(loaded.config, plan)]
+    print(*texts, findings_text(findings), sep="\n\n", file=out or sys.stdout)
     return 1 if findings.problems else 0
 
 
@@ -138,16 +142,15 @@ def _optimizer_steps(plan: RunPlan) -> str:
 
 def _schedule(plan: RunPlan, due: Callable[[int], bool], every: int) -> str:
     """When something happens: its steps while they are few, else the rule."""
-    steps = plan.steps(due)
-    if plan.total_steps is None:
-        before = "before training, " if due(0) else ""
-        return f"{before}every {every} steps and at the end" if every > 0 else (before.rstrip(", ") or "never")
-    if not steps:
-        return "never"
-    names = ["before training" if step == 0 else str(step) for step in steps]
-    if len(names) > 6:
-        names = [*names[:3], "...", names[-1]]
-    return f"at step {', '.join(names)}" if steps[0] else ", ".join(names)
+    parts = ["before training"] if due(0) else []
+    steps = [str(step) for step in plan.steps(due) if step]
+    if plan.total_steps is None and every > 0:
+        parts.append(f"every {every} steps and at the end")
+    elif len(steps) > 6:
+        parts.append(f"at steps {', '.join(steps[:3])}, ..., {steps[-1]}")
+    elif steps:
+        parts.append(f"at step{'s' if len(steps) > 1 else ''} {', '.join(steps)}")
+    return " and ".join(parts) or "never"
 
 
 def _validation_size(plan: RunPlan) -> str:

@@ -113,6 +113,15 @@ def _optimizer_rules(owner: str) -> tuple[Rule, Rule]:
     )
 
 
+def _checkpoint_rule(owner: str) -> Rule:
+    key = f"{owner}.checkpoint.save_contents"
+    return Rule(
+        (key,),
+        lambda run: not {"model", "optimizer", "extra"} <= set(value_at(run.config, key)),
+        "a checkpoint always holds model, optimizer and extra; hf_model may come on top",
+    )
+
+
 RULES = (
     # roles that are not built
     Rule(
@@ -178,7 +187,6 @@ RULES = (
                 "dtype",
                 "load_format",
                 "engine_kwargs.*",
-                "max_num_batched_tokens",
             )
         ),
         lambda run: run.plan.engine == "hf",
@@ -202,10 +210,16 @@ RULES = (
         "nothing is validated (trainer.test_freq, trainer.val_before_train)",
     ),
     Rule(
+        ("trainer.log_val_generations",),
+        lambda run: True,
+        "no logger of this version shows samples; all of them are in trainer.validation_data_dir",
+    ),
+    Rule(
         ("trainer.max_ckpt_to_keep", "*.checkpoint.*"),
         lambda run: run.plan.save_freq <= 0,
         "no checkpoint is saved (trainer.save_freq)",
     ),
+    *(_checkpoint_rule(owner) for owner in (ACTOR, "critic")),
     Rule(
         ("trainer.total_epochs",),
         lambda run: run.plan.asked_steps is not None,
@@ -230,6 +244,7 @@ RULES = (
     # one device, one process
     Rule(("*_offload",), lambda run: run.plan.device == "cpu", "on a CPU there is nowhere to offload to"),
     Rule(("*.fsdp_size", "*.reshard_after_forward"), _one_rank, "one device holds the whole model"),
+    Rule((f"{REF}.fsdp_config.optimizer_offload",), lambda run: True, "the reference model has no optimizer"),
     Rule(("trainer.balance_batch",), _one_rank, "there is one rank"),
     Rule(("ray_init.*",), _one_rank, "one device needs no Ray: everything runs in this process"),
 )

@@ -1,4 +1,4 @@
-"""What this machine offers: GPUs (as the driver tells, without importing torch) and rollout engines."""
+"""What this machine offers, told without importing torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
-from functools import cache
 
 
-@cache
-def visible_gpus() -> int:
-    """NVIDIA GPUs that this process may use; 0 as well when the torch that is installed is a CPU build."""
-    if not shutil.which("nvidia-smi") or torch_is_cpu_build():
+def installed_gpus() -> int:
+    """NVIDIA GPUs that this process may use, as the driver and CUDA_VISIBLE_DEVICES say."""
+    if not shutil.which("nvidia-smi"):
         return 0
     try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=5, check=True).stdout
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return 0
     installed = sum(line.startswith("GPU ") for line in listing.splitlines())

@@ -6,7 +6,7 @@ Pure: no torch, no file, no device is touched here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from verl.errors import UserError
@@ -135,8 +135,13 @@ class RunPlan:
 
     @property
     def last_step(self) -> int:
-        """``total_steps``, once the data are known."""
+        """``total_steps`` of a run whose data have been read. UserError when they do not fill a single step."""
         assert self.total_steps is not None
+        if self.total_steps == 0:
+            raise UserError(
+                f"data.train_batch_size={self.prompts} is more than the {self.train_rows} training prompts "
+                "(after filtering): no step could be filled. Set it to at most that."
+            )
         return self.total_steps
 
     def trains_actor(self, step: int) -> bool:
@@ -155,10 +160,6 @@ class RunPlan:
 
     def saves(self, step: int) -> bool:
         return _due(step, self.save_freq, self.total_steps)
-
-    def with_rows(self, train_rows: int, val_rows: int | None) -> RunPlan:
-        """The same plan for the rows that are left once the data have been read and filtered."""
-        return replace(self, train_rows=train_rows, val_rows=val_rows)
 
     def steps(self, due: Callable[[int], bool]) -> list[int]:
         """The steps for which ``due`` (``plan.validates``, ``plan.saves``) holds; step 0 alone at most while

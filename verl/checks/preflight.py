@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,45 +12,57 @@ from typing import TYPE_CHECKING
 from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
 from verl.checks.inert import find_inert
-from verl.checks.machine import resolve_device, torch_is_cpu_build, visible_gpus
+from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import ModelFacts, check_model, check_tokenizer, check_tokenizer_path
 from verl.checks.plan import RunPlan, plan_run
+from verl.checks.rewards import check_data_sources, check_reward_function
 from verl.checks.settings import ROLLOUT, check_context, check_settings
 from verl.tracking import LOGGERS
 
 if TYPE_CHECKING:
     from verl.config.load import Loaded
     from verl.config.models import Config
+    from verl.config.problems import Problem
 
 # Engines that rollout.name may name; those with an adapter in this version.
 ENGINES = ("hf", "sglang", "vllm")
 ADAPTERS = ("hf",)
 
-# Of each thing that a checkpoint may hold: weights are saved in fp32, and so are Adam's two moments.
-BYTES_A_PARAMETER = {"model": 4, "optimizer": 8, "extra": 0, "hf_model": 4}
+DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")  # a key in a text
+
+# Weights are saved in fp32, and so are Adam's two moments; the Hugging Face export is another copy of the weights.
+CHECKPOINT_BYTES, EXPORT_BYTES = 12, 4
 
 
-def check(loaded: Loaded, *, dry_run: bool) -> tuple[RunPlan, Findings]:
-    """The plan of the run and what is wrong with it. ``loaded.config`` must be there.
+def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
+    """The plan of the run and all that is wrong with it, problems of loading included.
 
     In a dry run what only another machine could tell (its GPUs, its engines) is unchecked; in a real one it is a
     problem. Nothing here asks the network or imports torch.
     """
-    config, findings = loaded.config, Findings()
-    findings.problems += loaded.problems
-    findings.notices += loaded.notices
+    config, findings = loaded.draft, Findings(notices=list(loaded.notices))
     train_rows, val_rows = _data(findings, config)
     world = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    device = resolve_device(config.trainer.device, world, visible_gpus())
+    gpus = 0 if torch_is_cpu_build() else installed_gpus()
+    device = resolve_device(config.trainer.device, world, gpus)
     plan = plan_run(config, device=device, train_rows=train_rows, val_rows=val_rows)
     check_settings(findings, config, plan)
     models = _models(findings, config, plan)
     _engine(findings, config, plan, dry_run)
-    _devices(findings, config, plan, dry_run)
+    _devices(findings, config, plan, gpus, dry_run)
     _files(findings, config, plan, models)
     for sentence in find_inert(config, plan, loaded.set_keys):
         findings.warn(sentence)
+    new = [problem for problem in findings.problems if not _follows(problem, loaded.problems)]
+    findings.problems = [*loaded.problems, *new]
     return plan, findings
+
+
+def _follows(problem: Problem, faults: list[Problem]) -> bool:
+    """Whether it is about a key that loading found at fault, or took for what an unknown one was meant to be: that key
+    stands at its default now, which is not what the user wants."""
+    named = set(DOTTED.findall(f"{problem.key} {problem.why}"))
+    return any(named & set(DOTTED.findall(f"{fault.key} {fault.fix}")) for fault in faults)
 
 
 def _data(findings: Findings, config: Config) -> tuple[int | None, int | None]:
@@ -59,11 +73,14 @@ def _data(findings: Findings, config: Config) -> tuple[int | None, int | None]:
         data.reward_fn_key: "name the column that says where a row is from in data.reward_fn_key",
         "reward_model.ground_truth": "write the data set with its answers, as examples/data_preprocess/gsm8k.py does",
     }
-    train_rows = check_parquet(findings, "data.train_files", data.train_files, columns)
-    val_rows = None
+    sets = {"train": data.train_files}
     if data.val_files and (trainer.test_freq > 0 or trainer.val_before_train):
-        val_rows = check_parquet(findings, "data.val_files", data.val_files, columns)
-    return _at_most(train_rows, data.train_max_samples), _at_most(val_rows, data.val_max_samples)
+        sets["val"] = data.val_files
+    rows = {name: check_parquet(findings, f"data.{name}_files", files, columns) for name, files in sets.items()}
+    if config.custom_reward_function.path is None:
+        for name, files in sets.items():
+            check_data_sources(findings, f"data.{name}_files", files, data.reward_fn_key)
+    return _at_most(rows["train"], data.train_max_samples), _at_most(rows.get("val"), data.val_max_samples)
 
 
 def _at_most(rows: int | None, limit: int) -> int | None:
@@ -90,7 +107,9 @@ def _model(findings: Findings, config: Config, role: str, key: str, path: str) -
     facts = check_model(findings, key, path)
     if facts is None:
         return {}
-    check_context(findings, config, key, facts.max_positions)
+    section = config.critic.model if role == "critic" else config.actor_rollout_ref.model
+    positions = section.override_config.get("max_position_embeddings", facts.max_positions)
+    check_context(findings, config, key, positions)
     return {role: facts}
 
 
@@ -119,32 +138,28 @@ def _engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) ->
         )
 
 
-def _devices(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) -> None:
+def _devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, dry_run: bool) -> None:
+    """gpus: as many as torch can use here."""
     key, asked = "trainer.n_gpus_per_node", plan.devices_per_node
-    if plan.device == "cuda" and visible_gpus() < asked:
-        have = f"this machine has {visible_gpus() or 'no'} GPU{'s' if visible_gpus() != 1 else ''}"
-        if torch_is_cpu_build():
-            have = "the torch that is installed is a CPU build"
-        if dry_run:
-            findings.cannot_check(
-                f"{key}={asked}: {have}; the plan takes them as given, and their memory is not checked"
-            )
-        else:
-            fix = (
-                "set trainer.device=cpu and trainer.n_gpus_per_node=1"
-                if not visible_gpus()
-                else f"set it to {visible_gpus()}"
-            )
-            findings.problem(key, asked, have, fix)
+    if torch_is_cpu_build():
+        have = "the torch that is installed is a CPU build"
+    else:
+        have = f"this machine has {gpus or 'no'} GPU{'s' if gpus != 1 else ''}"
+    if plan.device == "cpu" and config.trainer.device == "auto" and installed_gpus():
+        findings.warn(f"the run uses the CPU and not this machine's GPU: {have}. Install a CUDA build of torch.")
+    if plan.device == "cuda" and gpus < asked and dry_run:
+        findings.cannot_check(f"{key}={asked}: {have}; the plan takes them as given, and their memory is not checked")
+    elif config.trainer.device == "cuda" and gpus < asked:
+        fix = f"set it to {gpus}" if gpus else f"set trainer.device=cpu and {key}=1"
+        findings.problem(key, asked, have, fix)
     if plan.world_size > 1:
         what = f"{plan.nnodes} nodes × {asked} devices" if plan.nnodes > 1 else f"{asked} devices"
         if dry_run:
-            findings.cannot_check(
-                f"{what} need the Ray executor, which is not in this version: the plan is for one that has it"
-            )
+            text = f"{what} need the Ray executor, which is not in this version: the plan is for one that has it"
+            findings.cannot_check(text)
         else:
-            fix = "set trainer.n_gpus_per_node=1 and trainer.nnodes=1"
-            findings.problem(key, asked, f"{what} need the Ray executor; this version trains on one device", fix)
+            why = f"{what} need the Ray executor; this version trains on one device"
+            findings.problem(key, asked, why, "set trainer.n_gpus_per_node=1 and trainer.nnodes=1")
 
 
 def _files(findings: Findings, config: Config, plan: RunPlan, models: dict[str, ModelFacts]) -> None:
@@ -155,8 +170,8 @@ def _files(findings: Findings, config: Config, plan: RunPlan, models: dict[str, 
             findings.problem("trainer.logger", trainer.logger, why, f"say {_nearest(name, LOGGERS)}, or leave it out")
     needed = checkpoint_bytes(config, plan, models) if plan.save_freq > 0 else None
     check_output_folder(findings, "trainer.default_local_dir", str(trainer.default_local_dir), needed)
-    if scorer.path is not None and not Path(scorer.path).expanduser().is_file():
-        findings.problem("custom_reward_function.path", scorer.path, "there is no such file", "name a Python file")
+    if scorer.path is not None:
+        check_reward_function(findings, scorer.path, scorer.name)
     if trainer.resume_mode == "resume_path" and trainer.resume_from_path:
         folder = Path(trainer.resume_from_path).expanduser()
         if not folder.is_dir():
@@ -174,13 +189,11 @@ def checkpoint_bytes(config: Config, plan: RunPlan, models: dict[str, ModelFacts
         parameters = models[role].parameters if role in models else None
         if parameters is None:
             return None
-        total += parameters * sum(BYTES_A_PARAMETER[name] for name in names)
+        total += parameters * (CHECKPOINT_BYTES + (EXPORT_BYTES if "hf_model" in names else 0))
     saved = len(plan.steps(plan.saves)) or 1
     return total * min(saved, (config.trainer.max_ckpt_to_keep or saved) + 1)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    import difflib
-
     names = list(known)
     return (difflib.get_close_matches(name, names, n=1, cutoff=0.4) or [names[0]])[0]

@@ -223,5 +223,13 @@ def _trainer(findings: Findings, config: Config, plan: RunPlan) -> None:
         findings.problem(
             "trainer.default_hdfs_dir", trainer.default_hdfs_dir, "checkpoints go to local folders only", fix
         )
+    sections = {ACTOR: config.actor_rollout_ref.actor.fsdp_config, "critic.model": config.critic.model.fsdp_config}
+    sections |= {REF: config.actor_rollout_ref.ref.fsdp_config}
+    for owner, fsdp in sections.items():
+        if fsdp.fsdp_size > 0 and plan.world_size % fsdp.fsdp_size:
+            why = f"it does not divide the {plan.world_size} ranks"
+            findings.problem(
+                f"{owner}.fsdp_config.fsdp_size", fsdp.fsdp_size, why, "set it to -1, or to a divisor of them"
+            )
     if plan.device == "cpu" and config.actor_rollout_ref.actor.fsdp_config.dtype == "bfloat16":
         findings.warn(f"{ACTOR}.fsdp_config.dtype=bfloat16 on a CPU: slower there than float32, and less exact.")

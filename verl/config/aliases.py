@@ -40,6 +40,9 @@ PER_RANK = {
 WITHOUT_EFFECT = {
     "data.val_batch_size": "validation takes all prompts at once",
     "data.return_raw_chat": "the chat messages always travel along",
+    "actor_rollout_ref.hybrid_engine": "rollout and training always take turns on the same devices",
+    "actor_rollout_ref.actor.strategy": "models are sharded by FSDP2",
+    "critic.strategy": "models are sharded by FSDP2",
     "actor_rollout_ref.rollout.mode": "every engine is asynchronous",
 }
 

@@ -38,7 +38,7 @@ def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
     elif origin is list:
         text = f"list of {_words(arguments[0])}".replace("list of text", "list of texts").replace("number", "numbers")
     elif origin is tuple:
-        text = "list of " + " and ".join(_words(part) for part in arguments)
+        text = f"list of {len(arguments)}, each a {_words(arguments[0])}"
     else:
         text = WORDS.get(origin or annotation, str(annotation))
     bounds = [BOUNDS[type(item)](item) for item in metadata if type(item) in BOUNDS]

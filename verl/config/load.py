@@ -18,17 +18,22 @@ from verl.config.models import Config, Root
 from verl.config.overrides import parse_arguments
 from verl.config.problems import NO_VALUE, Problem
 from verl.config.settle import decide_kl, divide_over_ranks, fit_types, resolve_references
-from verl.config.validate import validate
+from verl.config.validate import draft, validate
 
 AnyConfig = TypeVar("AnyConfig", bound=Root)
 
 
 @dataclass(frozen=True)
 class Loaded(Generic[AnyConfig]):
-    """config: None exactly when there are problems. set_keys: what the user set, under the names used here.
-    notices: what was read differently from how it was written, or decided on the user's behalf."""
+    """config: None exactly when there are problems.
+    draft: the configuration; with problems, one with what is at fault left at its default, or at schema.MISSING
+        where it has none, so that the rest can be checked too.
+    set_keys: what the user set, under the names used here.
+    notices: what was read differently from how it was written, or decided on the user's behalf.
+    """
 
     config: AnyConfig | None
+    draft: AnyConfig
     set_keys: frozenset[str]
     notices: list[str]
     problems: list[Problem]
@@ -45,12 +50,12 @@ def load(argv: Sequence[str], schema: type[AnyConfig] = Config) -> Loaded[AnyCon
         read_file(file, settings)
     for override in arguments.overrides:
         settings.apply(override)
-    resolve_references(settings)
     fit_types(settings)
+    resolve_references(settings)
     divide_over_ranks(settings)
     decide_kl(settings)
     config = validate(settings, schema)
-    return Loaded(config, settings.set_keys, settings.notices, settings.problems)
+    return Loaded(config, config or draft(settings, schema), settings.set_keys, settings.notices, settings.problems)
 
 
 def read_file(file: str, settings: Settings) -> None:

@@ -7,11 +7,17 @@ from difflib import SequenceMatcher
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The known dotted key most like this one: in its last part first, then as a whole."""
-    return max(known, key=lambda candidate: (_likeness(key, candidate), -len(candidate)))
+    """The known dotted key most like this one: in its last part above all, then in the groups that it names."""
+    return max(known, key=lambda candidate: _likeness(key, candidate))
 
 
 def _likeness(key: str, candidate: str) -> float:
-    last = SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-    whole = SequenceMatcher(None, key, candidate).ratio()
-    return 0.6 * last + 0.4 * whole
+    *groups, last = key.split(".")
+    *candidate_groups, candidate_last = candidate.split(".")
+    shared = [max((_ratio(group, other) for other in candidate_groups), default=0.0) for group in groups]
+    in_groups = sum(shared) / len(shared) if shared else 0.0
+    return 0.6 * _ratio(last, candidate_last) + 0.3 * in_groups + 0.1 * _ratio(key, candidate)
+
+
+def _ratio(a: str, b: str) -> float:
+    return SequenceMatcher(None, a, b).ratio()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 ABSENT: Final = PydanticUndefined
+MISSING: Final = "???"  # OmegaConf's sign for a required value that is not there
 
 
 @cache
@@ -47,6 +48,8 @@ def choices(annotation: Any) -> set[Any]:
         return choices(get_args(annotation)[0])
     if origin in (Union, UnionType):
         return set().union(*(choices(part) for part in get_args(annotation)))
+    if origin is Literal:
+        return {type(choice) for choice in get_args(annotation)}
     return {origin or annotation}
 
 
@@ -77,10 +80,10 @@ def plain(tree: Any) -> Any:
 
 
 def defaults_of(model: type[BaseModel]) -> dict[str, Any]:
-    """All defaults as nested dicts; one that comes from another key as a reference, a required key as "???"."""
+    """All defaults as nested dicts; one that comes from another key as a reference, a required key as MISSING."""
     tree: dict[str, Any] = {}
     derived: dict[str, str] = getattr(model, "derived", {})
     for key, field in keys_of(model).items():
-        default = "???" if field.is_required() else field.default
+        default = MISSING if field.is_required() else field.default
         put(tree, key, derived.get(key, list(default) if isinstance(default, tuple) else default))
     return tree

@@ -26,15 +26,14 @@ def resolve_references(settings: Settings) -> None:
             why = str(error).splitlines()[0]
             settings.misfit(key, why, "write references as ${section.key}, with a key that exists and has a value")
         else:
-            put(settings.tree, key, resolved)
+            put(settings.tree, key, _fit(resolved, keys_of(settings.schema)[key].annotation))
 
 
 def fit_types(settings: Settings) -> None:
     """Turn what was read into what was meant where the key's type says so: 5 is text for a key that takes text."""
     known = keys_of(settings.schema)
     for key, origin in settings.origins.items():
-        text = origin.text if origin.text and "${" not in origin.text else None
-        put(settings.tree, key, _fit(get(settings.tree, key), known[key].annotation, text))
+        put(settings.tree, key, _fit(get(settings.tree, key), known[key].annotation, origin.text))
 
 
 def _fit(value: Any, annotation: Any, text: str | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -11,7 +12,7 @@ from verl.config.describe import literals, wanted
 from verl.config.models import Root, sources_of
 from verl.config.names import nearest
 from verl.config.problems import NO_VALUE, shown
-from verl.config.schema import ABSENT, get, keys_of, put, sections_of
+from verl.config.schema import ABSENT, MISSING, get, keys_of, put, sections_of
 
 AnyConfig = TypeVar("AnyConfig", bound=Root)
 
@@ -28,6 +29,30 @@ def validate(settings: Settings, schema: type[AnyConfig]) -> AnyConfig | None:
         _report_misfits(settings, schema, list(dict.fromkeys(_key_at(schema, location) for location in locations)))
         return None
     return None if settings.problems else config
+
+
+def draft(settings: Settings, schema: type[AnyConfig]) -> AnyConfig:
+    """The configuration with what does not fit left at its default, and MISSING for what has none, for a look at
+    the rest of it."""
+    tree = copy.deepcopy(settings.tree)
+    while True:
+        try:
+            return schema.model_validate(tree)
+        except ValidationError as error:
+            for details in error.errors(include_url=False):
+                _reset(schema, tree, _key_at(schema, details["loc"]))
+
+
+def _reset(schema: type[Root], tree: dict[str, Any], key: str) -> None:
+    """Unset a key or, where its default does not fit, the keys from which that comes."""
+    if key not in schema.derived and keys_of(schema)[key].is_required():
+        put(tree, key, MISSING)
+    elif get(tree, key) is not ABSENT:
+        section, _, name = key.rpartition(".")
+        del get(tree, section)[name]
+    else:
+        for source in sources_of(schema.derived.get(key, "")):
+            _reset(schema, tree, source)
 
 
 def _key_at(schema: type[Root], location: tuple[int | str, ...]) -> str:
@@ -48,7 +73,7 @@ def _report_misfits(settings: Settings, schema: type[Root], keys: list[str]) -> 
             settings.problem(key, NO_VALUE, f"it must be set: {field.description}", f"add {key}=...")
         elif not any(source in keys for source in sources_of(schema.derived[key])):  # else the source's is the problem
             why = f"it must be: {wanted(field)}; its value comes from {schema.derived[key]}"
-            settings.problem(key, get(settings.tree, key), why, "set it, or change where it comes from")
+            settings.problem(key, NO_VALUE, why, "set it, or change where it comes from")
 
 
 def _suggestion(schema: type[Root], key: str, value: Any) -> str:
@@ -56,7 +81,7 @@ def _suggestion(schema: type[Root], key: str, value: Any) -> str:
     if isinstance(value, str) and (options := literals(field.annotation)):
         return f"the nearest is {key}={nearest(value, options)}"
     if key in schema.derived:
-        return f"without it, it is {schema.derived[key]}"
+        return f"leave it out to take {schema.derived[key]}"
     if field.is_required():
         return f"set {key}=..."
     return f"for example {key}={shown(field.default)}, the default"

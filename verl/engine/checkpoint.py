@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,48 @@ STATE = "engine.json"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read, or is of something else."""
+    """A checkpoint that cannot be read, or is of another model."""
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-    """Into ``folder``, which is made if need be and holds no earlier checkpoint. Collective."""
+    """Into ``folder``, which is made if need be and holds no earlier checkpoint. Collective; OSError when the disk is
+    full reaches every rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
     if rank() == 0:
         with (folder / STATE).open("w") as file:
             json.dump(state, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _quiet():
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
 
 
 def load(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Fill ``tensors`` in place; gives the state. Collective."""
+    reader = HuggingFaceStorageReader(str(folder))
     try:
         state = json.loads((folder / STATE).read_text())
-        reader = HuggingFaceStorageReader(str(folder))
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=world_size() == 1)
-    except Exception as error:
+        _check(reader, tensors)
+        with _quiet():
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=world_size() == 1)
+    except Exception as error:  # DCP and safetensors raise many kinds for a damaged file
         raise CheckpointError(f"the checkpoint in {folder} cannot be read: {error}") from error
     return state
+
+
+def _check(reader: HuggingFaceStorageReader, tensors: dict[str, torch.Tensor]) -> None:
+    """Every tensor is there, of the right size, and whole: DCP itself leaves holes where a rank's file is missing."""
+    saved = reader.read_metadata().state_dict_metadata
+    if missing := tensors.keys() - saved.keys():
+        raise ValueError(f"it lacks {min(missing)} ({len(missing)} tensors in all)")
+    for name, tensor in tensors.items():
+        if saved[name].size != tensor.shape:
+            raise ValueError(f"{name} has shape {tuple(saved[name].size)}, and the model's {tuple(tensor.shape)}")
+        if sum(chunk.sizes.numel() for chunk in saved[name].chunks) != tensor.numel():
+            raise ValueError(f"parts of {name} are missing")
+
+
+def _quiet() -> warnings.catch_warnings:
+    """DCP remarks that a single process has no process group."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)

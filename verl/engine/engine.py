@@ -180,9 +180,10 @@ class TrainEngine:
     def _micro_batches(self, packer: Packer, batching: Batching) -> Iterator[MicroBatch]:
         """This rank's, then fillers until every rank has run as many forwards (and at least one)."""
         plan = packer.micro_batches(batching)
+        forwards = max_over_ranks(max(len(plan), 1), self.device)
         for rows in plan:
             yield packer.micro_batch(rows)
-        for _ in range(max_over_ranks(max(len(plan), 1), self.device) - len(plan)):
+        for _ in range(forwards - len(plan)):
             yield packer.filler()
 
     def _arguments(self, micro: MicroBatch) -> tuple[torch.Tensor, ...]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
@@ -56,7 +57,7 @@ class WorkerPool:
         self._bell, self._doorstep = socket.socketpair()
         self._bell.setblocking(False)
         self._started = threading.Event()
-        self._workers = [_Worker(make, self._args) for _ in range(workers)]
+        self._count, self._workers = workers, list[_Worker]()
         self._thread = threading.Thread(target=self._supervise, name="worker-pool", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -80,6 +81,8 @@ class WorkerPool:
             self._closing = True
             self._ring()
             self._thread.join()
+            self._bell.close()
+            self._doorstep.close()
             atexit.unregister(self.close)
 
     def _ring(self) -> None:
@@ -88,6 +91,11 @@ class WorkerPool:
 
     def _supervise(self) -> None:
         try:
+            # Processes start with Ctrl-C held back, until each leads a group of its own (see _serve). Python's
+            # resource tracker, which the first would start, lets it through again.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            self._workers += (_Worker(self._make, self._args) for _ in range(self._count))
             while not self._closing:
                 self._hand_out()
                 self._wait()
@@ -217,6 +225,9 @@ def _end(code: int | None) -> str:
 def _serve(pipe: Connection, make: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]) -> None:
     """A worker process: say "ready", then answer each item."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops one held back since the start
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # for what the calls start
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         call = make(*args)
@@ -233,10 +244,9 @@ def _serve(pipe: Connection, make: Callable[..., Callable[[Any], Any]], args: tu
         except EOFError:
             return
         try:
-            answer = ("value", call(item))
+            pipe.send(("value", call(item)))
         except BaseException as error:  # a user's function may raise anything, SystemExit too
-            answer = ("error", traceback_tail(error))
-        pipe.send(answer)
+            pipe.send(("error", traceback_tail(error)))
 
 
 def _end_with_parent() -> None:

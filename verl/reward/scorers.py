@@ -48,9 +48,9 @@ def make_scorer(spec: ScorerSpec) -> Callable[[dict[str, Any]], tuple[float, str
     return score
 
 
-def check_data_sources(names: set[str]) -> None:
+def check_data_sources(names: set[str | None]) -> None:
     """UserError for those that no scorer is known for."""
-    if unknown := sorted(name for name in names if name not in DATA_SOURCES):
+    if unknown := sorted(str(name) for name in names if name not in DATA_SOURCES):
         raise UserError(
             f"no scorer is known for the data source {' or '.join(map(repr, unknown))}, only for "
             f"{', '.join(map(repr, DATA_SOURCES))}. Name a function of your own: custom_reward_function.path=FILE.py"

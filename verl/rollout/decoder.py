@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,30 +12,37 @@ import torch
 from transformers import PretrainedConfig
 
 from verl.rollout.base import FinishReason, Request, Result
-from verl.rollout.kv_cache import SPAN_STEP, Segment, SlotCache, StepPlan, slots_attending
+from verl.rollout.kv_cache import Segment, SlotCache, StepPlan, slots_attending
 from verl.rollout.sampling import SamplingRows, draw
 from verl.rollout.stops import StopWatch
 
 
 @dataclass(eq=False)
 class Row:
-    """A response under way. ``stop_ids``: every token that ends it. ``versions``: as in Result."""
+    """A response under way. prompt: int64. stop_ids: every token that ends it. versions: as in Result."""
 
     request: Request
     future: asyncio.Future[Result]
+    prompt: np.ndarray
     stop_ids: frozenset[int]
     watch: StopWatch | None
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     versions: list[tuple[int, int]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.prompt_key = self.prompt.tobytes()  # bytes keep their hash
+
     @property
     def length(self) -> int:
-        return len(self.request.prompt_ids) + len(self.ids)
+        return len(self.prompt) + len(self.ids)
+
+    @property
+    def last(self) -> int:
+        return self.ids[-1] if self.ids else int(self.prompt[-1])
 
     def result(self, reason: FinishReason) -> Result:
-        versions = [(version, first) for version, first in self.versions if first < len(self.ids)]
-        return Result(self.request.id, self.ids, self.log_probs, reason, versions)
+        return Result(self.request.id, self.ids, self.log_probs, reason, self.versions)
 
     def take(self, token: int, log_prob: float, version: int) -> FinishReason | None:
         """Append a token; why the response ends with it, if it does."""
@@ -50,11 +57,25 @@ class Row:
         return "length" if len(self.ids) >= sampling.max_new_tokens else None
 
 
+@dataclass(frozen=True)
+class Admission:
+    """Rows that a step lets in, and how they get the keys and values of their text.
+
+    twins: (row, slot of a row with the same prompt, from which it copies). groups: rows of one text, computed once.
+    """
+
+    twins: list[tuple[Row, int]]
+    groups: list[list[Row]]
+
+    def rows(self) -> list[Row]:
+        return [row for row, _ in self.twins] + [row for group in self.groups for row in group]
+
+
 class Decoder:
     """Up to ``max_num_seqs`` rows in the slots of a cache; slot = index in ``rows``.
 
-    forward: ``forward(input_ids=..., position_ids=..., ...)`` of a transformers causal LM of this config.
-    max_prefill_tokens: prompt tokens that one step may add (one prompt at least).
+    forward: the forward of a transformers causal LM of this config, answering with its logits.
+    max_prefill_tokens: prompt tokens that one step may compute (one prompt at least).
     """
 
     def __init__(
@@ -73,51 +94,36 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, waiting: deque[Row], version: int, device: torch.device) -> list[tuple[Row, FinishReason]]:
-        """Admit what there is room for, draw one token for every row, and give up the rows that this ended.
-
-        Failing, it leaves all rows where they were."""
-        decoding = len(self.rows)
-        admitted = self._admissible(waiting)
-        ids, position_ids, logits_of, plan = self._plan(admitted, device)
-        rows = self.rows + [row for group in admitted for row in group]
-        self._cache.plan = plan
-        with slots_attending(self._config):
-            logits = self._forward(
-                input_ids=ids[None],
-                position_ids=position_ids[None],
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=logits_of if admitted else 0,
-                slot_plan=plan,
-            )[0]
-        if admitted or self._sampling is None:
-            self._sampling = SamplingRows.of([row.request.sampling for row in rows])
-        positions = np.array([len(row.ids) for row in rows], np.int64)
-        tokens, log_probs = draw(logits, self._sampling, positions, self._banned(rows))
-        for _ in range(len(rows) - decoding):
+        """Admit what there is room for, draw one token for every row, and give up the rows that this ended."""
+        admission = self._admit(waiting)
+        admitted = admission.rows()
+        for _ in admitted:
             waiting.popleft()
-        self.rows = rows
+        if admitted:
+            self.rows = self.rows + admitted
+            self._sampling = None
+        tokens, log_probs = self._draw(self._logits(admission, device))
         reasons = [
             row.take(token, log_prob, version)
-            for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)
+            for row, token, log_prob in zip(self.rows, tokens.tolist(), log_probs.tolist(), strict=True)
         ]
-        ended = [(row, reason) for row, reason in zip(rows, reasons, strict=True) if reason]
+        ended = [(row, reason) for row, reason in zip(self.rows, reasons, strict=True) if reason]
         if ended:
             self.remove({row for row, _ in ended})
         return ended
 
     def remove(self, leaving: Collection[Row]) -> None:
-        """Give up these rows; the last rows move into their slots."""
-        kept = [row for row in self.rows if row not in leaving]
-        if len(kept) == len(self.rows):
+        """Give up these rows; the last rows move into their slots, so that what is gone costs nothing."""
+        kept = sum(row not in leaving for row in self.rows)
+        if kept == len(self.rows):
             return
-        holes = [slot for slot, row in enumerate(self.rows[: len(kept)]) if row in leaving]
-        movers = [slot for slot, row in enumerate(self.rows) if slot >= len(kept) and row not in leaving]
+        holes = [slot for slot, row in enumerate(self.rows[:kept]) if row in leaving]
+        movers = [slot for slot, row in enumerate(self.rows) if slot >= kept and row not in leaving]
         if movers:
-            self._cache.move(movers, holes, max(self.rows[slot].length for slot in movers))
+            self._cache.copy(movers, holes, max(self.rows[slot].length for slot in movers))
         for hole, mover in zip(holes, movers, strict=True):
             self.rows[hole] = self.rows[mover]
-        del self.rows[len(kept) :]
+        del self.rows[kept:]
         self._sampling = None
 
     def clear(self) -> list[Row]:
@@ -126,64 +132,102 @@ class Decoder:
         self._cache.clear()
         return rows
 
-    def _admissible(self, waiting: deque[Row]) -> list[list[Row]]:
-        """The next rows for the free slots, those with one text grouped: they share a prefill."""
-        groups: dict[tuple[int, ...], list[Row]] = {}
-        free, tokens = self._max_num_seqs - len(self.rows), 0
-        for row in waiting:
-            text = (*row.request.prompt_ids, *row.ids)
+    def _admit(self, waiting: deque[Row]) -> Admission:
+        """The rows at the head of the queue for which there are slots, within the prefill budget."""
+        admission = Admission([], [])
+        free = self._max_num_seqs - len(self.rows)
+        if not free or not waiting:
+            return admission
+        slots = {row.prompt_key: slot for slot, row in enumerate(self.rows)}
+        groups: dict[tuple[bytes, tuple[int, ...]], list[Row]] = {}
+        tokens = 0
+        for row, _ in zip(waiting, range(free), strict=False):
+            if not row.ids and row.prompt_key in slots:
+                admission.twins.append((row, slots[row.prompt_key]))
+                continue
+            text = (row.prompt_key, tuple(row.ids))
             if text not in groups:
-                tokens += len(text)
+                tokens += row.length
                 if groups and tokens > self._max_prefill_tokens:
                     break
-            if free == 0:
-                break
-            free -= 1
             groups.setdefault(text, []).append(row)
-        return list(groups.values())
+        admission.groups.extend(groups.values())
+        return admission
 
-    def _plan(
-        self, admitted: list[list[Row]], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, StepPlan]:
-        """The next forward: its tokens and their positions, both (T,), whose logits to keep, and what else it does."""
-        decoding = len(self.rows)
-        lengths = np.array([row.length for row in self.rows], np.int64)
-        texts = [np.array((*group[0].request.prompt_ids, *group[0].ids), np.int64) for group in admitted]
-        copies = [len(group) for group in admitted]
-        self._cache.reserve(decoding + sum(copies), max([*lengths.tolist(), *map(len, texts)]))
-        width = self._cache.length
+    def _logits(self, admission: Admission, device: torch.device) -> torch.Tensor:
+        """One forward; each row's logits for its next token, shape (B, V)."""
+        self._cache.reserve(len(self.rows), max(row.length for row in self.rows))
+        computed = sum(map(len, admission.groups))
+        decoding = self.rows[: len(self.rows) - computed]
+        if admission.twins:
+            first = len(decoding) - len(admission.twins)
+            sources = [slot for _, slot in admission.twins]
+            longest = max(len(row.prompt) for row, _ in admission.twins)
+            self._cache.copy(sources, list(range(first, len(decoding))), longest)
+        ids, positions, logits_of, plan = _plan(decoding, admission.groups, device)
+        self._cache.plan = plan
+        with slots_attending(self._config):
+            return self._forward(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=logits_of,
+                slot_plan=plan,
+            )[0]
 
-        ids = [np.array([row.ids[-1] for row in self.rows], np.int64), *texts]
-        positions = [lengths - 1, *(np.arange(len(text)) for text in texts)]
-        sources = [np.arange(decoding)]
-        targets = [np.arange(decoding) * width + lengths - 1]
-        logits_of = [np.arange(decoding)]
-        segments, start, slot = [], decoding, decoding
-        for text, count in zip(texts, copies, strict=True):
-            segments.append(Segment(slot, start, len(text)))
-            sources += [np.arange(start, start + len(text))] * count
-            targets += [other * width + np.arange(len(text)) for other in range(slot, slot + count)]
-            start, slot = start + len(text), slot + count
-            logits_of.append(np.full(count, start - 1))
-
-        def tensor(parts: list[np.ndarray]) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate(parts)).to(device)
-
-        position_ids = tensor(positions)
-        longest = int(lengths.max(initial=1))
-        plan = StepPlan(
-            positions=position_ids[:decoding],
-            segments=segments,
-            span=min(width, -(-longest // SPAN_STEP) * SPAN_STEP),
-            write_to=tensor(targets),
-            write_from=tensor(sources) if slot > decoding + len(segments) else None,
-        )
-        return tensor(ids), position_ids, tensor(logits_of), plan
-
-    def _banned(self, rows: list[Row]) -> list[tuple[int, list[int]]]:
-        """The stop tokens of rows that may not end yet."""
-        return [
-            (index, list(row.stop_ids))
-            for index, row in enumerate(rows)
-            if row.stop_ids and len(row.ids) < row.request.sampling.min_new_tokens
+    def _draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._sampling is None:
+            self._sampling = SamplingRows.of([row.request.sampling for row in self.rows])
+        drawn = np.array([len(row.ids) for row in self.rows], np.int64)
+        banned = [
+            (index, list(self.rows[index].stop_ids))
+            for index in np.flatnonzero(drawn < self._sampling.min_new_tokens)
+            if self.rows[index].stop_ids
         ]
+        return draw(logits, self._sampling, drawn, banned)
+
+
+def _plan(
+    decoding: list[Row], groups: list[list[Row]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | int, StepPlan]:
+    """A forward that feeds each decoding row's last token and each group's text: its token ids and their positions,
+    both int64 of shape (T,), which logits to keep (an argument of transformers' forwards; 0 is all), and the plan."""
+    count = len(decoding)
+    one_each, lasts = np.arange(count), np.array([row.length - 1 for row in decoding], np.int64)
+    ids, positions = [np.array([row.last for row in decoding], np.int64)], [lasts]
+    slots, sources, logits_of = [one_each], [one_each], [one_each]
+    places = [lasts]
+    segments = []
+    for text, first_slot, start, copies in _texts(groups, count):
+        segments.append(Segment(first_slot, start, len(text)))
+        places_in_text = np.arange(len(text))
+        ids.append(text)
+        positions.append(places_in_text)
+        slots.append(np.repeat(np.arange(first_slot, first_slot + copies), len(text)))
+        places.append(np.tile(places_in_text, copies))
+        sources.append(np.tile(places_in_text + start, copies))
+        logits_of.append(np.full(copies, start + len(text) - 1))
+
+    def tensor(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device)
+
+    position_ids = tensor(positions)
+    plan = StepPlan(
+        positions=position_ids[:count],
+        longest=int(lasts.max(initial=0)) + 1,
+        segments=segments,
+        slots=tensor(slots),
+        places=tensor(places),
+        sources=tensor(sources) if any(len(group) > 1 for group in groups) else None,
+    )
+    return tensor(ids), position_ids, tensor(logits_of) if groups else 0, plan
+
+
+def _texts(groups: list[list[Row]], count: int) -> Iterator[tuple[np.ndarray, int, int, int]]:
+    """Each group's text with its first slot, its first token's place in the forward, and how many rows share it."""
+    slot = start = count
+    for group in groups:
+        text = np.array([*group[0].prompt, *group[0].ids], np.int64)
+        yield text, slot, start, len(group)
+        slot, start = slot + len(group), start + len(text)

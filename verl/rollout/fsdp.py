@@ -18,10 +18,11 @@ class UnshardedForward:
     """``forward(**kwargs)`` of a causal LM that answers with its logits.
 
     root: ``module`` or a module that contains it, the outermost that ``fully_shard`` was applied to (if it was).
+    reshard_after_forward: what the modules inside the root were given.
     """
 
-    def __init__(self, module: torch.nn.Module, root: torch.nn.Module):
-        self._module, self._root = module, root
+    def __init__(self, module: torch.nn.Module, root: torch.nn.Module, reshard_after_forward: bool):
+        self._module, self._reshard_after_forward = module, reshard_after_forward
         self._sharded = [part for part in root.modules() if isinstance(part, FSDPModule)]
         self._whole = not self._sharded
         self._call = self._logits
@@ -56,6 +57,6 @@ class UnshardedForward:
             self._whole = False
             for part in self._sharded:
                 part.reshard()
-            # FSDP's defaults: all but the root, whose weights backward needs at once.
-            root.set_reshard_after_forward(True)
+            # The root's own weights, which backward needs at once, FSDP never reshards after a forward.
+            root.set_reshard_after_forward(self._reshard_after_forward)
             root.set_reshard_after_forward(False, recurse=False)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,7 +36,8 @@ class HFEngine:
     max_model_len: tokens of prompt and response together; max_num_seqs: responses decoded at a time. The cache holds
         at most their product in tokens, grows as needed and is freed whenever nothing is under way.
     max_prefill_tokens: prompt tokens that one step adds at most (one prompt at least).
-    root: the FSDP module whose part ``module`` is, if it is one. See ``whole_weights``.
+    root: the root of sharding around ``module``, if FSDP shards it (see ``whole_weights``), and
+        reshard_after_forward: what its inner modules were sharded with.
     version: of the weights now in the module.
     """
 
@@ -49,6 +51,7 @@ class HFEngine:
         max_num_seqs: int = 256,
         max_prefill_tokens: int = 8192,
         root: torch.nn.Module | None = None,
+        reshard_after_forward: bool = True,
         version: int = 0,
     ):
         config = module.config.get_text_config(decoder=True)
@@ -57,7 +60,7 @@ class HFEngine:
         self._module, self._tokenizer = module, tokenizer
         self._eos = frozenset(eos_token_ids)
         self._max_model_len, self._vocab_size = max_model_len, config.vocab_size
-        self._forward = UnshardedForward(module, module if root is None else root)
+        self._forward = UnshardedForward(module, module if root is None else root, reshard_after_forward)
         self._decoder = Decoder(self._forward, config, max_num_seqs, max_model_len, max_prefill_tokens)
         self._waiting: deque[Row] = deque()
         self._in_flight: dict[str, Row] = {}
@@ -138,11 +141,12 @@ class HFEngine:
                 raise IllegalState("whole_weights: left while requests are being generated; pause or abort them first")
 
     def _row(self, request: Request) -> Row:
-        check_request(request, self.capabilities, self._max_model_len, self._vocab_size)
+        prompt = np.array(request.prompt_ids, np.int64)
+        check_request(request, prompt, self.capabilities, self._max_model_len, self._vocab_size)
         sampling = request.sampling
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
         watch = StopWatch(self._tokenizer, sampling.stop) if sampling.stop else None
-        return Row(request, asyncio.get_running_loop().create_future(), stop_ids, watch)
+        return Row(request, asyncio.get_running_loop().create_future(), prompt, stop_ids, watch)
 
     def _start(self) -> None:
         if not self._paused and self._in_flight and (self._task is None or self._task.done()):

@@ -27,7 +27,7 @@ from verl.errors import UserError
 
 ATTENTION = "verl_slots"
 
-# Decoding rows attend over the longest row's length rounded up to this.
+# Lengths, of the cache and of what decoding rows look at, are multiples of this.
 SPAN_STEP = 32
 
 
@@ -46,16 +46,24 @@ class StepPlan:
 
     positions: int64, shape (n,): where each decoding row's token goes in its slot (and in its text).
     segments: the prompts that follow, in order.
-    write_to: int64, shape (M,): flat cache positions to fill; write_from: the tokens that fill them, None for all in
-        order. M exceeds the tokens where a prompt goes to several slots.
+    longest: the length of the longest decoding row.
+    slots, places: int64, shape (M,): the slots and the places in them to fill; sources: the tokens that fill them, None
+        for all in order. M exceeds the tokens where a prompt goes to several slots.
     """
 
     positions: torch.Tensor
+    longest: int
     segments: Sequence[Segment]
-    span: int
-    write_to: torch.Tensor
-    write_from: torch.Tensor | None
+    slots: torch.Tensor
+    places: torch.Tensor
+    sources: torch.Tensor | None
     _biases: dict[Any, torch.Tensor] = field(default_factory=dict)
+    _targets: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def span(self) -> int:
+        """How far into their slots decoding rows look; the kernels like round numbers."""
+        return -(-self.longest // SPAN_STEP) * SPAN_STEP
 
     def decode_bias(self, dtype: torch.dtype, window: int | None) -> torch.Tensor:
         """Shape (n, 1, 1, span): 0 on the tokens a decoding row sees, -inf elsewhere."""
@@ -68,9 +76,17 @@ class StepPlan:
             self._biases[dtype, window] = bias[:, None, None, :]
         return self._biases[dtype, window]
 
+    def targets(self, heads: int, length: int) -> torch.Tensor:
+        """Shape (M * heads,): the rows of a flattened (slots, heads, length) storage to fill, by token, then head."""
+        if (heads, length) not in self._targets:
+            columns = torch.arange(heads, device=self.slots.device) * length
+            first = self.slots * (heads * length) + self.places
+            self._targets[heads, length] = (first[:, None] + columns).flatten()
+        return self._targets[heads, length]
+
 
 class SlotCache(Cache):
-    """Keys and values of each layer, shape (slots, length, heads, head_dim), grown as needed, freed by ``clear``."""
+    """Keys and values of each layer, shape (slots, heads, length, head_dim), grown as needed, freed by ``clear``."""
 
     def __init__(self, max_slots: int, max_length: int):
         super().__init__(layers=[])
@@ -91,18 +107,18 @@ class SlotCache(Cache):
             self.slots = min(self._max_slots, max(slots, self.slots * 3 // 2))
         if length > self.length:
             wanted = max(length, self.length * 3 // 2)
-            self.length = min(self._max_length, -(-wanted // SPAN_STEP) * SPAN_STEP)
+            self.length = -(-min(wanted, self._max_length) // SPAN_STEP) * SPAN_STEP
         for stored in (self._keys, self._values):
             for layer, old in stored.items():
-                if old.shape[:2] != (self.slots, self.length):
-                    new = old.new_zeros(self.slots, self.length, *old.shape[2:])
-                    new[: old.shape[0], : old.shape[1]] = old
-                    stored[layer] = new
+                slots, heads, length, dim = old.shape
+                if (slots, length) != (self.slots, self.length):
+                    stored[layer] = old.new_zeros(self.slots, heads, self.length, dim)
+                    stored[layer][:slots, :, :length] = old
 
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+    def copy(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy the first ``length`` tokens of some slots over others."""
         for stored in (*self._keys.values(), *self._values.values()):
-            stored[targets, :length] = stored[sources, :length]
+            stored[targets, :, :length] = stored[sources, :, :length]
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # type: ignore[override]
         """Store this forward's keys and values, each (1, heads, tokens, head_dim); answers with the whole storage."""
@@ -114,12 +130,13 @@ class SlotCache(Cache):
     def _store(self, stored: dict[int, torch.Tensor], layer: int, states: torch.Tensor) -> torch.Tensor:
         plan = self.plan
         assert plan is not None
+        _, heads, _, dim = states.shape
+        if layer not in stored:  # zeros, as masked places still enter products
+            stored[layer] = states.new_zeros(self.slots, heads, self.length, dim)
         tokens_THD = states[0].transpose(0, 1)
-        if layer not in stored:  # zeros, as masked positions still enter products
-            stored[layer] = states.new_zeros(self.slots, self.length, *tokens_THD.shape[1:])
-        if plan.write_from is not None:
-            tokens_THD = tokens_THD.index_select(0, plan.write_from)
-        stored[layer].flatten(0, 1).index_copy_(0, plan.write_to, tokens_THD)
+        if plan.sources is not None:
+            tokens_THD = tokens_THD.index_select(0, plan.sources)
+        stored[layer].view(-1, dim).index_copy_(0, plan.targets(heads, self.length), tokens_THD.reshape(-1, dim))
         return stored[layer]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -165,12 +182,12 @@ def _decode(
     window: int | None,
 ) -> torch.Tensor:
     rows, heads, dim = query_nHD.shape
-    kv_heads = key.shape[2]
+    kv_heads = key.shape[1]
     # Query heads that share a key head stand where query positions usually do: no copy of keys for each of them.
     out = scaled_dot_product_attention(
         query_nHD.reshape(rows, kv_heads, heads // kv_heads, dim),
-        key[:rows, : plan.span].transpose(1, 2),
-        value[:rows, : plan.span].transpose(1, 2),
+        key[:rows, :, : plan.span],
+        value[:rows, :, : plan.span],
         attn_mask=plan.decode_bias(query_nHD.dtype, window),
         scale=scaling,
     )
@@ -193,12 +210,12 @@ def _prefill(
         mask = (distance >= 0) & (distance < window)
     out = scaled_dot_product_attention(
         query,
-        key[segment.slot, :length].transpose(0, 1)[None],
-        value[segment.slot, :length].transpose(0, 1)[None],
+        key[segment.slot, :, :length][None],
+        value[segment.slot, :, :length][None],
         attn_mask=mask,
         is_causal=mask is None,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[2],
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[0].transpose(0, 1)
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from verl.errors import UserError
 from verl.rollout.base import Capabilities, Request, SamplingParams, Unsupported
 
 
-def check_request(request: Request, capabilities: Capabilities, max_model_len: int, vocab_size: int) -> None:
-    """Raises UserError (Unsupported for what the engine declares it cannot do) naming the request and the remedy."""
+def check_request(
+    request: Request, prompt: np.ndarray, capabilities: Capabilities, max_model_len: int, vocab_size: int
+) -> None:
+    """prompt: the request's prompt ids. Raises UserError (Unsupported for what the engine declares it cannot do) naming the request and the remedy."""
     where = f"request {request.id!r}"
-    sampling, prompt = request.sampling, request.prompt_ids
+    sampling = request.sampling
     for problem in _sampling_problems(sampling):
         raise UserError(f"{where}: {problem}")
     if len(prompt) == 0:
         raise UserError(
             f"{where}: the prompt is empty; it needs at least one token (a beginning-of-text token will do)"
         )
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
         raise UserError(
-            f"{where}: prompt ids go from {min(prompt)} to {max(prompt)}, but the model's vocabulary is 0 to "
+            f"{where}: prompt ids go from {prompt.min()} to {prompt.max()}, but the model's vocabulary is 0 to "
             f"{vocab_size - 1}; is the tokenizer this model's?"
         )
     if len(prompt) + sampling.max_new_tokens > max_model_len:
         raise UserError(
-            f"{where}: a prompt of {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the context "
-            f"length of {max_model_len}; shorten the prompt or ask for at most {max(0, max_model_len - len(prompt))} tokens"
+            f"{where}: a prompt of {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the "
+            f"context length of {max_model_len}; shorten the prompt, or ask for at most "
+            f"{max(0, max_model_len - len(prompt))} tokens"
         )
     if request.images and not capabilities.images:
         raise Unsupported(f"{where}: this engine does not take images")

@@ -9,7 +9,7 @@ times by about 1e-6 relative, so that a drawn token changes with the batch only 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ class SamplingRows:
     """The sampling parameters of B rows, as arrays of shape (B,).
 
     temperature: float32, 0 for greedy. top_k: int64, -1 for off. top_p, min_p: float32. seeds: uint64.
+    min_new_tokens: int64, how many tokens must come before a stop token may.
     """
 
     temperature: np.ndarray
@@ -34,6 +35,7 @@ class SamplingRows:
     top_p: np.ndarray
     min_p: np.ndarray
     seeds: np.ndarray
+    min_new_tokens: np.ndarray
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams]) -> SamplingRows:
@@ -43,12 +45,11 @@ class SamplingRows:
             np.array([p.top_p for p in params], np.float32),
             np.array([p.min_p for p in params], np.float32),
             np.array([p.seed % 2**64 for p in params], np.uint64),
+            np.array([p.min_new_tokens for p in params], np.int64),
         )
 
     def __getitem__(self, rows: slice) -> SamplingRows:
-        return SamplingRows(
-            self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows], self.seeds[rows]
-        )
+        return SamplingRows(*(getattr(self, each.name)[rows] for each in fields(self)))
 
 
 def draw(

@@ -118,9 +118,10 @@ def _draw_panel(axes: Any, panel: Panel, curves: list[_Curve]) -> None:
     axes.set_ylabel(panel.unit, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
+    axes.margins(y=0.12)  # room for the numbers at a curve's ends
     axes.spines[["top", "right"]].set_visible(False)
     if panel.share and all(0 <= value <= 1 for curve in curves for value in curve.values):
-        axes.set_ylim(-0.04, 1.08)
+        axes.set_ylim(-0.12, 1.12)
     if len(curves) > 1 or not curves[0].noisy:
         axes.legend(fontsize=8, frameon=False)
 

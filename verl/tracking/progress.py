@@ -86,7 +86,8 @@ class Progress:
 
     def __exit__(self, *exception: Any) -> None:
         if self._bars:
-            self._bars.stop()
+            with suppress(OSError):  # the terminal is gone
+                self._bars.stop()
             self._bars = None
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -143,9 +144,7 @@ class Progress:
         self._printed_at = self._clock()
         encoding = self._console.encoding
         shown = text.translate(CONTROL_CHARACTERS).encode(encoding, "replace").decode(encoding)
-        with suppress(
-            OSError
-        ):  # the terminal is gone, or the disk behind it full: no reason to stop, nowhere to say so
+        with suppress(OSError):  # the terminal is gone, or the disk behind it full: nowhere to say so
             self._console.print(Text(shown, style=style), soft_wrap=True)
 
 

@@ -30,11 +30,17 @@ OTHER_OUTCOMES = {"critic/score/mean": "training score", "train/loss": "loss", "
 def write_report(folder: Path, *, title: str | None = None, validation: Path | None = None) -> Path:
     """validation: where the validation dumps are (``folder/validation``). Returns README.md's path.
 
-    Without metrics.jsonl (the run had no "file" logger) there is nothing to report: UserError."""
+    UserError without metrics.jsonl (the run had no "file" logger), and where a file cannot be read or written."""
+    try:
+        return _write_report(folder, title or folder.name, validation or folder / "validation")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the report in {folder} could not be written: {error or type(error).__name__}") from error
+
+
+def _write_report(folder: Path, title: str, validation: Path) -> Path:
     metrics = read_metrics(folder / "metrics.jsonl")
-    title = title or folder.name
     has_curve = draw_curves(metrics, folder / "curve.png", title)
-    dumps = validation_dumps(validation or folder / "validation", metrics)
+    dumps = validation_dumps(validation, metrics)
     if dumps:
         before, after = dumps[0], dumps[-1]
         text = samples_text(read_rows(before), read_rows(after), before.stem, after.stem)

@@ -53,7 +53,7 @@ class Trackers:
 
     def close(self) -> None:
         for name, backend in self._backends.items():
-            self._try(f"closing logger {name!r}", backend.close)
+            self._try(f"logger {name!r}", backend.close)
         self._backends = {}
 
     def __enter__(self) -> Trackers:

@@ -1,6 +1,6 @@
 """``python3 -m verl.trainer.main_ppo key=value ...``: train a model with PPO. ``--help`` says more.
 
-Light on purpose: torch is imported only once the checks have passed.
+Light on purpose: torch is imported only once the checks have passed, and processes that score import this module, too.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ def main(argv: list[str] | None = None) -> int:
     from verl.checks.dry_run import print_plan
     from verl.checks.preflight import check
     from verl.config.load import load
+    from verl.config.models import Config
     from verl.config.problems import report
 
     try:
-        loaded = load(sys.argv[1:] if argv is None else argv)
-        if loaded.config is None:
-            print(report(loaded.problems), file=sys.stderr)
-            return 2
-        if loaded.config.trainer.dry_run:
+        loaded = load(sys.argv[1:] if argv is None else argv, Config)
+        if loaded.draft.trainer.dry_run:
             return print_plan(loaded)
         plan, findings = check(loaded, dry_run=False)
         if findings.problems:
@@ -34,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before or after the run, which handles its own
+        print("Stopped.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

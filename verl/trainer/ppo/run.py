@@ -16,6 +16,7 @@ from verl.config.load import Loaded
 from verl.config.models import Config
 from verl.data.dataset import load_prompts
 from verl.data.tokenizer import end_token_ids, load_tokenizer
+from verl.errors import UserError
 from verl.reward.manager import RewardManager
 from verl.rollout.base import RolloutEngine
 from verl.rollout.registry import build_engine
@@ -64,7 +65,10 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
             stop.requested = True
     finished = trainer.step >= plan.last_step
     if "file" in config.trainer.logger:
-        write_report(folder, validation=trainer.validation_folder)
+        try:
+            write_report(folder, validation=trainer.validation_folder)
+        except UserError as error:  # the run is over and its result safe
+            print(f"warning: no report was written: {error}")
     print(closing_words(folder, checkpoints, trainer.step, finished))
     return 0 if finished else INTERRUPTED
 

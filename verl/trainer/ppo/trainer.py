@@ -82,9 +82,9 @@ class PPOTrainer:
                 table = self.train_step(self.parts.train_prompts.take(rows))
                 if self.plan.validates(self.step):
                     self.validate()
-                if self.save_is_due():
-                    self.save()
-            self.report(table, epoch)
+            self.report(table, epoch)  # before saving: who goes on from the checkpoint has this step's metrics
+            if self.save_is_due():
+                self.save()
         if self.unsaved:
             raise self.unsaved
 
@@ -222,7 +222,8 @@ class PPOTrainer:
         found = validation_metrics(table, seed=config.seed)
         errors = {name.replace("reward/", "val-aux/reward_"): value for name, value in self.metrics.items()}
         self.metrics = training_metrics | found | errors
-        self._dump(self.validation_folder, table)
+        rows = self._dump(self.validation_folder, table)
+        self.parts.trackers.log_samples(rows[: config.log_val_generations], self.step)
 
     @property
     def validation_folder(self) -> Path:
@@ -244,6 +245,7 @@ class PPOTrainer:
             except NoSpace as error:
                 self.unsaved = error
                 self.parts.trackers.progress.warn(f"{error}. Training goes on; saving is tried again after each step.")
+        self.parts.trackers.log({"timing_s/save_checkpoint": self.timer.seconds["save_checkpoint"]}, self.step)
 
     def _write_models(self, folder: Path) -> None:
         self.parts.workers.call("save", folder).result()
@@ -297,11 +299,13 @@ class PPOTrainer:
         finally:
             self.parts.workers.call("unload", role).result()
 
-    def _dump(self, folder: Path, table: pa.Table) -> None:
+    def _dump(self, folder: Path, table: pa.Table) -> list[dict]:
         def decode(rows: list[list[int]]) -> list[str]:
             return self.parts.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
-        self.parts.trackers.dump(folder, self.step, generation_rows(table, decode, self.step))
+        rows = generation_rows(table, decode, self.step)
+        self.parts.trackers.dump(folder, self.step, rows)
+        return rows
 
 
 def training_sampling(rollout: RolloutConfig, max_new_tokens: int) -> SamplingParams:

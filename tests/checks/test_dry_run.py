@@ -1,0 +1,106 @@
+"""main_ppo up to where torch would be needed: the printed plan, exit codes, and what is not imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from verl.trainer.main_ppo import main
+
+PROJECT = Path(__file__).resolve().parents[2]
+RUN = [
+    "actor_rollout_ref.rollout.name=hf",
+    "data.train_batch_size=64",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=32",
+    "data.max_prompt_length=256",
+    "data.max_response_length=256",
+    "trainer.device=cpu",
+]
+
+
+@pytest.fixture
+def arguments(gsm8k, model, tmp_path) -> list[str]:
+    return [
+        *RUN,
+        f"data.train_files={gsm8k}/train.parquet",
+        f"data.val_files={gsm8k}/test.parquet",
+        f"actor_rollout_ref.model.path={model}",
+        f"trainer.default_local_dir={tmp_path}/run",
+    ]
+
+
+def test_a_sound_dry_run_prints_the_plan_and_writes_nothing(arguments, capsys, tmp_path):
+    assert main([*arguments, "trainer.dry_run=True"]) == 0
+    out = capsys.readouterr().out
+    assert "one CPU, everything in this process" in out
+    assert "No problem found." in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_needs_neither_torch_nor_transformers_nor_the_network(arguments):
+    program = (
+        "import socket, sys\n"
+        "def refuse(*args): raise AssertionError('the network was asked')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from verl.trainer.main_ppo import main\n"
+        f"code = main({[*arguments, 'trainer.dry_run=True', 'critic.model.path=some/hub-model']!r})\n"
+        "heavy = {'torch', 'transformers', 'tensorboard', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'exit code {code}, imported: {heavy}' if code or heavy else 0)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "critic.model.path=some/hub-model: not in the local hub cache" in done.stdout
+
+
+def test_the_plan_is_printed_even_when_the_data_are_missing(arguments, capsys):
+    assert main([*arguments, "data.train_files=/no/train.parquet", "trainer.dry_run=True"]) == 1
+    out = capsys.readouterr().out
+    assert "unknown until the data can be read (30 epochs)" in out
+    assert "2 mini-batches of 32 prompts" in out
+    assert "1 problem; nothing was started." in out
+    assert "data.train_files=" in out
+
+
+def test_a_dry_run_of_settings_that_cannot_be_read_prints_every_problem(arguments, capsys):
+    assert main([*arguments, "trainer.dry_run=True", "data.shufle=True", "actor_rollout_ref.model.path=/no/model"]) == 1
+    out = capsys.readouterr().out
+    assert "2 problems; nothing was started." in out
+    assert "data.shuffle" in out
+    assert "Plan of the run" not in out
+
+
+def test_a_real_run_with_problems_ends_before_it_starts(arguments, capsys):
+    assert main([*arguments, "actor_rollout_ref.rollout.name=vllm", "data.val_files=/no/test.parquet"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("2 problems; nothing was started.")
+    assert "set it to hf" in captured.err
+
+
+def test_many_validation_steps_are_shortened(arguments, capsys):
+    assert main([*arguments, "trainer.dry_run=True", "trainer.test_freq=100", "trainer.save_freq=1000"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "validation before training and at steps 100, 200, 300, ..., 3480 (1,319 prompts)" in out
+    assert "checkpoints at steps 1000, 2000, 3000, 3480" in out
+
+
+def test_a_gpu_that_torch_cannot_use_is_pointed_out(arguments, capsys, tmp_path, monkeypatch):
+    from verl.checks.machine import torch_is_cpu_build
+
+    if not torch_is_cpu_build():
+        pytest.skip("needs a CPU build of torch")
+    driver = tmp_path / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    driver.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H100 (UUID: GPU-2)'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{driver.parent}:{os.environ['PATH']}")
+    assert main([*arguments, "trainer.dry_run=True", "trainer.device=auto"]) == 0
+    assert "Install a CUDA build of torch" in capsys.readouterr().out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main([*arguments, "trainer.dry_run=True", "trainer.device=auto"]) == 0
+    assert "Install a CUDA build of torch" not in capsys.readouterr().out

@@ -1,0 +1,127 @@
+"""A key that the user sets either takes effect or is named in a warning."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import verl
+from verl.checks.inert import RULES, find_inert
+from verl.checks.plan import plan_run
+from verl.config.load import load
+from verl.config.models import Config
+from verl.config.schema import keys_of
+
+ACTOR = "actor_rollout_ref.actor"
+REF = "actor_rollout_ref.ref"
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def inert(*overrides: str, device: str = "cuda") -> set[str]:
+    """The keys that are said to have no effect."""
+    loaded = load([*overrides, "actor_rollout_ref.model.path=some/model"])
+    assert loaded.config is not None, loaded.problems
+    plan = plan_run(loaded.config, device=device, train_rows=10000)
+    named = [text.split(" has no effect: ")[0] for text in find_inert(loaded.config, plan, loaded.set_keys)]
+    return {setting.partition("=")[0] for text in named for setting in text.split(", ")}
+
+
+HF, SGLANG = f"{ROLLOUT}.name=hf", f"{ROLLOUT}.name=sglang"
+GRPO = "algorithm.adv_estimator=grpo"
+MANY = "trainer.n_gpus_per_node=4"
+
+
+@pytest.mark.parametrize(
+    ("override", "inert_with", "effective_with"),
+    [
+        ("critic.optim.lr=1e-5", [HF, GRPO], [HF]),
+        ("critic.optim.lr=1e-5", [HF, GRPO], [HF, GRPO, "critic.enable=True"]),
+        ("trainer.critic_warmup=3", [HF, GRPO], [HF]),
+        (f"{REF}.log_prob_micro_batch_size_per_gpu=4", [HF], [HF, f"{ACTOR}.use_kl_loss=True"]),
+        (f"{REF}.fsdp_config.param_offload=True", [HF], [HF, "algorithm.kl_ctrl.kl_coef=0.1"]),
+        ("algorithm.kl_ctrl.kl_coef=0.1", [HF, "algorithm.use_kl_in_reward=False"], [HF]),
+        ("algorithm.kl_penalty=abs", [HF], [HF, "algorithm.use_kl_in_reward=True"]),
+        (
+            "algorithm.kl_ctrl.horizon=5",
+            [HF, "algorithm.use_kl_in_reward=True"],
+            [HF, "algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive"],
+        ),
+        (f"{ACTOR}.kl_loss_coef=0.1", [HF], [HF, f"{ACTOR}.use_kl_loss=True"]),
+        ("algorithm.gamma=0.9", [HF, GRPO], [HF]),
+        ("algorithm.lam=0.9", [HF, GRPO], [HF]),
+        ("algorithm.norm_adv_by_std_in_grpo=False", [HF], [HF, GRPO]),
+        (
+            f"{ACTOR}.clip_ratio=0.1",
+            [HF, f"{ACTOR}.clip_ratio_low=0.1", f"{ACTOR}.clip_ratio_high=0.3"],
+            [HF, f"{ACTOR}.clip_ratio_high=0.3"],
+        ),
+        (f"{ACTOR}.ppo_micro_batch_size_per_gpu=4", [HF, f"{ACTOR}.use_dynamic_bsz=True"], [HF]),
+        (
+            f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
+            [HF, f"{ACTOR}.use_dynamic_bsz=True"],
+            [HF, f"{ACTOR}.use_dynamic_bsz=True", "critic.use_dynamic_bsz=False"],  # the critic's follows it
+        ),
+        (f"{ACTOR}.ppo_max_token_len_per_gpu=4000", [HF], [HF, f"{ACTOR}.use_dynamic_bsz=True"]),
+        ("critic.forward_max_token_len_per_gpu=4000", [HF], [HF, "critic.use_dynamic_bsz=True"]),
+        (f"{ROLLOUT}.gpu_memory_utilization=0.8", [HF], [SGLANG, MANY]),
+        (f"{ROLLOUT}.tensor_model_parallel_size=2", [HF], [SGLANG, MANY]),
+        (f"{ROLLOUT}.engine_kwargs.sglang={{x:1}}", [HF], [SGLANG]),
+        (f"{ROLLOUT}.val_kwargs.temperature=1", [HF], [HF, f"{ROLLOUT}.val_kwargs.do_sample=True"]),
+        ("data.seed=3", [HF, "data.shuffle=False"], [HF]),
+        ("data.truncation=left", [HF, "data.filter_overlong_prompts=True"], [HF]),
+        ("data.val_files=x.parquet", [HF, "trainer.val_before_train=False"], [HF]),
+        ("trainer.max_ckpt_to_keep=2", [HF], [HF, "trainer.save_freq=5"]),
+        ("trainer.total_epochs=2", [HF, "trainer.total_training_steps=5"], [HF]),
+        ("trainer.resume_from_path=x", [HF], [HF, "trainer.resume_mode=resume_path"]),
+        ("custom_reward_function.name=f", [HF], [HF, "custom_reward_function.path=x.py"]),
+        ("reward.gsm8k.method=flexible", [HF, "custom_reward_function.path=x.py"], [HF]),
+        (f"{ACTOR}.optim.lr_warmup_steps_ratio=0.1", [HF, f"{ACTOR}.optim.lr_warmup_steps=3"], [HF]),
+        (f"{ACTOR}.optim.min_lr_ratio=0.1", [HF], [HF, f"{ACTOR}.optim.lr_scheduler_type=cosine"]),
+        (f"{ACTOR}.fsdp_config.fsdp_size=2", [HF], [HF, MANY]),
+        ("trainer.balance_batch=True", [HF], [HF, MANY]),
+        ("ray_init.num_cpus=8", [HF], [HF, MANY]),
+    ],
+)
+def test_a_key_is_named_where_it_does_nothing_and_only_there(override, inert_with, effective_with):
+    key = override.partition("=")[0]
+    assert key in inert(override, *inert_with)
+    assert key not in inert(override, *effective_with)
+
+
+def test_offloading_means_nothing_on_a_cpu():
+    override = f"{ACTOR}.fsdp_config.param_offload=True"
+    assert inert(override, HF, device="cpu") == {override.partition("=")[0]}
+    assert inert(override, HF, device="cuda") == set()
+
+
+def test_a_key_set_to_null_is_not_named():
+    assert inert(HF, GRPO, "critic.enable=null", "critic.ppo_micro_batch_size_per_gpu=null") == set()
+
+
+def test_defaults_that_the_user_did_not_set_are_never_named():
+    assert inert(HF, GRPO) == set()
+
+
+# Read without being written as an attribute, or refused at any other value.
+READ_OTHERWISE = {
+    f"{ACTOR}.clip_ratio",  # the default of clip_ratio_low and clip_ratio_high
+    "reward.gsm8k.method",  # the section is passed on whole
+    "reward.gsm8k.format_score",
+    "reward_model.reward_manager",  # one value only
+    "trainer.default_hdfs_dir",  # must be null
+}
+
+
+def test_every_key_is_read_somewhere_or_has_a_rule():
+    package = Path(verl.__file__).parent
+    sources = [path for path in package.rglob("*.py") if path.parent.name not in ("config", "checks")]
+    sources += [package / "checks" / "plan.py", package / "checks" / "preflight.py"]
+    attributes = set(re.findall(r"\.([a-z_0-9]+)\b", "\n".join(path.read_text() for path in sources)))
+    unread = {key for key in keys_of(Config) if key.rpartition(".")[2] not in attributes} - READ_OTHERWISE
+    assert {key for key in unread if not any(rule.covers(key) for rule in RULES)} == set()
+
+
+def test_every_rule_covers_a_key():
+    assert [rule.keys for rule in RULES if not any(rule.covers(key) for key in keys_of(Config))] == []

@@ -1,0 +1,59 @@
+"""How responses will be scored, looked at before the run and without running the user's code."""
+
+from __future__ import annotations
+
+import pytest
+
+from verl.checks.findings import Findings
+from verl.checks.rewards import check_reward_function
+
+
+def problems_of(path, name="compute_score"):
+    findings = Findings()
+    check_reward_function(findings, str(path), name)
+    return findings.problems
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def compute_score(**kwargs):\n    return 1.0\n",
+        "import nothing_of_this_name\ndef compute_score(**kwargs): return 1.0\n",
+        "from elsewhere import score as compute_score\n",
+        "compute_score = lambda **kwargs: 1.0\n",
+        "from elsewhere import *\n",
+        "try:\n    from fast import compute_score\nexcept ImportError:\n    from slow import compute_score\n",
+    ],
+)
+def test_a_function_that_is_or_may_be_there_is_no_problem(tmp_path, source):
+    (tmp_path / "reward.py").write_text(source)
+    assert problems_of(tmp_path / "reward.py") == []
+
+
+def test_a_misspelt_function_gets_the_nearest_name(tmp_path):
+    (tmp_path / "reward.py").write_text('"""Scores."""\nimport re\ndef compute_scores(**kwargs): return 1.0\n')
+    (problem,) = problems_of(tmp_path / "reward.py")
+    assert problem.key == "custom_reward_function.name"
+    assert problem.fix == "set it to compute_scores"
+
+
+@pytest.mark.parametrize("source", ["def compute_score(:\n", "\0"])
+def test_a_file_that_is_not_python_is_a_problem(tmp_path, source):
+    (tmp_path / "reward.py").write_text(source)
+    (problem,) = problems_of(tmp_path / "reward.py")
+    assert "not valid Python" in problem.why
+
+
+def test_a_missing_file_is_a_problem(tmp_path):
+    (problem,) = problems_of(tmp_path / "reward.py")
+    assert problem.key == "custom_reward_function.path"
+
+
+def test_a_data_source_without_scorer_is_a_problem_unless_the_user_scores(checked, make_parquet, tmp_path):
+    data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100, data_source='my/own')}"
+    _, findings = checked(data)
+    (problem,) = findings.problems
+    assert problem.key == "data.train_files"
+    assert "my/own" in problem.why
+    (tmp_path / "reward.py").write_text("def compute_score(**kwargs): return 1.0\n")
+    assert checked(data, f"custom_reward_function.path={tmp_path}/reward.py")[1].problems == []

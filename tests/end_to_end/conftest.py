@@ -1,0 +1,121 @@
+"""A PPO job small enough to run many times: a 2-layer Qwen2 over a 32-word vocabulary, and prompts to answer."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789", "#", "+", "=", *"abcdefghijkl"]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A folder with model/, train.parquet, val.parquet and reward.py (a custom reward: the share of "a")."""
+    folder = tmp_path_factory.mktemp("small")
+    make_model(folder / "model")
+    make_prompts(folder / "train.parquet", 24, seed=0)
+    make_prompts(folder / "val.parquet", 6, seed=1)
+    (folder / "reward.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return solution_str.count('a') / max(len(solution_str), 1)\n"
+    )
+    return folder
+
+
+def make_model(path: Path, seed: int = 0) -> None:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
+    )
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+
+
+def make_prompts(path: Path, count: int, seed: int, length: int = 5) -> None:
+    draw = random.Random(seed)
+    rows = [
+        {
+            "data_source": "tests/letters",
+            "prompt": [{"role": "user", "content": " ".join(draw.choices(WORDS[3:], k=draw.randint(2, length)))}],
+            "ability": "none",
+            "reward_model": {"style": "rule", "ground_truth": "a"},
+            "extra_info": {"index": index},
+        }
+        for index in range(count)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def arguments(small: Path, run: Path, *more: str, **keys: object) -> list[str]:
+    """The small job's command line, its keys replaced or added to by ``keys`` (dots written as __) and ``more``."""
+    chosen = {
+        "data.train_files": small / "train.parquet",
+        "data.val_files": small / "val.parquet",
+        "data.train_batch_size": 8,
+        "data.max_prompt_length": 8,
+        "data.max_response_length": 12,
+        "actor_rollout_ref.model.path": small / "model",
+        "actor_rollout_ref.rollout.name": "hf",
+        "actor_rollout_ref.rollout.n": 2,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
+        "actor_rollout_ref.actor.optim.lr": 1e-3,
+        "critic.optim.lr": 1e-3,
+        "custom_reward_function.path": small / "reward.py",
+        "reward.num_workers": 1,
+        "trainer.total_training_steps": 3,
+        "trainer.default_local_dir": run,
+        **{name.replace("__", "."): value for name, value in keys.items()},
+    }
+    return [f"{name}={value}" for name, value in chosen.items()] + list(more)
+
+
+def start(arguments: list[str], *, script: str | Path | None = None) -> subprocess.CompletedProcess:
+    """``python3 -m verl.trainer.main_ppo`` (or a script) in a process of its own."""
+    return subprocess.run(command(arguments, script), capture_output=True, text=True, cwd=ROOT)
+
+
+def command(arguments: list[str], script: str | Path | None = None) -> list[str]:
+    return [sys.executable, *([str(script)] if script else ["-m", "verl.trainer.main_ppo"]), *arguments]
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def repeatable(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Without what a clock or a machine's load has a say in."""
+    kept = []
+    for step in metrics:
+        kept.append({name: value for name, value in step.items() if not name.startswith(("timing_", "perf/"))})
+    return kept

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+import yaml
+from conftest import arguments, metrics_of, repeatable, start
+
+from verl.trainer.main_ppo import main
+
+
+def test_the_job_learns_its_reward_and_leaves_a_whole_run_folder(small, tmp_path):
+    run = tmp_path / "run"
+    keys = {
+        "trainer__total_training_steps": 15,
+        "trainer__save_freq": 15,
+        "trainer__test_freq": 15,
+        "trainer__logger": "[console,file,tensorboard]",
+        "actor_rollout_ref__actor__optim__lr": 5e-3,
+        "actor_rollout_ref__actor__checkpoint__save_contents": "[model,optimizer,extra,hf_model]",
+    }
+    assert main(arguments(small, run, **keys)) == 0
+    scores = [step["critic/score/mean"] for step in metrics_of(run) if step["step"] > 0]
+    assert np.mean(scores[-3:]) > 3 * np.mean(scores[:3])
+    for name in ("config.yaml", "curve.png", "samples.md", "README.md", "validation/0.jsonl", "validation/15.jsonl"):
+        assert (run / name).is_file(), name
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["train_batch_size"] == 8
+    assert list((run / "tensorboard").iterdir())
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    exported = run / "global_step_15" / "actor" / "huggingface"
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    answer = model.generate(**tokenizer("b c", return_tensors="pt"), max_new_tokens=8, do_sample=False)[0, 2:]
+    assert "a" in tokenizer.decode(answer)
+
+
+def test_engine_and_trainer_agree_on_every_tokens_log_prob(small, tmp_path):
+    assert main(arguments(small, tmp_path, trainer__val_before_train=False)) == 0
+    for step in metrics_of(tmp_path):
+        assert step["training/rollout_log_probs_diff_max"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"algorithm__adv_estimator": "grpo", "actor_rollout_ref__actor__use_kl_loss": True},
+        {"algorithm__kl_ctrl__kl_coef": 0.01, "algorithm__kl_ctrl__type": "adaptive"},
+        {"trainer__critic_warmup": 3, "actor_rollout_ref__actor__ppo_epochs": 2},
+    ],
+    ids=["grpo with KL loss", "KL in the reward", "critic warm-up, two epochs"],
+)
+def test_variants_of_the_loop_run(small, tmp_path, keys):
+    assert main(arguments(small, tmp_path, **keys)) == 0
+    last = metrics_of(tmp_path)[-1]
+    assert np.isfinite(last["actor/grad_norm"])
+    if keys.get("algorithm__adv_estimator") == "grpo":
+        assert "critic/vf_loss" not in last
+        assert last["actor/kl_loss"] >= 0
+    if "algorithm__kl_ctrl__kl_coef" in keys:
+        assert last["actor/reward_kl_penalty_coeff"] != 0.01
+    if "trainer__critic_warmup" in keys:
+        assert ["actor/pg_loss" in step for step in metrics_of(tmp_path)] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"actor_rollout_ref__actor__ppo_micro_batch_size_per_gpu": 1},
+        {"actor_rollout_ref__actor__use_dynamic_bsz": True, "actor_rollout_ref__actor__ppo_max_token_len_per_gpu": 40},
+        {"actor_rollout_ref__model__enable_gradient_checkpointing": False},
+    ],
+    ids=["micro-batches of one", "token budget", "no gradient checkpointing"],
+)
+def test_how_the_step_is_cut_does_not_change_what_is_learned(small, tmp_path, keys):
+    common = {"trainer__val_before_train": False, "trainer__total_training_steps": 2}
+    assert main(arguments(small, tmp_path / "whole", **common)) == 0
+    assert main(arguments(small, tmp_path / "cut", **common, **keys)) == 0
+    for one, other in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "cut"), strict=True):
+        for name in ("critic/score/mean", "actor/grad_norm", "critic/grad_norm", "actor/pg_loss", "critic/vf_loss"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_run_repeats_bit_for_bit(small, tmp_path):
+    for name in ("one", "two"):
+        assert start(arguments(small, tmp_path / name)).returncode == 0
+    assert repeatable(metrics_of(tmp_path / "one")) == repeatable(metrics_of(tmp_path / "two"))
