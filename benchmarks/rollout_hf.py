@@ -23,6 +23,7 @@ from verl.rollout.base import Request, SamplingParams
 from verl.rollout.hf import HFEngine
 
 VOCABULARY = 512
+Runner = Callable[[Qwen2ForCausalLM, list[Request], int], int]
 PAD, EOS = 0, 1  # no request stops at EOS: lengths are the requests' own
 
 
@@ -92,18 +93,12 @@ def run_generate(model: Qwen2ForCausalLM, requests: list[Request], batch_size: i
     return useful
 
 
-def tokens_per_second(run: Callable[[], int]) -> float:
-    start = time.perf_counter()
-    tokens = run()
-    return tokens / (time.perf_counter() - start)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=256, help="of the ragged case; the equal one has max-num-seqs")
+    parser.add_argument("--requests", type=int, default=128, help="of the ragged case; the equal one has max-num-seqs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = build_model()
@@ -111,10 +106,12 @@ def main() -> None:
     print(f"{'lengths':8} {'requests':>8} {'engine':>10} {'generate':>10} {'ratio':>6}   (useful tokens/s, medians)")
     for kind, count in (("equal", args.max_num_seqs), ("ragged", args.requests)):
         requests = make_requests(kind, count, np.random.default_rng(0))
-        speeds: dict[str, list[float]] = {"engine": [], "generate": []}
+        speeds: dict[Runner, list[float]] = {run_engine: [], run_generate: []}
         for _ in range(args.rounds + 1):  # the first round warms up
-            speeds["engine"].append(tokens_per_second(lambda: run_engine(model, requests, args.max_num_seqs)))
-            speeds["generate"].append(tokens_per_second(lambda: run_generate(model, requests, args.max_num_seqs)))
+            for run, runs in speeds.items():
+                start = time.perf_counter()
+                tokens = run(model, requests, args.max_num_seqs)
+                runs.append(tokens / (time.perf_counter() - start))
         engine, generate = (statistics.median(runs[1:]) for runs in speeds.values())
         print(f"{kind:8} {count:8} {engine:10.0f} {generate:10.0f} {engine / generate:6.2f}")
 

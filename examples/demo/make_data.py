@@ -10,7 +10,6 @@ No question of the test set is in the other two, nor is its story with the same 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,93 +19,59 @@ import pyarrow.parquet as pq
 
 DATA_SOURCE = "verl/arithmetic"
 NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kim", "Lena")
-ITEMS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pears", "pencils", "shells", "stamps")
-SPLIT_SIZES = {"sft_train": 2000, "train": 6000, "test": 300}
+ITEMS = ("apples", "books", "cards", "coins", "marbles", "pears", "pencils", "shells", "stamps", "tickets")
+GAINS = ("buys", "finds", "borrows", "collects", "earns", "gets", "receives", "wins")
+LOSSES = ("loses", "sells", "donates", "drops", "lends", "returns", "spends", "trades")
+# The worked examples use the first two verbs of each kind; what the others mean has to be learnt from the reward.
+WORKED_VERBS = 2
+SPLIT_SIZES = {"test": 300, "sft_train": 4000, "train": 6000}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """key: the story and its numbers, the same for every choice of names and items. answer ends in ``#### number``."""
+    """numbers: (start, change, change ...), losses negative: the problem without its words."""
 
-    key: tuple
+    numbers: tuple[int, ...]
     question: str
     answer: str
 
     @property
     def ground_truth(self) -> str:
-        return self.answer.rsplit("#### ", 1)[1]
+        return str(sum(self.numbers))
 
 
-class Draw:
-    """A problem's numbers, names and items, drawn from one random stream."""
-
-    def __init__(self, random: np.random.Generator):
-        self.random = random
-        self.name, self.other = random.choice(NAMES, size=2, replace=False)
-        self.items = random.choice(ITEMS)
-
-    def number(self, low: int, high: int) -> int:
-        """low and high included."""
-        return int(self.random.integers(low, high + 1))
-
-
-Story = Callable[[Draw], tuple[tuple[int, ...], str, list[str], int]]
-
-
-SMALL = 20
-
-
-def get_more(d: Draw):
-    a, b = d.number(10, 99), d.number(2, SMALL)
-    question = f"{d.name} has {a} {d.items} and buys {b} more. How many {d.items} does {d.name} have now?"
-    return (a, b), question, [f"{a} + {b} = {a + b}"], a + b
-
-
-def give_away(d: Draw):
-    a = d.number(21, 99)
-    b = d.number(2, SMALL)
-    question = f"{d.name} has {a} {d.items} and gives {b} to {d.other}. How many {d.items} are left?"
-    return (a, b), question, [f"{a} - {b} = {a - b}"], a - b
-
-
-def two_gifts(d: Draw):
-    a, b, c = d.number(10, 99), d.number(2, SMALL), d.number(2, SMALL)
-    question = f"{d.name} has {a} {d.items}, gets {b} and then finds {c}. How many {d.items} does {d.name} have now?"
-    return (a, b, c), question, [f"{a} + {b} = {a + b}", f"{a + b} + {c} = {a + b + c}"], a + b + c
-
-
-def find_and_lose(d: Draw):
-    a, b, c = d.number(21, 99), d.number(2, SMALL), d.number(2, SMALL)
-    question = f"{d.name} has {a} {d.items}, finds {b} and then loses {c}. How many {d.items} does {d.name} have now?"
-    return (a, b, c), question, [f"{a} + {b} = {a + b}", f"{a + b} - {c} = {a + b - c}"], a + b - c
-
-
-def boxes(d: Draw):
-    a, b, c = d.number(2, 9), d.number(2, 9), d.number(2, SMALL)
-    question = f"{d.name} buys {a} boxes of {b} {d.items} and has {c} {d.items} at home. How many is that together?"
-    return (a, b, c), question, [f"{a} * {b} = {a * b}", f"{a * b} + {c} = {a * b + c}"], a * b + c
-
-
-STORIES: tuple[Story, ...] = (get_more, give_away, two_gifts, find_and_lose, boxes)
-
-
-def draw_problem(random: np.random.Generator) -> Problem:
-    story = STORIES[random.integers(len(STORIES))]
-    draw = Draw(random)
-    numbers, question, steps, result = story(draw)
-    answer = ". ".join(steps) + f" {draw.items}.\n#### {result}"
-    return Problem((story.__name__, *numbers), question, answer)
+def draw_problem(random: np.random.Generator, verbs: int) -> Problem:
+    """One or two changes to a number of things, told with the first ``verbs`` verbs of each kind."""
+    name, items = random.choice(NAMES), random.choice(ITEMS)
+    amount = int(random.integers(20, 100))
+    numbers, events, steps = [amount], [], []
+    for _ in range(random.integers(1, 3)):
+        size, gain = int(random.integers(2, 10)), random.random() < 0.5
+        verb = random.choice((GAINS if gain else LOSSES)[:verbs])
+        change = size if gain else -size
+        numbers.append(change)
+        events.append(f"{verb} {size}")
+        steps.append(f"{amount}{change:+}={amount + change}")
+        amount += change
+    told = f" and {events[0]}" if len(events) == 1 else f", {events[0]} and then {events[1]}"
+    question = f"{name} has {numbers[0]} {items}{told}. How many {items} does {name} have now?"
+    return Problem(tuple(numbers), question, "\n".join([*steps, f"#### {amount}"]))
 
 
 def make_splits(seed: int, sizes: dict[str, int] = SPLIT_SIZES) -> dict[str, list[Problem]]:
-    """Disjoint by story and numbers: whoever knows all of one split has seen no problem of another."""
+    """No two test problems, and no test and training problem, have the same numbers."""
     random = np.random.default_rng(seed)
-    problems: dict[tuple, Problem] = {}
-    while len(problems) < sum(sizes.values()):
-        problem = draw_problem(random)
-        problems.setdefault(problem.key, problem)
-    rest = iter(problems.values())
-    return {name: [next(rest) for _ in range(size)] for name, size in sizes.items()}
+    splits: dict[str, list[Problem]] = {name: [] for name in sizes}
+    tested: set[tuple[int, ...]] = set()
+    for name, size in sizes.items():
+        verbs = WORKED_VERBS if name == "sft_train" else len(GAINS)
+        while len(splits[name]) < size:
+            problem = draw_problem(random, verbs)
+            if problem.numbers not in tested:
+                splits[name].append(problem)
+                if name == "test":
+                    tested.add(problem.numbers)
+    return splits
 
 
 def messages(problem: Problem) -> list[dict[str, str]]:

@@ -72,6 +72,14 @@ def test_a_run_from_its_resolved_file_knows_what_the_user_chose(load_valid, yaml
     assert not second.notices
 
 
+def test_a_penalty_that_a_resolved_file_has_off_by_default_comes_on_with_its_coefficient(load_valid, yaml_file):
+    first = load_valid()
+    file = yaml_file(resolved_yaml(first.config, first.set_keys))
+    assert load_valid("--config", file, required=()).config.algorithm.use_kl_in_reward is False
+    on = load_valid("--config", file, "algorithm.kl_ctrl.kl_coef=0.1", required=())
+    assert on.config.algorithm.use_kl_in_reward is True
+
+
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20) | st.sampled_from(
     ["${trainer.seed}", "\\${x}", "a\\\\${b}", "1e-6", "null", "true", "0x10", "1_000", "2024-01-01", "~", "on", "???"]
 )
@@ -102,7 +110,7 @@ some_settings = st.fixed_dictionaries(
 
 
 @given(chosen=some_settings)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_resolved_configuration_reads_back_to_the_same(tmp_path, chosen):
     tree: dict = {"algorithm": {"use_kl_in_reward": False}}
     for key, value in chosen.items():

@@ -123,6 +123,12 @@ def test_setting_the_kl_coefficient_turns_the_penalty_on_and_says_so(load_valid)
     assert "algorithm.use_kl_in_reward" not in loaded.set_keys
 
 
+def test_a_coefficient_from_the_environment_turns_the_penalty_on_too(load_valid, monkeypatch):
+    monkeypatch.setenv("KL", "0.02")
+    algorithm = load_valid("algorithm.kl_ctrl.kl_coef='${oc.env:KL}'").config.algorithm
+    assert (algorithm.kl_ctrl.kl_coef, algorithm.use_kl_in_reward) == (0.02, True)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

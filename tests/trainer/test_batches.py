@@ -27,8 +27,9 @@ def test_every_epoch_takes_each_row_once_and_keeps_prompts_whole(group, size, ep
 
 
 def test_without_shuffle_prompts_come_in_order_of_appearance():
-    batches = mini_batches(np.array([7, 7, 3, 3, 9, 9]), 2, epochs=2)
-    assert [rows.tolist() for rows in batches] == [[0, 1, 2, 3], [4, 5], [0, 1, 2, 3], [4, 5]]
+    group = np.array([9, 9, 3, 3, 7, 7])
+    assert [rows.tolist() for rows in mini_batches(group, 2, epochs=2)] == [[0, 1, 2, 3], [4, 5]] * 2
+    assert [rows.tolist() for rows in mini_batches(group, 1)] == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_shuffled_mini_batches_are_a_pure_function_of_seed_step_and_epoch():

@@ -3,7 +3,6 @@
 import itertools
 import math
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from verl.data.ragged import Ragged
 from verl.trainer.ppo.losses import (
     AGGREGATION_MODES,
     aggregation_weights,
-    policy_loss,
     ppo_policy_loss,
     value_loss,
 )
@@ -218,24 +216,6 @@ def test_metrics_carry_no_gradient_and_absent_columns_are_not_asked_for():
     _, metrics = ppo_policy_loss(outputs, batch, **PLAIN, num_tokens=num_tokens)
     assert set(metrics) == {"actor/pg_loss", "actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl"}
     assert not any(value.requires_grad for value in metrics.values())
-
-
-@pytest.mark.parametrize("use_kl_loss", [True, False])
-def test_the_actor_section_sets_the_loss(use_kl_loss):
-    actor = SimpleNamespace(
-        clip_ratio_low=0.2,
-        clip_ratio_high=0.28,
-        clip_ratio_c=3.0,
-        entropy_coeff=0.01,
-        use_kl_loss=use_kl_loss,
-        kl_loss_coef=0.05,
-        kl_loss_type="k3",
-    )
-    outputs, batch, num_tokens = sample([[1, 1, 0], [1, 1, 1]])
-    found = policy_loss(actor)(outputs, batch, num_tokens=num_tokens)
-    settings = PPO if use_kl_loss else {**PPO, "kl_loss_coef": 0.0}
-    torch.testing.assert_close(found, ppo_policy_loss(outputs, batch, **settings, num_tokens=num_tokens))
-    assert ("actor/kl_loss" in found[1]) == use_kl_loss
 
 
 # ---- value

@@ -13,6 +13,7 @@ from verl.data.schema import COLUMNS
 from verl.trainer.ppo.metrics import (
     data_metrics,
     explained_variance,
+    length_metrics,
     memory_metrics,
     rollout_mismatch_metrics,
     seqlen_metrics,
@@ -71,8 +72,11 @@ def test_lengths_and_how_often_they_hit_the_limit():
     metrics = data_metrics(table(), max_prompt_length=4)
     assert_spread(metrics, "prompt_length", [3, 2, 4])
     assert_spread(metrics, "response_length", [2, 4, 1])
-    for name in ("prompt_length/clip_ratio", "response_length/clip_ratio", "response/aborted_ratio"):
-        assert metrics[name] == pytest.approx(1 / 3)
+    assert metrics["prompt_length/clip_ratio"] == pytest.approx(1 / 3)
+
+    metrics = length_metrics(table(finish_reason=["length", "abort", "length"]), max_prompt_length=4)
+    assert metrics["response_length/clip_ratio"] == pytest.approx(2 / 3)
+    assert metrics["response/aborted_ratio"] == pytest.approx(1 / 3)
 
 
 def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_one():
@@ -113,14 +117,14 @@ def test_the_mismatch_between_rollout_and_training_is_measured_on_probabilities_
 def test_sequence_lengths_over_ranks_before_and_after_balancing():
     lengths = sequence_lengths(table())
     assert lengths.tolist() == [5, 6, 5]
-    metrics = seqlen_metrics(np.array([10, 9, 2, 1]), [np.array([0, 3]), np.array([1, 2])])
+    metrics = seqlen_metrics(np.array([10, 2, 9, 5]), [np.array([0, 3]), np.array([1, 2])])
     assert metrics == {
-        "global_seqlen/min": 3,
-        "global_seqlen/max": 19,
-        "global_seqlen/minmax_diff": 16,
+        "global_seqlen/min": 12,
+        "global_seqlen/max": 14,
+        "global_seqlen/minmax_diff": 2,
         "global_seqlen/balanced_min": 11,
-        "global_seqlen/balanced_max": 11,
-        "global_seqlen/mean": 11,
+        "global_seqlen/balanced_max": 15,
+        "global_seqlen/mean": 13,
     }
 
 

@@ -66,13 +66,20 @@ def test_the_majority_is_the_mean_vote_over_all_subsets(samples, data):
 
 
 def test_the_majority_over_too_many_subsets_is_drawn_near_its_true_value():
-    """16 samples, 8 of them right and the wrong ones all different: C(16, 8) = 12870 subsets."""
-    right = [(1.0, "42")] * 6 + [(0.0, "41")] * 6 + [(0.0, str(i)) for i in range(4)]
-    exact = statistics.fmean(vote(subset) for subset in itertools.combinations(right, 8))
-    arguments = np.array([v for v, _ in right]), [a for _, a in right], 8
+    """10 of 40 answers are right, the others agree on a wrong one; C(40, 3) = 9880 subsets, 1470 with two right."""
+    arguments = np.repeat([1.0, 0.0], [10, 30]), ["42"] * 10 + ["41"] * 30, 3
     found = majority_of(*arguments, np.random.default_rng(3))
-    assert found == pytest.approx(exact, abs=0.06)  # four standard errors of 1000 draws
+    assert found == pytest.approx(1470 / 9880, abs=0.045)  # four standard errors of 1000 draws
     assert majority_of(*arguments, np.random.default_rng(3)) == found
+
+
+def test_drawn_majorities_repeat_with_the_seed():
+    rng = np.random.default_rng(0)
+    many = table([("d", 0, float(score), {"pred": str(score)}) for score in rng.integers(0, 4, 40)])
+    assert validation_metrics(many, seed=1) == validation_metrics(many, seed=1)
+    first, second = (validation_metrics(many, seed=seed)["val-aux/d/reward/maj@8"] for seed in (1, 2))
+    assert first != second
+    assert first == pytest.approx(second, abs=0.2)
 
 
 def test_one_greedy_answer_a_prompt_gives_mean_at_one_alone():
@@ -112,9 +119,8 @@ def test_with_accuracy_and_answers_the_core_is_accuracy_and_the_rest_is_auxiliar
 
 
 def test_numbers_of_the_scorer_become_auxiliary_variables_and_text_does_not():
-    metrics = validation_metrics(
-        table([("d", 0, 1.0, {"steps": 3, "note": "x"}), ("d", 1, 0.0, {"steps": 5, "note": "y"})])
-    )
+    samples = [("d", 0, 1.0, {"steps": 3, "note": "x", "pred": 7}), ("d", 1, 0.0, {"steps": 5, "note": "y", "pred": 8})]
+    metrics = validation_metrics(table(samples))
     assert metrics == {"val-core/d/reward/mean@1": 0.5, "val-aux/d/steps/mean@1": 4.0}
 
 

@@ -33,7 +33,7 @@ class Split:
 
     @classmethod
     def of(cls, rows: int, asked: int | None, dynamic: bool, max_tokens: int) -> Split:
-        if dynamic:
+        if dynamic or asked is None:
             return cls(rows, None, max_tokens, asked)
         return cls(rows, micro_batch_size(asked, rows), None, asked)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +53,13 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
     _files(findings, config, plan, models)
     for sentence in find_inert(config, plan, loaded.set_keys):
         findings.warn(sentence)
-    new = [problem for problem in findings.problems if not _follows(problem, loaded.problems)]
-    findings.problems = [*loaded.problems, *new]
+    findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
     return plan, findings
+
+
+def unexplained(problems: list[Problem], faults: list[Problem]) -> list[Problem]:
+    """Those that do not follow from what loading found at fault."""
+    return [problem for problem in problems if not _follows(problem, faults)]
 
 
 def _follows(problem: Problem, faults: list[Problem]) -> bool:
@@ -162,12 +166,16 @@ def _devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, dry_r
             findings.problem(key, asked, why, "set trainer.n_gpus_per_node=1 and trainer.nnodes=1")
 
 
-def _files(findings: Findings, config: Config, plan: RunPlan, models: dict[str, ModelFacts]) -> None:
-    trainer, scorer = config.trainer, config.custom_reward_function
-    for name in trainer.logger:
+def check_loggers(findings: Findings, names: Sequence[str]) -> None:
+    for name in names:
         if name not in LOGGERS:
             why = f"there is no logger {name!r} (known: {', '.join(LOGGERS)})"
-            findings.problem("trainer.logger", trainer.logger, why, f"say {_nearest(name, LOGGERS)}, or leave it out")
+            findings.problem("trainer.logger", list(names), why, f"say {_nearest(name, LOGGERS)}, or leave it out")
+
+
+def _files(findings: Findings, config: Config, plan: RunPlan, models: dict[str, ModelFacts]) -> None:
+    trainer, scorer = config.trainer, config.custom_reward_function
+    check_loggers(findings, trainer.logger)
     needed = checkpoint_bytes(config, plan, models) if plan.save_freq > 0 else None
     check_output_folder(findings, "trainer.default_local_dir", str(trainer.default_local_dir), needed)
     if scorer.path is not None:

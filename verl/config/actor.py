@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from verl.config.base import AggregationMode, KLKind, PositiveInt, Section, derived
-from verl.config.parts import CheckpointConfig, FSDPConfig, ModelConfig, OptimConfig
+from verl.config.parts import CheckpointConfig, FSDPConfig, OptimConfig, PolicyModelConfig
 from verl.config.rollout import RolloutConfig
 
 
@@ -15,7 +15,7 @@ class ActorConfig(Section):
     )
     ppo_micro_batch_size_per_gpu: PositiveInt | None = Field(
         None,
-        description="Responses of one forward and backward pass of a rank; null: the rank's share of a mini-batch. "
+        description="Responses of one forward and backward pass of a rank; null: as many as ppo_max_token_len_per_gpu says. "
         "It changes memory and speed, never the gradient.",
     )
     use_dynamic_bsz: bool = Field(False, description="Cut micro-batches by tokens instead of by responses.")
@@ -56,7 +56,7 @@ class RefConfig(Section):
 
 
 class ActorRolloutRefConfig(Section):
-    model: ModelConfig
+    model: PolicyModelConfig
     actor: ActorConfig = ActorConfig()
     ref: RefConfig = RefConfig()
     rollout: RolloutConfig

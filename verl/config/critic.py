@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from verl.config.base import AggregationMode, PositiveInt, Section, derived
-from verl.config.parts import BackboneConfig, CheckpointConfig, FSDPConfig, OptimConfig
+from verl.config.parts import CheckpointConfig, FSDPConfig, ModelConfig, OptimConfig
 
 
-class CriticModelConfig(BackboneConfig):
+class CriticModelConfig(ModelConfig):
     fsdp_config: FSDPConfig = FSDPConfig()
 
 

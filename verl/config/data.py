@@ -50,8 +50,10 @@ class SFTDataConfig(Section):
     response_key: str = Field("response", description="Column with the response's text; only it is trained on.")
     train_batch_size: PositiveInt = Field(64, description="Examples of an optimizer step, over all ranks.")
     micro_batch_size_per_gpu: PositiveInt | None = Field(
-        None, description="Examples of one forward and backward pass of a rank; null: the rank's share at once."
+        None,
+        description="Examples of one forward and backward pass of a rank; null: as many as max_token_len_per_gpu says.",
     )
+    max_token_len_per_gpu: PositiveInt = Field(16384, description="Tokens of such a pass, padding counted.")
     max_length: PositiveInt = Field(1024, description="Longest example, prompt and response, in tokens.")
     truncation: Literal["error", "left", "right"] = Field(
         "error", description="What happens to a longer example: stop, or cut on that side."

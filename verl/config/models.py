@@ -12,7 +12,7 @@ from verl.config.algorithm import AlgorithmConfig, KLControlConfig
 from verl.config.base import Section
 from verl.config.critic import CriticConfig, CriticModelConfig
 from verl.config.data import DataConfig, SFTDataConfig
-from verl.config.parts import BackboneConfig, CheckpointConfig, FSDPConfig, ModelConfig, OptimConfig, SFTOptimConfig
+from verl.config.parts import CheckpointConfig, FSDPConfig, ModelConfig, OptimConfig, PolicyModelConfig, SFTOptimConfig
 from verl.config.reward import CustomRewardFunctionConfig, RewardConfig, RewardModelConfig
 from verl.config.rollout import RolloutConfig, ValidationSamplingConfig
 from verl.config.schema import ABSENT, get, keys_of, plain, put
@@ -22,7 +22,6 @@ __all__ = [
     "ActorConfig",
     "ActorRolloutRefConfig",
     "AlgorithmConfig",
-    "BackboneConfig",
     "CheckpointConfig",
     "Config",
     "CriticConfig",
@@ -33,6 +32,7 @@ __all__ = [
     "KLControlConfig",
     "ModelConfig",
     "OptimConfig",
+    "PolicyModelConfig",
     "RayInitConfig",
     "RefConfig",
     "RewardConfig",
@@ -141,7 +141,7 @@ class SFTConfig(Root):
     derived: ClassVar[dict[str, str]] = RUN_DEFAULTS | {"model.tokenizer_path": "${model.path}"}
 
     data: SFTDataConfig = SFTDataConfig()
-    model: ModelConfig
+    model: PolicyModelConfig
     optim: SFTOptimConfig = SFTOptimConfig()
     fsdp_config: FSDPConfig = FSDPConfig()
     trainer: SFTTrainerConfig = SFTTrainerConfig()

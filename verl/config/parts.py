@@ -9,7 +9,9 @@ from pydantic import Field
 from verl.config.base import CountOrAll, DType, Section, Share, derived
 
 
-class BackboneConfig(Section):
+class ModelConfig(Section):
+    """A model to load, whatever its head."""
+
     path: str = Field(description="Model folder in Hugging Face format, or a hub id.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     enable_gradient_checkpointing: bool = Field(
@@ -22,7 +24,7 @@ class BackboneConfig(Section):
     override_config: dict[str, Any] = Field({}, description="Entries of the model's config.json to replace.")
 
 
-class ModelConfig(BackboneConfig):
+class PolicyModelConfig(ModelConfig):
     tokenizer_path: str = derived("Folder or hub id of the tokenizer.")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import NoneType
 from typing import Any, get_args
 
@@ -9,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl.config.collect import Settings
-from verl.config.schema import ABSENT, choices, defaults_of, get, keys_of, put
+from verl.config.schema import choices, defaults_of, get, keys_of, put
 
 
 def resolve_references(settings: Settings) -> None:
@@ -17,16 +19,26 @@ def resolve_references(settings: Settings) -> None:
     referring = [key for key in settings.origins if "${" in str(get(settings.tree, key))]
     if not referring:
         return
-    everything = OmegaConf.merge(defaults_of(settings.schema), settings.tree)
+    known = keys_of(settings.schema)
+    everything = OmegaConf.create(defaults_of(settings.schema))
+    for key in settings.origins:
+        with _reported(settings, key):
+            OmegaConf.update(everything, key, get(settings.tree, key), merge=False)
     for key in referring:
-        try:
+        with _reported(settings, key):
             value = OmegaConf.select(everything, key, throw_on_missing=True)
             resolved = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException as error:
-            why = str(error).splitlines()[0]
-            settings.misfit(key, why, "write references as ${section.key}, with a key that exists and has a value")
-        else:
-            put(settings.tree, key, _fit(resolved, keys_of(settings.schema)[key].annotation))
+            put(settings.tree, key, _fit(resolved, known[key].annotation))
+
+
+@contextmanager
+def _reported(settings: Settings, key: str) -> Iterator[None]:
+    """A reference that cannot be read or followed is a problem of its key."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        fix = "write references as ${section.key}, with a key that exists and has a value"
+        settings.misfit(key, str(error).splitlines()[0], fix)
 
 
 def fit_types(settings: Settings) -> None:
@@ -43,7 +55,16 @@ def _fit(value: Any, annotation: Any, text: str | None = None) -> Any:
     takes_only_text = kinds <= {str, NoneType}
     if isinstance(value, int | float) and (takes_only_text or (isinstance(value, bool) and bool not in kinds)):
         return text or str(value)  # a True for a number, too: as text it is refused, where True would pass as 1
+    if isinstance(value, str) and str not in kinds and kinds & {int, float}:
+        return _number(value)  # such as an environment variable's
     return value
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def divide_over_ranks(settings: Settings) -> None:
@@ -66,7 +87,8 @@ def divide_over_ranks(settings: Settings) -> None:
 def decide_kl(settings: Settings) -> None:
     """Who sets the coefficient of the KL penalty means to have the penalty, unless its switch says otherwise."""
     switch, coefficient = "algorithm.use_kl_in_reward", "algorithm.kl_ctrl.kl_coef"
-    if switch not in keys_of(settings.schema) or get(settings.tree, switch) not in (ABSENT, None):
+    chosen = switch in settings.set_keys and get(settings.tree, switch) is not None
+    if switch not in keys_of(settings.schema) or chosen or get(settings.tree, switch) is True:
         return
     value = get(settings.tree, coefficient)
     on = coefficient in settings.set_keys and isinstance(value, int | float) and value > 0

@@ -29,6 +29,12 @@ class RunConfig(Section):
         -1, description="Save a checkpoint every so many steps and at the end; -1 or 0: never."
     )
     test_freq: Frequency = Field(-1, description="Validate every so many steps and at the end; -1 or 0: never.")
+    max_ckpt_to_keep: PositiveInt | None = Field(None, description="Checkpoints to keep, the newest; null: all.")
+    resume_mode: Literal["auto", "disable", "resume_path"] = Field(
+        "auto",
+        description="Start from the newest checkpoint in default_local_dir, from none, or from resume_from_path.",
+    )
+    resume_from_path: str | None = Field(None, description="Checkpoint folder (.../global_step_N) to start from.")
     dry_run: bool = Field(False, description="Check everything, print the plan of the run and stop.")
 
 
@@ -45,12 +51,6 @@ class TrainerConfig(RunConfig):
     validation_data_dir: str | None = Field(
         None, description="Folder for validation's responses; null: in the run's folder."
     )
-    max_ckpt_to_keep: PositiveInt | None = Field(None, description="Checkpoints to keep, the newest; null: all.")
-    resume_mode: Literal["auto", "disable", "resume_path"] = Field(
-        "auto",
-        description="Start from the newest checkpoint in default_local_dir, from none, or from resume_from_path.",
-    )
-    resume_from_path: str | None = Field(None, description="Checkpoint folder (.../global_step_N) to start from.")
     default_hdfs_dir: str | None = Field(None, description="Must be null: checkpoints go to default_local_dir.")
 
 

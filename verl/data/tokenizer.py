@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from verl.errors import UserError
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
+
+
+PROBE = "Ann has 12 apples, and buys 3.50 more?\n#### 15 'tis naïve"
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -29,6 +33,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise UserError(
             f"no tokenizer could be loaded from {path} ({where}, or they need another package): {reason}"
         ) from error
+    check_text_survives(tokenizer, path, folder)
     # Without its files, transformers builds some tokenizers (Qwen2's) with no vocabulary and says nothing.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(
@@ -36,6 +41,20 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
             "Copy the tokenizer's files there (tokenizer.save_pretrained)."
         )
     return tokenizer
+
+
+def check_text_survives(tokenizer: PreTrainedTokenizerBase, path: str, folder: Path) -> None:
+    """transformers may build the class that belongs to the model's type around the saved vocabulary, and drop how the
+    saved tokenizer cuts texts: compared with what tokenizer.json itself makes of a text."""
+    saved = folder / "tokenizer.json"
+    if saved.is_file():
+        ids = Tokenizer.from_file(str(saved)).encode(PROBE, add_special_tokens=False).ids
+        if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != ids:
+            raise UserError(
+                f"transformers loads the tokenizer of {path} as {type(tokenizer).__name__}, which cuts texts otherwise "
+                "than its tokenizer.json does. Set a fitting tokenizer_class in its tokenizer_config.json, or put the "
+                "tokenizer into a folder without the model's config.json and name it in model.tokenizer_path."
+            )
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str) -> tuple[int, ...]:

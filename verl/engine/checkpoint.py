@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from verl.engine.distributed import rank, world_size
 from verl.errors import UserError
@@ -54,14 +55,15 @@ def load(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 def _check(reader: HuggingFaceStorageReader, tensors: dict[str, torch.Tensor]) -> None:
     """Every tensor is there, of the right size, and whole: DCP itself leaves holes where a rank's file is missing."""
-    saved = reader.read_metadata().state_dict_metadata
+    metadata = reader.read_metadata().state_dict_metadata
+    saved = {name: each for name, each in metadata.items() if isinstance(each, TensorStorageMetadata)}
     if missing := tensors.keys() - saved.keys():
         raise ValueError(f"it lacks {min(missing)} ({len(missing)} tensors in all)")
     for name, tensor in tensors.items():
-        if saved[name].size != tensor.shape:
-            raise ValueError(f"{name} has shape {tuple(saved[name].size)}, and the model's {tuple(tensor.shape)}")
-        if sum(chunk.sizes.numel() for chunk in saved[name].chunks) != tensor.numel():
-            raise ValueError(f"parts of {name} are missing")
+        parts = sum(chunk.sizes.numel() for chunk in saved[name].chunks)
+        if saved[name].size != tensor.shape or parts != tensor.numel():
+            held = f"{parts:,} elements of shape {tuple(saved[name].size)}"
+            raise ValueError(f"of {name}, shape {tuple(tensor.shape)}, it holds {held}")
 
 
 def _quiet() -> warnings.catch_warnings:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from verl.errors import UserError
 
 if TYPE_CHECKING:
-    from verl.config.models import FSDPConfig
+    from verl.config.parts import FSDPConfig
 
 
 def world_size() -> int:
@@ -51,7 +51,7 @@ def sum_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
 def make_mesh(fsdp_size: int, device: torch.device) -> DeviceMesh:
     """One dimension, or (replicas, shards) when ``fsdp_size`` is below the world size (hybrid sharding)."""
     world = world_size()
-    if fsdp_size in (-1, 0) or fsdp_size >= world:
+    if fsdp_size == -1 or fsdp_size >= world:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     if world % fsdp_size:
         raise UserError(f"fsdp_config.fsdp_size={fsdp_size} does not divide the {world} ranks")
@@ -59,22 +59,22 @@ def make_mesh(fsdp_size: int, device: torch.device) -> DeviceMesh:
 
 
 def shard(
-    root: nn.Module, layer_classes: set[str], config: FSDPConfig, device: torch.device, compute: torch.dtype
+    root: nn.Module, layer_classes: set[str], config: FSDPConfig, device: torch.device, compute_dtype: torch.dtype
 ) -> None:
     """FSDP2 over each decoder layer and the root, in place.
 
-    Parameters stay in their dtype and are gathered in ``compute``; gradients are reduced in float32, as plain sums, for
-    the losses of all ranks add up to the mini-batch's.
+    Parameters stay in their dtype and are gathered in ``compute_dtype``. Gradients are reduced in float32, as plain
+    sums: the losses of all ranks add up to the mini-batch's.
     """
     mesh = make_mesh(config.fsdp_size, device)
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for module in root.modules():
         if type(module).__name__ in layer_classes:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     fully_shard(root, mesh=mesh, mp_policy=policy)
-    for module in sharded_modules(root):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    for sharded in sharded_modules(root):
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
 
 
 def sharded_modules(root: nn.Module) -> list[FSDPModule]:

@@ -26,21 +26,20 @@ from verl.engine.distributed import (
     sum_over_ranks,
     world_size,
 )
-from verl.engine.model import Kind, empty_model, read_config, read_model, wrap
+from verl.engine.model import Kind, empty_model, read_config, read_model, wrap, write_model
 from verl.engine.optim import Optimizer
 from verl.engine.packing import Batching, MicroBatch, Packer
 from verl.engine.precision import Masters
 
 if TYPE_CHECKING:
-    from verl.config.models import FSDPConfig, ModelConfig, OptimConfig
+    from verl.config.parts import FSDPConfig, ModelConfig, OptimConfig
 
-LossFunction = Callable[
-    [dict[str, torch.Tensor], dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]
-]
+Tensors = dict[str, torch.Tensor]
+LossFunction = Callable[[Tensors, Tensors], tuple[torch.Tensor, Tensors]]
 CPU = torch.device("cpu")
 
 
-class Offloaded(RuntimeError):
+class OffloadedError(RuntimeError):
     """The engine was asked for work while what it needs is on the host: ``onload`` first."""
 
 
@@ -87,16 +86,15 @@ class TrainEngine:
 
     def _build(self, model_config: ModelConfig, fsdp_config: FSDPConfig, seed: int) -> Any:
         stored = torch.float32 if self.trainable else self.compute_dtype
-        read = rank() == 0
-        whole = read_model(model_config, self.kind, self.config, stored, seed) if read else None
+        whole = read_model(model_config, self.kind, self.config, stored, seed) if rank() == 0 else None
         if world_size() == 1:
             assert whole is not None
             return wrap(whole, self.kind).to(self.device)
         root = wrap(empty_model(model_config, self.kind, self.config, stored), self.kind)
         shard(root, set(root.hf._no_split_modules or ()), fsdp_config, self.device, self.compute_dtype)
         receive_from_first(root, None if whole is None else wrap(whole, self.kind), self.device)
-        if whole is not None:
-            root.hf.generation_config = getattr(whole, "generation_config", None)
+        if whole is not None and self.kind == "policy":
+            root.hf.generation_config = whole.generation_config
         return root
 
     # ---- per-token numbers
@@ -111,7 +109,7 @@ class TrainEngine:
         return self._infer(table, batching, temperature=_positive(temperature), entropy=entropy)
 
     def values(self, table: pa.Table, *, batching: Batching) -> pa.ListArray:
-        """float32, an entry for each response token: the value of the state in which it is chosen, before it is emitted."""
+        """float32, an entry for each response token: the value of the state in which it is chosen, before it is out."""
         return self._infer(table, batching)["values"]
 
     @torch.no_grad()
@@ -142,8 +140,9 @@ class TrainEngine:
     ) -> dict[str, float]:
         """One optimizer step on a mini-batch, of which ``table`` is this rank's share.
 
-        loss_fn: (outputs, batch) -> (loss, metrics) on the T response tokens of a micro-batch. outputs: float32 (T,),
-            ``log_probs`` and (if asked for) ``entropy``, or ``values``. batch: the table's token columns and ``row_ids``.
+        loss_fn: (outputs, batch) -> (loss, metrics) on the T response tokens of a micro-batch.
+            outputs: float32 (T,) ``log_probs`` and (if asked for) ``entropy``, or ``values``, with gradient.
+            batch: the table's token columns and ``row_ids`` (see ``MicroBatch.columns``).
             Loss and metrics must add up over micro-batches and ranks to the mini-batch's.
         Gives the metrics' sums over micro-batches and ranks, and ``grad_norm`` (before clipping), ``lr``, and
         ``skipped``: 1.0 if the gradient was not finite, so that nothing was changed.
@@ -153,7 +152,7 @@ class TrainEngine:
         self._need(params=True, optimizer=True)
         options = {"temperature": _positive(temperature), "entropy": entropy} if self.kind == "policy" else {}
         packer = Packer(table, self.device)
-        totals: dict[str, torch.Tensor] = {}
+        totals: dict[str, Any] = {}
         with self._recomputing():
             for micro in self._micro_batches(packer, batching):
                 outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
@@ -162,15 +161,15 @@ class TrainEngine:
                     for name, value in metrics.items():
                         totals[name] = totals.get(name, 0.0) + value
                 else:
-                    loss = sum(0.0 * values.sum() for values in outputs.values())
+                    loss = 0.0 * torch.stack(list(outputs.values())).sum()
                 loss.backward()
         self._reshard()
         lr = self.optimizer.lr
         grad_norm, stepped = self.optimizer.step()
         if stepped:
             self.masters.publish()
-        metrics = sum_over_ranks({name: float(value) for name, value in totals.items()})
-        return {**metrics, "grad_norm": grad_norm, "lr": lr, "skipped": float(not stepped)}
+        sums = sum_over_ranks({name: float(value) for name, value in totals.items()})
+        return {**sums, "grad_norm": grad_norm, "lr": lr, "skipped": float(not stepped)}
 
     def step_schedule(self) -> None:
         """The learning rate's next value: once a PPO iteration, not once an update."""
@@ -222,17 +221,12 @@ class TrainEngine:
 
     def export_hf(self, path: str | Path, tokenizer: Any = None) -> None:
         """A folder that transformers loads by path: safetensors in the compute dtype, config, tokenizer if given."""
-        names = dict(self.module.named_parameters(remove_duplicate=False))
-        if world_size() == 1:
-            self.module.save_pretrained(path)
-        else:
-            state = {}
-            for name, tensor in self.weights():
-                if rank() == 0:
-                    state[name] = tensor.cpu()
+        state: Tensors = {}
+        for name, tensor in self.weights() if world_size() > 1 else ():
             if rank() == 0:
-                self.module.save_pretrained(path, state_dict=state)
-        del names
+                state[name] = tensor.cpu()
+        if rank() == 0:
+            write_model(self.module, path, state or None)
         if tokenizer is not None and rank() == 0:
             tokenizer.save_pretrained(path)
 
@@ -264,9 +258,9 @@ class TrainEngine:
 
     def _need(self, params: bool = False, optimizer: bool = False) -> None:
         if params and not self._params_loaded:
-            raise Offloaded("the parameters are on the host: call onload(params=True) first")
+            raise OffloadedError("the parameters are on the host: call onload(params=True) first")
         if optimizer and not self._optimizer_loaded:
-            raise Offloaded("the optimizer is on the host: call onload(optimizer=True) first")
+            raise OffloadedError("the optimizer is on the host: call onload(optimizer=True) first")
 
     def _free_cache(self) -> None:
         if self.device.type == "cuda":

@@ -6,24 +6,27 @@ Each wraps a transformers model and is the root of sharding: all that touches pa
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from verl.errors import UserError
 
 if TYPE_CHECKING:
-    from verl.config.models import ModelConfig
+    from verl.config.parts import ModelConfig
 
 Kind = Literal["policy", "value"]
 Outputs = dict[str, torch.Tensor]
 
 # Elements of one float32 (tokens, vocabulary) block: what stands in memory at once, a few times over.
-LOGIT_BLOCK = 1 << 26
+LOGIT_BLOCK = 1 << 27
 
 # Config entries that change logits after the head; a model that sets one is refused rather than computed wrongly.
 _LOGIT_CHANGERS = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
@@ -62,9 +65,9 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Outputs:
         """values: float32 (T,), of the state in which each response token is chosen, before it is emitted."""
-        hidden, head = _hidden_states(self.hf, input_ids, positions), self.hf.score
-        bias = None if head.bias is None else head.bias.float()
-        return {"values": nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)}
+        head: Any = self.hf.score
+        values = _hidden_states(self.hf, input_ids, positions).float() @ head.weight[0].float()
+        return {"values": values if head.bias is None else values + head.bias.float()}
 
 
 def token_statistics(
@@ -75,18 +78,14 @@ def token_statistics(
     entropy: bool,
     block: int = LOGIT_BLOCK,
 ) -> Outputs:
-    """Log-probs (and entropy) from hidden states, ``block`` logits at a time; backward computes them again."""
+    """What ``PolicyModel.forward`` gives, ``block`` logits at a time; backward computes them again."""
 
     def of(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scaled = head(hidden).float() / temperature
-        normaliser = scaled.logsumexp(-1)
-        log_probs = scaled.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-        if not entropy:
-            return (log_probs,)
-        probs = (scaled - normaliser[:, None]).exp()
-        return log_probs, normaliser - (probs * scaled).sum(-1)
+        log_probs_TV = (head(hidden).float() / temperature).log_softmax(-1)
+        chosen = log_probs_TV.gather(-1, targets[:, None]).squeeze(-1)
+        return (chosen, -(log_probs_TV.exp() * log_probs_TV).sum(-1)) if entropy else (chosen,)
 
-    tokens = max(1, block // head.weight.shape[0])
+    tokens = max(1, block // cast(torch.Tensor, head.weight).shape[0])
     parts = [
         checkpoint(of, *chunk, use_reentrant=False) if torch.is_grad_enabled() else of(*chunk)
         for chunk in zip(hidden_TH.split(tokens), targets_T.split(tokens), strict=True)
@@ -108,21 +107,21 @@ def read_config(model: ModelConfig, kind: Kind) -> transformers.PreTrainedConfig
     path = os.path.expanduser(model.path)
     if path != model.path or path.startswith((".", "/")) or Path(path).exists():
         _check_folder(Path(path), model.path)
-    overrides: dict[str, Any] = dict(model.override_config or {})
+    overrides: dict[str, Any] = {"attn_implementation": model.attn_implementation, **model.override_config}
     if kind == "value":
         overrides["num_labels"] = 1
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **overrides)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(model.path, error) from error
+    if unknown := [key for key in model.override_config if not hasattr(config, key)]:
+        raise UserError(f"model.override_config: {model.path} has no {', '.join(unknown)} in its config.json")
     for name, value in config.to_dict().items():  # log-probs must be those of the rollout
         if name == "classifier_dropout" or (isinstance(value, float) and ("dropout" in name or name.endswith("pdrop"))):
             setattr(config, name, 0.0)
     for name, harmless in _LOGIT_CHANGERS.items():
         if kind == "policy" and getattr(config, name, None) not in (None, harmless):
-            raise UserError(
-                f"model.path={model.path}: models with {name}={getattr(config, name)} are not supported yet"
-            )
+            raise UserError(f"model.path={model.path}: a model with {name}={getattr(config, name)} is not supported")
     return config
 
 
@@ -132,15 +131,15 @@ def read_model(
     """The model on the CPU in ``dtype``. A value head that the files lack is drawn from ``seed``: N(0, 1 / (H + 1))
     weights, bias 0."""
     try:
-        hf, report = _auto_class(kind).from_pretrained(
-            os.path.expanduser(model.path),
-            config=config,
-            dtype=dtype,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **_attention(model),
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with _quiet():
+            hf, report = _auto_class(kind).from_pretrained(
+                os.path.expanduser(model.path),
+                config=config,
+                dtype=dtype,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _unreadable(model.path, error) from error
     missing = set(report["missing_keys"])
     if kind == "value":
@@ -149,9 +148,7 @@ def read_model(
             _init_head(hf.score, seed)
         missing = {name for name in missing if not name.startswith("score.")}
     if missing:
-        raise UserError(
-            f"model.path={model.path}: its files lack {', '.join(sorted(missing)[:5])} ({len(missing)} in all)"
-        )
+        raise UserError(f"model.path={model.path}: its files lack {min(missing)} ({len(missing)} tensors in all)")
     return hf
 
 
@@ -161,11 +158,20 @@ def empty_model(
     """The same module without storage (meta device): its tensors come from another rank."""
     with torch.device("meta"):
         hf = _auto_class(kind).from_config(
-            config, dtype=dtype, trust_remote_code=model.trust_remote_code, **_attention(model)
+            config,
+            dtype=dtype,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation=model.attn_implementation,
         )
     if kind == "value":
         _check_head(hf, model.path)
     return hf
+
+
+def write_model(hf: transformers.PreTrainedModel, folder: str | Path, state: dict[str, torch.Tensor] | None) -> None:
+    """A folder that transformers loads by path. state: the whole tensors by name, when the module holds only shards."""
+    with _quiet():
+        hf.save_pretrained(folder, state_dict=state)
 
 
 def wrap(hf: transformers.PreTrainedModel, kind: Kind) -> PolicyModel | ValueModel:
@@ -176,8 +182,19 @@ def _auto_class(kind: Kind):
     return transformers.AutoModelForCausalLM if kind == "policy" else transformers.AutoModelForTokenClassification
 
 
-def _attention(model: ModelConfig) -> dict[str, str]:
-    return {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and load report: what is wrong is raised here."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_folder(path: Path, given: str) -> None:

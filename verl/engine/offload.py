@@ -1,4 +1,4 @@
-"""Moving an engine's tensors between the device and the host, in place."""
+"""Moving an engine's tensors between the device and the host, in place. On the host they are pinned."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from torch.distributed.tensor import DTensor
 
 
 def move_tensors(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-    """Plain tensors: each keeps its identity and gets storage on ``device`` (pinned when that is the host)."""
-    with torch.no_grad():
-        for tensor in tensors:
-            tensor.data = moved(tensor.data, device)
+    """Each tensor keeps its identity and gets storage on ``device``."""
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            tensor._local_tensor = _moved(tensor._local_tensor, device)
+        else:
+            tensor.data = _moved(tensor.data, device)
 
 
 def move_module(module: nn.Module, device: torch.device) -> None:
-    """Parameters, sharded or not, and buffers."""
-    module._apply(lambda tensor: moved(tensor, device))
+    """Parameters, sharded or not, and buffers. ``_apply`` is what ``Module.to`` calls: FSDP hooks into it to learn where
+    its shards are now."""
+    with torch.no_grad():
+        module._apply(lambda tensor: _moved(tensor, device))
 
 
-def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type == device.type:
         return tensor
-    if device.type == "cpu" and not isinstance(tensor, DTensor):
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
-    return tensor.to(device)
+    if device.type != "cpu":
+        return tensor.to(device)
+    if isinstance(tensor, DTensor):  # Tensor.to would leave it unpinned, and DTensor.from_local on the device
+        host = torch.empty_like(tensor, device=device)
+        host._local_tensor = _moved(tensor._local_tensor, device)
+        return host
+    return torch.empty_like(tensor, device=device, pin_memory=True).copy_(tensor)

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from verl.engine.distributed import full
 
 if TYPE_CHECKING:
-    from verl.config.models import OptimConfig
+    from verl.config.parts import OptimConfig
 
 
 class Optimizer:
@@ -31,7 +31,7 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(
             list(masters.values()),
             lr=self.lr,
-            betas=tuple(config.betas),
+            betas=(config.betas[0], config.betas[1]),
             eps=config.eps,
             weight_decay=config.weight_decay,
             fused=True,
@@ -50,7 +50,7 @@ class Optimizer:
             self.config.lr_scheduler_type,
             warmup=self.warmup_steps,
             total=self.total_steps,
-            floor=self.config.min_lr_ratio or 0.0,
+            floor=self.config.min_lr_ratio,
         )
         return self.config.lr * factor
 
@@ -82,7 +82,7 @@ class Optimizer:
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
     """``lr_warmup_steps``, or, while that is negative, ``lr_warmup_steps_ratio`` of all steps."""
-    if config.lr_warmup_steps is not None and config.lr_warmup_steps >= 0:
+    if config.lr_warmup_steps >= 0:
         return config.lr_warmup_steps
     return int(config.lr_warmup_steps_ratio * total_steps)
 

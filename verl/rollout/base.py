@@ -18,12 +18,12 @@ FinishReason = Literal["stop", "length", "abort"]
 MemoryTag = Literal["weights", "kv_cache"]
 
 
-class Unsupported(UserError):
+class Unsupported(UserError):  # noqa: N818
     """The engine declares that it cannot do this."""
 
 
-class IllegalState(RuntimeError):
-    """An order that makes no sense now (generate while asleep, wake what is awake): refused before the engine sees it."""
+class IllegalState(RuntimeError):  # noqa: N818
+    """An order that makes no sense now (generate while asleep, wake what is awake); the engine never sees it."""
 
 
 @dataclass(frozen=True)

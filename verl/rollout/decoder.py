@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
 
 from verl.rollout.base import FinishReason, Request, Result
-from verl.rollout.kv_cache import Segment, SlotCache, StepPlan, slots_attending
+from verl.rollout.kv_cache import Segment, SlotCache, StepPlan
 from verl.rollout.sampling import SamplingRows, draw
 from verl.rollout.stops import StopWatch
 
 
 @dataclass(eq=False)
 class Row:
-    """A response under way. prompt: int64. stop_ids: every token that ends it. versions: as in Result."""
+    """A response under way. prompt: int64. stop_ids: every token that ends it. versions: as in Result.
+    length: of prompt and response so far."""
 
     request: Request
     future: asyncio.Future[Result]
@@ -31,11 +31,8 @@ class Row:
     versions: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.length = len(self.prompt)
         self.prompt_key = self.prompt.tobytes()  # bytes keep their hash
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.ids)
 
     @property
     def last(self) -> int:
@@ -49,6 +46,7 @@ class Row:
         if not self.versions or self.versions[-1][0] != version:
             self.versions.append((version, len(self.ids)))
         self.ids.append(token)
+        self.length += 1
         self.log_probs.append(log_prob)
         said_stop = self.watch is not None and self.watch.push(token)
         sampling = self.request.sampling
@@ -74,19 +72,18 @@ class Admission:
 class Decoder:
     """Up to ``max_num_seqs`` rows in the slots of a cache; slot = index in ``rows``.
 
-    forward: the forward of a transformers causal LM of this config, answering with its logits.
+    forward: the forward of a transformers causal LM whose attention is ``slot_attention``, answering with its logits.
     max_prefill_tokens: prompt tokens that one step may compute (one prompt at least).
     """
 
     def __init__(
         self,
         forward: Callable[..., torch.Tensor],
-        config: PretrainedConfig,
         max_num_seqs: int,
         max_model_len: int,
         max_prefill_tokens: int,
     ):
-        self._forward, self._config = forward, config
+        self._forward = forward
         self._max_num_seqs, self._max_prefill_tokens = max_num_seqs, max_prefill_tokens
         self._cache = SlotCache(max_num_seqs, max_model_len)
         self.rows: list[Row] = []
@@ -166,15 +163,14 @@ class Decoder:
             self._cache.copy(sources, list(range(first, len(decoding))), longest)
         ids, positions, logits_of, plan = _plan(decoding, admission.groups, device)
         self._cache.plan = plan
-        with slots_attending(self._config):
-            return self._forward(
-                input_ids=ids[None],
-                position_ids=positions[None],
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=logits_of,
-                slot_plan=plan,
-            )[0]
+        return self._forward(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=logits_of,
+            slot_plan=plan,
+        )[0]
 
     def _draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._sampling is None:
@@ -182,7 +178,7 @@ class Decoder:
         drawn = np.array([len(row.ids) for row in self.rows], np.int64)
         banned = [
             (index, list(self.rows[index].stop_ids))
-            for index in np.flatnonzero(drawn < self._sampling.min_new_tokens)
+            for index in np.flatnonzero(drawn < self._sampling.min_new_tokens).tolist()
             if self.rows[index].stop_ids
         ]
         return draw(logits, self._sampling, drawn, banned)

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.errors import UserError
 from verl.rollout.base import Capabilities, IllegalState, MemoryTag, Request, Result, Unsupported
 from verl.rollout.decoder import Decoder, Row
 from verl.rollout.fsdp import UnshardedForward
+from verl.rollout.kv_cache import slots_attending
 from verl.rollout.requests import check_request
 from verl.rollout.stops import StopWatch
 
@@ -61,7 +62,8 @@ class HFEngine:
         self._eos = frozenset(eos_token_ids)
         self._max_model_len, self._vocab_size = max_model_len, config.vocab_size
         self._forward = UnshardedForward(module, module if root is None else root, reshard_after_forward)
-        self._decoder = Decoder(self._forward, config, max_num_seqs, max_model_len, max_prefill_tokens)
+        self._config = config
+        self._decoder = Decoder(self._forward, max_num_seqs, max_model_len, max_prefill_tokens)
         self._waiting: deque[Row] = deque()
         self._in_flight: dict[str, Row] = {}
         self._task: asyncio.Task[None] | None = None
@@ -129,7 +131,6 @@ class HFEngine:
         self._closed = True
         await self.abort()
         await self._stopped()
-        self._decoder.clear()
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -155,7 +156,7 @@ class HFEngine:
     async def _run(self) -> None:
         device = self._module.device
         try:
-            with self._evaluating():
+            with self._borrowed(), slots_attending(self._config):
                 while self._in_flight and not self._paused:
                     for row, reason in self._decoder.step(self._waiting, self.version, device):
                         del self._in_flight[row.request.id]
@@ -166,6 +167,10 @@ class HFEngine:
             self._drop(rows)
             for row in rows:
                 row.future.set_exception(error)
+        finally:  # also when an event loop that ends cancels this
+            self._free_if_idle()
+
+    def _free_if_idle(self) -> None:
         if not self._in_flight:
             self._decoder.clear()
 
@@ -181,9 +186,11 @@ class HFEngine:
         self._decoder.remove(leaving)
         if any(row in leaving for row in self._waiting):
             self._waiting = deque(row for row in self._waiting if row not in leaving)
+        self._free_if_idle()
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def _borrowed(self) -> Iterator[None]:
+        """The module in evaluation mode, without dropout and gradient checkpointing; afterwards as it was."""
         training = [part for part in self._module.modules() if part.training]
         self._module.eval()
         try:
@@ -197,11 +204,17 @@ class HFEngine:
             raise IllegalState(f"{order}: the engine is closed")
 
 
-def _check_architecture(module: PreTrainedModel, config) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or not module._supports_attention_backend:
-        reason = f"has layers of kind {', '.join(sorted(kinds))}" if kinds else "brings an attention of its own"
-        raise UserError(
-            f"the embedded engine (rollout.name=hf) cannot decode {type(module).__name__}: it {reason}; "
-            "use rollout.name=sglang or vllm for this model"
-        )
+def _check_architecture(module: PreTrainedModel, config: PretrainedConfig) -> None:
+    unknown_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    reasons = {
+        f"it has layers of kind {', '.join(sorted(unknown_layers))}": unknown_layers,
+        "its attention does not go through transformers' AttentionInterface": not module._supports_attention_backend,
+        "it caches latents, not keys and values": getattr(config, "kv_lora_rank", None),
+        "it caps its attention logits": getattr(config, "attn_logit_softcapping", None),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(
+                f"the embedded engine (rollout.name=hf) cannot decode {type(module).__name__}: {reason}; use "
+                "rollout.name=sglang or vllm for this model"
+            )

@@ -11,7 +11,9 @@ from verl.rollout.base import Capabilities, Request, SamplingParams, Unsupported
 def check_request(
     request: Request, prompt: np.ndarray, capabilities: Capabilities, max_model_len: int, vocab_size: int
 ) -> None:
-    """prompt: the request's prompt ids. Raises UserError (Unsupported for what the engine declares it cannot do) naming the request and the remedy."""
+    """Raises UserError (Unsupported for what the engine declares it cannot do) naming the request and the remedy.
+
+    prompt: the request's prompt ids, int64."""
     where = f"request {request.id!r}"
     sampling = request.sampling
     for problem in _sampling_problems(sampling):

@@ -20,7 +20,7 @@ from verl.errors import UserError
 MANIFEST = "manifest.json"
 
 
-class NoSpace(UserError):
+class NoSpaceError(UserError):
     """The checkpoint could not be written; what was there before is untouched."""
 
 
@@ -99,7 +99,7 @@ class Checkpoints:
         return aside
 
     def save(self, step: int, write: Callable[[Path], None], state: dict) -> Checkpoint:
-        """write(folder) puts the models there; ``state`` becomes trainer.json. Raises NoSpace if it does not fit."""
+        """write(folder) puts the models there; ``state`` becomes trainer.json. Raises NoSpaceError if it does not fit."""
         final, partial = self.folder / f"global_step_{step}", self.folder / f".partial_global_step_{step}"
         for left_over in self.folder.glob(".partial_global_step_*"):  # of a run that was killed while saving
             shutil.rmtree(left_over)
@@ -112,7 +112,7 @@ class Checkpoints:
             sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise NoSpace(self._why_not(final, error)) from error
+            raise NoSpaceError(self._why_not(final, error)) from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

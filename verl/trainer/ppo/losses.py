@@ -13,10 +13,6 @@ exactly nothing, whatever its columns hold (inf and nan included).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Protocol
-
 import numpy as np
 import torch
 
@@ -128,41 +124,6 @@ def value_loss(outputs: Tensors, batch: Tensors, *, cliprange_value: float, num_
         "critic/vf_clipfrac": (clipped > unclipped).sum() / num_tokens,
         "critic/vpred_mean": predicted.detach().sum() / num_tokens,
     }
-
-
-POLICY_LOSSES: dict[str, Callable[..., LossAndMetrics]] = {"ppo": ppo_policy_loss}
-
-
-class PolicyLossSettings(Protocol):
-    """What the policy's loss reads of the ``actor_rollout_ref.actor`` section."""
-
-    @property
-    def clip_ratio_low(self) -> float: ...
-    @property
-    def clip_ratio_high(self) -> float: ...
-    @property
-    def clip_ratio_c(self) -> float: ...
-    @property
-    def entropy_coeff(self) -> float: ...
-    @property
-    def use_kl_loss(self) -> bool: ...
-    @property
-    def kl_loss_coef(self) -> float: ...
-    @property
-    def kl_loss_type(self) -> str: ...
-
-
-def policy_loss(actor: PolicyLossSettings) -> Callable[..., LossAndMetrics]:
-    """The loss with the section's settings: ``(outputs, batch, *, num_tokens) -> (loss, metrics)``."""
-    return partial(
-        POLICY_LOSSES["ppo"],
-        clip_low=actor.clip_ratio_low,
-        clip_high=actor.clip_ratio_high,
-        clip_c=actor.clip_ratio_c,
-        entropy_coeff=actor.entropy_coeff,
-        kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
-        kl_loss_type=actor.kl_loss_type,
-    )
 
 
 def _mask_and_weights(batch: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from verl.rollout.base import Result, RolloutEngine, SamplingParams
 from verl.tracking import StageTimer, Trackers
 from verl.tracking.dumps import generation_rows
 from verl.tracking.progress import Stage
-from verl.trainer.checkpoints import Checkpoint, Checkpoints, NoSpace
+from verl.trainer.checkpoints import Checkpoint, Checkpoints, NoSpaceError
 from verl.trainer.ppo import metrics as measure
 from verl.trainer.ppo.advantages import AdvantageInputs, resolve
 from verl.trainer.ppo.batches import mini_batches
@@ -66,11 +66,12 @@ class PPOTrainer:
         self.kl_control = kl_control(config.algorithm.kl_ctrl)
         self.metrics: Metrics = {}  # of the step under way
         self.timer = StageTimer()
-        self.unsaved: NoSpace | None = None  # why the save that was due last did not work
+        self.unsaved: NoSpaceError | None = None  # why the save that was due last did not work
 
     # ---- the loop
 
-    def fit(self) -> None:
+    def fit(self) -> bool:
+        """Whether the last step was reached."""
         if self.step == 0 and self.plan.validates(0):
             self.validate()
             self.parts.trackers.log(self.metrics, 0)
@@ -87,6 +88,7 @@ class PPOTrainer:
                 self.save()
         if self.unsaved:
             raise self.unsaved
+        return self.step == self.plan.last_step
 
     def train_step(self, prompts: pa.Table) -> pa.Table:
         table = self.roll_out(prompts)
@@ -214,9 +216,7 @@ class PPOTrainer:
             return
         training_metrics, self.metrics = self.metrics, {}
         with self._timed_as("testing"):
-            episodes = episodes_of(
-                self.parts.val_prompts, n=rollout.val_kwargs.n, seed=config.seed, step=VALIDATION
-            )
+            episodes = episodes_of(self.parts.val_prompts, n=rollout.val_kwargs.n, seed=config.seed, step=VALIDATION)
             sampling = validation_sampling(rollout, self.plan.max_response_length)
             table = self._generate_and_score(episodes, sampling)
         found = validation_metrics(table, seed=config.seed)
@@ -242,7 +242,7 @@ class PPOTrainer:
             try:
                 self.parts.checkpoints.save(self.step, self._write_models, state)
                 self.unsaved = None
-            except NoSpace as error:
+            except NoSpaceError as error:
                 self.unsaved = error
                 self.parts.trackers.progress.warn(f"{error}. Training goes on; saving is tried again after each step.")
         self.parts.trackers.log({"timing_s/save_checkpoint": self.timer.seconds["save_checkpoint"]}, self.step)

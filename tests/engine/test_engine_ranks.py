@@ -1,0 +1,205 @@
+"""The same numbers on 1, 2 and 4 ranks, whatever rows each has; checkpoints go from any number to any other."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, run_ranks, weights_of
+
+from verl.engine import Batching, CheckpointError
+
+ROWS = 9
+EPS = 1e-5  # see test_engine_updates
+# First row of each rank, and the end: ranks with many rows, with one, with none, with only an empty response.
+CUTS = {2: (0, 6, 9), 4: (0, 1, 6, 9, 9)}
+LAYOUTS = [(2, -1), (4, -1), (4, 2)]
+BATCHING = Batching(2)
+
+
+def share(rank: int, world_size: int):
+    start, end = CUTS[world_size][rank : rank + 2]
+    return make_table(ROWS).slice(start, end - start)
+
+
+def numbers(engine, table, kind):
+    if kind == "value":
+        return [engine.values(table, batching=BATCHING).to_pylist()]
+    found = engine.log_probs(table, temperature=0.7, batching=BATCHING)
+    return [found["log_probs"].to_pylist(), found["entropy"].to_pylist()]
+
+
+def plain(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+def train(engine, table, kind, steps=3):
+    return [engine.update(table, LOSSES[kind], batching=BATCHING) for _ in range(steps)]
+
+
+def numbers_then_training(rank, world_size, path, kind, settings):
+    engine, table = build(path, kind, eps=EPS, **settings), share(rank, world_size)
+    before = numbers(engine, table, kind)
+    return before, train(engine, table, kind), plain(weights_of(engine))
+
+
+def one_process(path, kind, **settings):
+    engine, table = build(path, kind, eps=EPS, **settings), make_table(ROWS)
+    return numbers(engine, table, kind), train(engine, table, kind), weights_of(engine)
+
+
+@pytest.mark.parametrize(("world_size", "fsdp_size"), LAYOUTS)
+@pytest.mark.parametrize("kind", ["policy", "value"])
+def test_numbers_and_updates_are_those_of_one_process(tiny, kind, world_size, fsdp_size):
+    expected_numbers, expected_metrics, expected_weights = one_process(tiny, kind)
+    settings = {"fsdp_size": fsdp_size, "checkpointing": world_size == 4}
+    answers = run_ranks(world_size, numbers_then_training, tiny, kind, settings)
+    for column, expected in enumerate(expected_numbers):
+        found = [row for answer in answers for row in answer[0][column]]
+        assert [len(row) for row in found] == [len(row) for row in expected]
+        assert np.allclose(np.concatenate(found), np.concatenate(expected), rtol=1e-5, atol=1e-5)
+    for _, metrics, weights in answers:
+        for one, other in zip(metrics, expected_metrics, strict=True):
+            assert one == {key: pytest.approx(value, rel=1e-5) for key, value in other.items()}
+        weights = {name: torch.from_numpy(array) for name, array in weights.items()}
+        assert largest_difference(weights, expected_weights) < 1e-5
+
+
+def test_bfloat16_with_sharded_masters_follows_one_process(tiny):
+    _, expected_metrics, expected = one_process(tiny, "policy", dtype="bfloat16")
+    _, metrics, weights = run_ranks(2, numbers_then_training, tiny, "policy", {"dtype": "bfloat16"})[0]
+    assert [each["loss"] for each in metrics] == pytest.approx([each["loss"] for each in expected_metrics], abs=0.02)
+    assert all(np.allclose(array, expected[name].float(), atol=0.02) for name, array in weights.items())
+
+
+def untied_without_resharding(rank, world_size, path):
+    engine, table = build(path, eps=EPS, reshard_after_forward=False), share(rank, world_size)
+    metrics = train(engine, table, "policy")
+    engine.offload(params=True, optimizer=True)
+    engine.onload(params=True, optimizer=True)
+    return metrics + train(engine, table, "policy"), plain(weights_of(engine))
+
+
+def test_untied_embeddings_kept_whole_and_offloaded_in_between_train_alike(any_tiny):
+    engine = build(any_tiny, eps=EPS)
+    expected = train(engine, make_table(ROWS), "policy", 6)
+    metrics, weights = run_ranks(2, untied_without_resharding, any_tiny)[0]
+    assert [each["loss"] for each in metrics] == pytest.approx([each["loss"] for each in expected], rel=1e-4)
+    assert largest_difference({k: torch.from_numpy(v) for k, v in weights.items()}, weights_of(engine)) < 1e-4
+
+
+def poisoned_on_one_rank(rank, world_size, path):
+    engine, table = build(path), share(rank, world_size)
+    before = plain(weights_of(engine))
+
+    def loss_fn(outputs, batch):
+        loss, metrics = LOSSES["policy"](outputs, batch)
+        return loss * (float("nan") if rank == 1 else 1.0), metrics
+
+    skipped = engine.update(table, loss_fn, batching=BATCHING)["skipped"]
+    after = plain(weights_of(engine))
+    clean = engine.update(table, LOSSES["policy"], batching=BATCHING)["skipped"]
+    return skipped, clean, all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tiny):
+    assert run_ranks(2, poisoned_on_one_rank, tiny) == [(1.0, 0.0, True)] * 2
+
+
+# ---- checkpoints
+
+
+def train_and_save(rank, world_size, path, folder, kind, dtype):
+    engine = build(path, kind, dtype=dtype, eps=EPS)
+    train(engine, share(rank, world_size), kind)
+    engine.step_schedule()
+    engine.save(folder)
+    return plain(weights_of(engine))
+
+
+def load_and_train(rank, world_size, path, folder, kind, dtype, fsdp_size):
+    engine = build(path, kind, dtype=dtype, eps=EPS, fsdp_size=fsdp_size, seed=5)
+    engine.load(folder)
+    loaded = plain(weights_of(engine))
+    return loaded, train(engine, share(rank, world_size), kind)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("policy", "float32"), ("value", "bfloat16")])
+def test_a_checkpoint_of_two_ranks_goes_on_on_one_two_and_four(tiny, tmp_path, kind, dtype):
+    folder = tmp_path / "checkpoint"
+    saved = run_ranks(2, train_and_save, tiny, folder, kind, dtype)[0]
+    losses = {}
+    for world_size, fsdp_size in [*LAYOUTS]:
+        for loaded, metrics in run_ranks(world_size, load_and_train, tiny, folder, kind, dtype, fsdp_size):
+            assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
+            losses[world_size, fsdp_size] = [each["loss"] for each in metrics]
+    engine = build(tiny, kind, dtype=dtype, eps=EPS, seed=5)
+    engine.load(folder)
+    assert all(np.array_equal(tensor.float().numpy(), saved[name]) for name, tensor in weights_of(engine).items())
+    alone = [each["loss"] for each in train(engine, make_table(ROWS), kind)]
+    tolerance = {"rel": 1e-4} if dtype == "float32" else {"abs": 0.02}
+    assert all(each == pytest.approx(alone, **tolerance) for each in losses.values())
+
+
+def test_a_checkpoint_without_one_rank_s_file_is_refused(tiny, tmp_path):
+    """DCP would load the rest and leave that part of every tensor as it was."""
+    for lost in (0, 1):
+        folder = tmp_path / str(lost)
+        run_ranks(2, train_and_save, tiny, folder, "policy", "float32")
+        sorted(Path(folder).glob("*.safetensors"))[lost].unlink()
+        with pytest.raises(CheckpointError, match=str(folder)):
+            build(tiny).load(folder)
+
+
+def continue_straight(rank, world_size, path, folder, saves):
+    engine, table = build(path), share(rank, world_size)
+    metrics = train(engine, table, "policy")
+    if saves:
+        engine.save(folder)
+        engine = build(path)
+        engine.load(folder)
+    return metrics + train(engine, table, "policy"), plain(weights_of(engine))
+
+
+def test_on_the_same_ranks_a_resumed_run_is_bitwise_the_uninterrupted_one(tiny, tmp_path):
+    straight = run_ranks(2, continue_straight, tiny, tmp_path, False)
+    resumed = run_ranks(2, continue_straight, tiny, tmp_path, True)
+    for (metrics, weights), (other_metrics, other_weights) in zip(straight, resumed, strict=True):
+        assert metrics == other_metrics
+        assert all(np.array_equal(weights[name], other_weights[name]) for name in weights)
+
+
+def export(rank, world_size, path, folder):
+    engine = build(path)
+    train(engine, share(rank, world_size), "policy")
+    engine.export_hf(folder)
+    return plain(weights_of(engine))
+
+
+def test_an_export_from_two_ranks_is_a_model_that_an_engine_loads(any_tiny, tmp_path):
+    weights = run_ranks(2, export, any_tiny, tmp_path)[0]
+    loaded = weights_of(build(str(tmp_path)))
+    assert loaded.keys() == weights.keys()
+    assert all(np.array_equal(loaded[name].numpy(), weights[name]) for name in weights)
+
+
+def test_an_fsdp_size_that_does_not_divide_the_ranks_is_refused(tiny):
+    with pytest.raises(RuntimeError, match="fsdp_size=3 does not divide the 4 ranks"):
+        run_ranks(4, numbers_then_training, tiny, "policy", {"fsdp_size": 3})
+
+
+def test_a_bad_path_is_reported_by_every_rank(tmp_path):
+    with pytest.raises(RuntimeError, match=r"UserError: model.path=.* does not exist"):
+        run_ranks(2, numbers_then_training, str(tmp_path / "none"), "policy", {})
+
+
+def test_rows_need_not_be_batched_alike_on_every_rank(tiny):
+    found = run_ranks(2, unequal_batching, tiny)
+    engine = build(tiny, eps=EPS)
+    expected = engine.update(make_table(ROWS), LOSSES["policy"], batching=ALL)
+    assert found[0] == found[1] == {key: pytest.approx(value, rel=1e-5) for key, value in expected.items()}
+
+
+def unequal_batching(rank, world_size, path):
+    batching = Batching(max_tokens=12) if rank == 0 else ALL
+    return build(path, eps=EPS).update(share(rank, world_size), LOSSES["policy"], batching=batching)

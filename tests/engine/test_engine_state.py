@@ -1,0 +1,235 @@
+"""Loading, weights, offload and checkpoints in one process."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, policy_loss, state_of, weights_of
+from safetensors.torch import load_file
+
+from verl.engine import Batching, CheckpointError
+from verl.errors import UserError
+
+
+def updates(engine, count, kind="policy"):
+    return [engine.update(make_table(), LOSSES[kind], batching=Batching(3)) for _ in range(count)]
+
+
+# ---- loading
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./no-such-model", "~/no-such-model"])
+def test_a_path_that_does_not_exist_is_named(path):
+    with pytest.raises(UserError, match=f"model.path={path} does not exist"):
+        build(path)
+
+
+def test_a_folder_that_is_not_a_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"has no config.json"):
+        build(str(tmp_path))
+
+
+def test_a_hub_model_that_cannot_be_fetched_is_named():
+    with pytest.raises(UserError, match=r"model.path=no-such/model could not be loaded"):
+        build("no-such/model")
+
+
+@pytest.mark.parametrize("damage", ["no weights", "weights cut short", "config is not JSON", "unknown architecture"])
+def test_a_damaged_model_is_named(tiny, tmp_path, damage):
+    transformers.AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    match damage:
+        case "no weights":
+            weights.unlink()
+        case "weights cut short":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "config is not JSON":
+            config.write_text("{")
+        case "unknown architecture":
+            config.write_text(json.dumps({"model_type": "no_such_architecture"}))
+    with pytest.raises(UserError, match=f"model.path={tmp_path} could not be loaded"):
+        build(str(tmp_path))
+
+
+def test_weights_that_the_files_lack_are_named_not_drawn(tiny, tmp_path):
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    state = hf.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    hf.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(UserError, match=r"lack model.layers.1.mlp.up_proj.weight \(1 tensors"):
+        build(str(tmp_path))
+
+
+def test_override_config_reaches_the_model(tiny):
+    assert build(tiny, override_config={"rms_norm_eps": 0.5}).module.config.rms_norm_eps == 0.5
+
+
+def test_an_override_that_the_config_does_not_have_is_named(tiny):
+    with pytest.raises(UserError, match="has no rms_norm_epsilon"):
+        build(tiny, override_config={"rms_norm_epsilon": 0.5})
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(tiny, tmp_path):
+    transformers.AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"logits_scaling": 2.0}))
+    with pytest.raises(UserError, match=r"logits_scaling=2.0 is not supported"):
+        build(str(tmp_path))
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_have_the_names_and_values_of_the_model_s_own_files(any_tiny, dtype):
+    saved = load_file(f"{any_tiny}/model.safetensors")
+    weights = dict(build(any_tiny, dtype=dtype).weights())
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[name], tensor.to(getattr(torch, dtype))) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["policy", "value"])
+def test_an_export_is_a_model_that_transformers_loads(any_tiny, tmp_path, kind, dtype):
+    engine = build(any_tiny, kind, dtype=dtype)
+    updates(engine, 2, kind)
+    engine.export_hf(tmp_path)
+    auto = transformers.AutoModelForCausalLM if kind == "policy" else transformers.AutoModelForTokenClassification
+    hf = auto.from_pretrained(tmp_path)
+    assert hf.dtype == getattr(torch, dtype)
+    assert largest_difference(weights_of(engine), dict(hf.named_parameters())) == 0
+
+
+# ---- offload
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offload_and_onload_leave_training_bitwise_as_it_was(tiny, dtype):
+    moved, still = build(tiny, dtype=dtype), build(tiny, dtype=dtype)
+    for _ in range(3):
+        moved.offload(params=True, optimizer=True)
+        moved.onload(params=True)
+        moved.onload(params=True, optimizer=True)
+        assert updates(moved, 1) == updates(still, 1)
+    assert largest_difference(weights_of(moved), weights_of(still)) == 0
+
+
+def test_work_on_what_is_offloaded_is_refused_with_what_to_do(tiny):
+    engine = build(tiny)
+    engine.offload(optimizer=True)
+    engine.log_probs(make_table(), temperature=1.0, batching=ALL)
+    with pytest.raises(RuntimeError, match=r"onload\(optimizer=True\)"):
+        updates(engine, 1)
+    engine.offload(params=True)
+    for work in (
+        lambda: engine.log_probs(make_table(), temperature=1.0, batching=ALL),
+        lambda: updates(engine, 1),
+        lambda: list(engine.weights()),
+    ):
+        with pytest.raises(RuntimeError, match=r"onload\(params=True\)"):
+            work()
+
+
+def test_a_closed_engine_does_no_work_and_closing_twice_is_no_error(tiny):
+    engine = build(tiny)
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError):
+        engine.log_probs(make_table(), temperature=1.0, batching=ALL)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["policy", "value"])
+def test_three_updates_saved_loaded_and_three_more_are_bitwise_six(tiny, tmp_path, kind, dtype):
+    def fresh(seed):
+        return build(tiny, kind, dtype=dtype, seed=seed, lr_scheduler_type="cosine", total_steps=6)
+
+    def iterations(engine):
+        metrics = []
+        for _ in range(3):
+            metrics += updates(engine, 1, kind)
+            engine.step_schedule()
+        return metrics
+
+    straight, first, second = fresh(0), fresh(0), fresh(1)
+    expected = iterations(straight) + iterations(straight)
+    metrics = iterations(first)
+    first.save(tmp_path / "checkpoint")
+    second.load(tmp_path / "checkpoint")
+    assert metrics + iterations(second) == expected
+    end = state_of(straight, tmp_path / "straight")
+    assert largest_difference(state_of(second, tmp_path / "second"), end) == 0
+    assert largest_difference(weights_of(second), weights_of(straight)) == 0
+
+
+def test_a_checkpoint_holds_float32_masters_and_no_pickle(tiny, tmp_path):
+    engine = build(tiny, dtype="bfloat16", lr=1e-6)
+    updates(engine, 3)
+    state = state_of(engine, tmp_path)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(state[f"model.{name}"], state[f"model.{name}"].bfloat16().float())
+    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".safetensors", ".json"}
+
+
+def test_an_offloaded_engine_saves_and_loads(tiny, tmp_path):
+    engine, other = build(tiny, dtype="bfloat16"), build(tiny, dtype="bfloat16")
+    updates(engine, 2)
+    for each in (engine, other):
+        each.offload(params=True, optimizer=True)
+    engine.save(tmp_path)
+    other.load(tmp_path)
+    for each in (engine, other):
+        each.onload(params=True, optimizer=True)
+    assert updates(engine, 1) == updates(other, 1)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "header", "tensors missing", "state missing", "state not JSON"])
+def test_a_damaged_checkpoint_is_named(tiny, tmp_path, damage):
+    build(tiny).save(tmp_path)
+    (tensors,), state = tmp_path.glob("*.safetensors"), tmp_path / "engine.json"
+    match damage:
+        case "cut short":
+            tensors.write_bytes(tensors.read_bytes()[:-1000])
+        case "header":
+            tensors.write_bytes(b"\xff" * 64 + tensors.read_bytes()[64:])
+        case "tensors missing":
+            tensors.unlink()
+        case "state missing":
+            state.unlink()
+        case "state not JSON":
+            state.write_text("{")
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        build(tiny).load(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny, any_tiny, tmp_path):
+    build(tiny, "value").save(tmp_path)
+    build(tiny).save(tmp_path / "policy")
+    with pytest.raises(CheckpointError, match=r"it lacks .*score"):
+        build(tiny, "value").load(tmp_path / "policy")
+    small = build(tiny, override_config={"num_hidden_layers": 1})
+    small.save(tmp_path / "small")
+    with pytest.raises(CheckpointError, match=r"it lacks .*layers\.1"):
+        build(tiny).load(tmp_path / "small")
+
+
+def test_loading_leaves_an_engine_that_predicts_as_the_saved_one(tiny, tmp_path):
+    engine, reference = build(tiny), build(tiny, trained=False)
+    updates(engine, 3)
+    engine.save(tmp_path)
+    reference.load(tmp_path)
+    one, two = (each.log_probs(make_table(), temperature=1.0, batching=ALL) for each in (engine, reference))
+    assert one == two
+    assert np.concatenate(one["log_probs"].to_pylist()).size > 0
+
+
+def test_policy_loss_goes_down(tiny):
+    engine = build(tiny)
+    losses = [engine.update(make_table(), policy_loss, batching=ALL)["loss"] for _ in range(10)]
+    assert losses[-1] < losses[0] - 1

@@ -1,0 +1,101 @@
+"""What can be known of a supervised run before it starts, and its plan as a text."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from verl.checks.dry_run import findings_text
+from verl.checks.files import check_output_folder, check_parquet
+from verl.checks.findings import Findings
+from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
+from verl.checks.models import check_model, check_tokenizer_path
+from verl.checks.preflight import check_loggers, unexplained
+
+if TYPE_CHECKING:
+    from verl.config.load import Loaded
+    from verl.config.models import SFTConfig
+
+
+def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:
+    """All that is wrong, problems of loading included. Asks no network, imports no torch."""
+    config, findings = loaded.draft, Findings(notices=list(loaded.notices))
+    rows = train_rows(findings, config)
+    data, trainer = config.data, config.trainer
+    if rows is not None and rows < data.train_batch_size:
+        why = f"the training data has only {rows} rows"
+        findings.problem("data.train_batch_size", data.train_batch_size, why, f"set it to {rows} or less")
+    facts = check_model(findings, "model.path", config.model.path)
+    check_tokenizer_path(findings, "model.tokenizer_path", config.model.tokenizer_path)
+    if facts and facts.max_positions and data.max_length > facts.max_positions:
+        why = f"the model's context is {facts.max_positions} tokens"
+        findings.problem("data.max_length", data.max_length, why, f"set it to {facts.max_positions} or less")
+    check_loggers(findings, trainer.logger)
+    check_output_folder(findings, "trainer.default_local_dir", trainer.default_local_dir)
+    if trainer.device == "cuda" and (torch_is_cpu_build() or not installed_gpus()) and not dry_run:
+        findings.problem("trainer.device", "cuda", "this machine or its torch has no GPU", "set it to auto or cpu")
+    _inert(findings, config, loaded.set_keys)
+    findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
+    return findings
+
+
+def train_rows(findings: Findings, config: SFTConfig) -> int | None:
+    data = config.data
+    columns = {
+        data.prompt_key: "name the column of the chat messages in data.prompt_key",
+        data.response_key: "name the column of the response's text in data.response_key",
+    }
+    if data.val_files:
+        check_parquet(findings, "data.val_files", data.val_files, columns)
+    return check_parquet(findings, "data.train_files", data.train_files, columns)
+
+
+def device_of(config: SFTConfig) -> str:
+    return resolve_device(config.trainer.device, 1, 0 if torch_is_cpu_build() else installed_gpus())
+
+
+def _inert(findings: Findings, config: SFTConfig, set_keys: frozenset[str]) -> None:
+    """Keys that were set and have no effect."""
+    one_device = "training on one device does not shard the model"
+    reasons = {
+        "fsdp_config.fsdp_size": one_device,
+        "fsdp_config.reshard_after_forward": one_device,
+        "fsdp_config.param_offload": "the model is in use all the time",
+        "fsdp_config.optimizer_offload": "the optimizer is in use all the time",
+        "model.use_remove_padding": "this version pads micro-batches to their longest sequence",
+    }
+    if not config.data.val_files:
+        reasons["trainer.test_freq"] = "there is nothing to validate on (data.val_files)"
+    if config.trainer.total_training_steps is not None:
+        reasons["trainer.total_epochs"] = "trainer.total_training_steps says how long the run is"
+    if config.trainer.save_freq <= 0:
+        reasons["trainer.max_ckpt_to_keep"] = "no checkpoint is saved (trainer.save_freq)"
+    if config.trainer.resume_mode != "resume_path":
+        reasons["trainer.resume_from_path"] = "it is read with trainer.resume_mode=resume_path only"
+    for key in sorted(set_keys & reasons.keys()):
+        findings.warn(f"{key} has no effect: {reasons[key]}")
+
+
+def print_plan(loaded: Loaded[SFTConfig], out: TextIO | None = None) -> int:
+    """The exit code: 1 when there are problems, else 0."""
+    findings = check(loaded, dry_run=True)
+    texts = [] if loaded.config is None else [plan_text(loaded.config)]
+    print(*texts, findings_text(findings), sep="\n\n", file=out or sys.stdout)
+    return 1 if findings.problems else 0
+
+
+def plan_text(config: SFTConfig) -> str:
+    rows, batch = train_rows(Findings(), config), config.data.train_batch_size
+    steps: object = config.trainer.total_training_steps
+    if steps is None:
+        steps = "unknown until the data can be read" if rows is None else rows // batch * config.trainer.total_epochs
+    return "\n".join(
+        [
+            "Plan of the run",
+            f"  model             {config.model.path}, on {device_of(config)}",
+            f"  examples          {'unknown' if rows is None else rows}, {batch} a step",
+            f"  left out          {'unknown' if rows is None else rows % batch} an epoch",
+            f"  optimizer steps   {steps}",
+            f"  folder            {config.trainer.default_local_dir}",
+        ]
+    )

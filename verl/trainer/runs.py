@@ -1,0 +1,92 @@
+"""What every training run does around its trainer, whatever it trains: its folder, where it starts, its last words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from verl.checks.findings import Findings
+from verl.config.dump import resolved_yaml
+from verl.config.models import Config, SFTConfig
+from verl.config.trainer import RunConfig
+from verl.errors import UserError
+from verl.tracking import RunInfo
+from verl.tracking.report import write_report
+from verl.trainer.checkpoints import Checkpoint, Checkpoints
+from verl.trainer.interrupt import INTERRUPTED
+
+
+def say(findings: Findings) -> None:
+    for kind, texts in (
+        ("notice", findings.notices),
+        ("warning", findings.warnings),
+        ("not checked", findings.unchecked),
+    ):
+        for text in texts:
+            print(f"{kind}: {text}")
+
+
+def run_folder(config: Config | SFTConfig, set_keys: Iterable[str]) -> Path:
+    """trainer.default_local_dir, made, with the resolved configuration in it."""
+    folder = Path(config.trainer.default_local_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(resolved_yaml(config, set_keys))
+    return folder
+
+
+def where_to_start(trainer: RunConfig, checkpoints: Checkpoints, last_step: int) -> Checkpoint | None:
+    """The checkpoint that trainer.resume_mode asks for; None: from the beginning. Says so if it is the run's end."""
+    if trainer.resume_mode == "disable":
+        return None
+    if trainer.resume_mode == "resume_path" and trainer.resume_from_path:
+        start = checkpoints.at(Path(trainer.resume_from_path).expanduser())
+    else:
+        start = checkpoints.latest(warn=lambda text: print(f"warning: {text}"))
+    if start and start.step >= last_step:
+        print(f"{start.folder} is the end of this run: nothing to do (trainer.resume_mode=disable starts anew)")
+    return start
+
+
+def run_info(config: Config | SFTConfig, folder: Path, last_step: int, start: Checkpoint | None) -> RunInfo:
+    return RunInfo(
+        project=config.trainer.project_name,
+        experiment=config.trainer.experiment_name,
+        folder=folder,
+        config=config.model_dump(mode="json"),
+        total_steps=last_step,
+        resume_step=start.step if start else None,
+    )
+
+
+def finishes(fit: Callable[[], bool]) -> bool:
+    """Whether ``fit`` says so; a second Ctrl-C ends it without."""
+    try:
+        return fit()
+    except KeyboardInterrupt:
+        return False
+
+
+def close_run(
+    trainer: RunConfig, checkpoints: Checkpoints, step: int, finished: bool, *, validation: Path | None = None
+) -> int:
+    """Write the report, say where everything is, and give the exit code. step: the last one begun."""
+    folder = checkpoints.folder
+    if "file" in trainer.logger:
+        try:
+            write_report(folder, validation=validation)
+        except UserError as error:  # the run is over and its result safe
+            print(f"warning: no report was written: {error}")
+    print(closing_words(folder, checkpoints.all(), step, finished))
+    return 0 if finished else INTERRUPTED
+
+
+def closing_words(folder: Path, kept: list[Checkpoint], step: int, finished: bool) -> str:
+    where = f"Everything is in {folder}" + (f", the last checkpoint in {kept[-1].folder.name}" if kept else "")
+    if finished:
+        return f"Finished after step {step}. {where}."
+    if kept:
+        return f"Stopped in or after step {step}. {where}. The same command goes on from step {kept[-1].step + 1}."
+    return (
+        f"Stopped in or after step {step}. {where}. No checkpoint was written, so the same command starts from the "
+        "beginning: set trainer.save_freq to be able to go on."
+    )
