@@ -22,14 +22,16 @@ NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines
 ITEMS = ("apples", "books", "cards", "coins", "marbles", "pears", "pencils", "shells", "stamps", "tickets")
 GAINS = ("buys", "finds", "borrows", "collects", "earns", "gets", "receives", "wins")
 LOSSES = ("loses", "sells", "donates", "drops", "lends", "returns", "spends", "trades")
-# The worked examples use the first two verbs of each kind; what the others mean has to be learnt from the reward.
-WORKED_VERBS = 2
+# Whoever wrote the worked examples knows the first two verbs of each kind, and takes each of the others for the opposite
+# kind this often: what those mean has to be learnt from the reward.
+FAMILIAR, MISREAD = 2, 0.6
 SPLIT_SIZES = {"test": 300, "sft_train": 4000, "train": 6000}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """numbers: (start, change, change ...), losses negative: the problem without its words."""
+    """numbers: (start, change, change ...), losses negative: the problem without its words. answer: worked steps, which
+    are wrong where a verb was misread."""
 
     numbers: tuple[int, ...]
     question: str
@@ -40,22 +42,22 @@ class Problem:
         return str(sum(self.numbers))
 
 
-def draw_problem(random: np.random.Generator, verbs: int) -> Problem:
-    """One or two changes to a number of things, told with the first ``verbs`` verbs of each kind."""
+def draw_problem(random: np.random.Generator, misread: float = 0.0) -> Problem:
+    """One or two changes to a number of things. misread: how often an unfamiliar verb's sign is wrong in the answer."""
     name, items = random.choice(NAMES), random.choice(ITEMS)
-    amount = int(random.integers(20, 100))
-    numbers, events, steps = [amount], [], []
+    start = written = int(random.integers(20, 100))
+    numbers, events, steps = [start], [], []
     for _ in range(random.integers(1, 3)):
-        size, gain = int(random.integers(2, 10)), random.random() < 0.5
-        verb = random.choice((GAINS if gain else LOSSES)[:verbs])
-        change = size if gain else -size
+        change = int(random.integers(2, 10)) * int(random.choice([1, -1]))
+        which = int(random.integers(len(GAINS)))
         numbers.append(change)
-        events.append(f"{verb} {size}")
-        steps.append(f"{amount}{change:+}={amount + change}")
-        amount += change
+        events.append(f"{(GAINS if change > 0 else LOSSES)[which]} {abs(change)}")
+        taken_for = -change if which >= FAMILIAR and random.random() < misread else change
+        steps.append(f"{written}{taken_for:+}={written + taken_for}")
+        written += taken_for
     told = f" and {events[0]}" if len(events) == 1 else f", {events[0]} and then {events[1]}"
-    question = f"{name} has {numbers[0]} {items}{told}. How many {items} does {name} have now?"
-    return Problem(tuple(numbers), question, "\n".join([*steps, f"#### {amount}"]))
+    question = f"{name} has {start} {items}{told}. How many {items} does {name} have now?"
+    return Problem(tuple(numbers), question, "\n".join([*steps, f"#### {written}"]))
 
 
 def make_splits(seed: int, sizes: dict[str, int] = SPLIT_SIZES) -> dict[str, list[Problem]]:
@@ -64,9 +66,8 @@ def make_splits(seed: int, sizes: dict[str, int] = SPLIT_SIZES) -> dict[str, lis
     splits: dict[str, list[Problem]] = {name: [] for name in sizes}
     tested: set[tuple[int, ...]] = set()
     for name, size in sizes.items():
-        verbs = WORKED_VERBS if name == "sft_train" else len(GAINS)
         while len(splits[name]) < size:
-            problem = draw_problem(random, verbs)
+            problem = draw_problem(random, MISREAD if name == "sft_train" else 0.0)
             if problem.numbers not in tested:
                 splits[name].append(problem)
                 if name == "test":

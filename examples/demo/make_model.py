@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_data import GAINS, draw_problem
+from make_data import draw_problem
 from tokenizers import Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -31,7 +31,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     way would come back changed.
     """
     random = np.random.default_rng(0)
-    problems = [draw_problem(random, len(GAINS)) for _ in range(5000)]
+    problems = [draw_problem(random) for _ in range(5000)]
     qwen2 = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[]).backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = qwen2.normalizer, qwen2.pre_tokenizer

@@ -8,7 +8,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import arguments, command, make_prompts, metrics_of
+from helpers import arguments, command, make_prompts, metrics_of
 
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.main_ppo import main

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import yaml
-from conftest import arguments, metrics_of, repeatable, start
+from helpers import arguments, metrics_of, repeatable, start
 
 from verl.trainer.main_ppo import main
 

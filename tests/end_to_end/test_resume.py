@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, command, metrics_of, repeatable, start
+from helpers import arguments, command, metrics_of, repeatable, start
 from safetensors import safe_open
 
 from verl.trainer.checkpoints import Checkpoints

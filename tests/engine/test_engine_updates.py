@@ -63,7 +63,7 @@ def test_update_is_the_same_for_any_micro_batch_size_and_token_budget(tiny, kind
         assert largest_difference(other, weights) < 1e-5, batching
         for one, two in zip(metrics, other_metrics, strict=True):
             assert one.keys() == two.keys()
-            assert all(one[key] == pytest.approx(two[key], rel=1e-5) for key in one), batching
+            assert all(one[key] == pytest.approx(two[key], rel=1e-5, abs=1e-6) for key in one), batching
 
 
 def test_metrics_are_summed_and_the_norm_is_of_the_whole_gradient(tiny):
@@ -182,12 +182,12 @@ def test_steps_smaller_than_bfloat16_resolves_add_up(tiny):
 
 
 def test_bfloat16_gradients_of_many_micro_batches_are_summed_in_float32(tiny):
-    """Of 600 equal micro-batches: a sum in bfloat16 stalls once it is 256 times its summands."""
+    """Of 400 equal micro-batches: a sum in bfloat16 stalls once it is 256 times its summands."""
     row = make_table().slice(0, 1)
-    table = pa.concat_tables([row] * 600)
+    table = pa.concat_tables([row] * 400)
     one, many = (build(tiny, dtype="bfloat16", grad_clip=None) for _ in range(2))
     norm = one.update(row, policy_loss, batching=Batching(1))["grad_norm"]
-    assert many.update(table, policy_loss, batching=Batching(1))["grad_norm"] == pytest.approx(600 * norm, rel=1e-4)
+    assert many.update(table, policy_loss, batching=Batching(1))["grad_norm"] == pytest.approx(400 * norm, rel=1e-4)
 
 
 def test_bfloat16_training_follows_float32_training(tiny):

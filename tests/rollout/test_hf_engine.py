@@ -125,6 +125,33 @@ def test_a_step_computes_no_more_prompt_tokens_than_it_may(model, tokens_fed):
     assert tokens_fed == [5, 6, 1]  # a longer prompt goes alone
 
 
+def test_rows_that_move_up_together_keep_their_own_texts(model):
+    prompts = [[5, 6], [7, 8], [9] * 3, list(range(10, 60))]
+    requests = [
+        Request(str(index), prompt, SamplingParams(max_new_tokens=length, seed=index, ignore_eos=True))
+        for index, (prompt, length) in enumerate(zip(prompts, [3, 3, 20, 20], strict=True))
+    ]
+    assert largest_error(model, requests, generate(make_engine(model), requests)) < 1e-5
+
+
+def test_partial_samples_of_one_prompt_go_on_from_their_own_texts_after_an_update(model):
+    engine = make_engine(model, max_prefill_tokens=20)
+    requests = ask([40, 40, 40], prompt=[5, 6, 7])
+
+    async def run() -> list[Result]:
+        call = asyncio.create_task(engine.generate(requests))
+        for _ in range(12):
+            await asyncio.sleep(0)
+        await engine.pause()
+        await engine.update_weights([], version=1)  # the same weights, but nothing cached
+        await engine.resume()
+        return await call
+
+    results = asyncio.run(run())
+    assert all(len(result.weight_versions) == 2 for result in results)
+    assert largest_error(model, requests, results) < 1e-5
+
+
 def test_the_cache_stays_within_its_bound_and_is_freed_when_idle(model):
     engine = make_engine(model, max_num_seqs=3, max_model_len=64)
 
@@ -160,6 +187,26 @@ def test_other_tasks_run_between_steps(model):
 
     asyncio.run(run())
     assert turns >= 30
+
+
+def test_an_event_loop_that_is_closed_in_the_middle_does_not_stop_the_engine(model):
+    engine = make_engine(model)
+    expected = generate(engine, ask([20, 20]))
+    model.train()
+    loop = asyncio.new_event_loop()
+
+    async def leave_midway() -> asyncio.Task:
+        call = asyncio.create_task(engine.generate(ask([100, 100])))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return call
+
+    call = loop.run_until_complete(leave_midway())
+    loop.close()
+    del call
+    gc.collect()
+    assert generate(engine, ask([20, 20])) == expected
+    assert all(part.training for part in model.modules())
 
 
 # --- which models ----------------------------------------------------------------------------------------------------
@@ -310,6 +357,13 @@ def test_an_error_in_a_forward_reaches_every_caller_and_the_engine_goes_on(model
     assert [str(outcome) for outcome in outcomes] == ["out of memory"] * 3
     assert generate(engine, requests) == expected
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_weights_that_have_diverged_are_an_error_not_a_response(model):
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = torch.nan
+    with pytest.raises(UserError, match="diverged"):
+        generate(make_engine(model), ask([5]))
 
 
 def test_a_stop_string_before_min_new_tokens_does_not_stop(model):

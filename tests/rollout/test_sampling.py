@@ -62,29 +62,38 @@ def test_noise_is_fine_where_the_winners_are():
     assert abs(least[199] * 2e6 / 200 - 1) < 0.4
 
 
-@pytest.mark.parametrize(
-    "pairs",
-    ["next token", "next seed", "next position", "seed and position swapped", "token and position shifted"],
-)
-def test_noise_is_independent_between(pairs):
-    count, vocabulary = 500, 500
-    seeds, positions = np.repeat(np.arange(count), 2), np.tile(np.arange(2), count)
-    both = noise(seeds, positions, vocabulary)
-    if pairs == "next token":
-        a, b = both[:, :-1], both[:, 1:]
-    elif pairs == "next seed":
-        a, b = both[:-2], both[2:]
-    elif pairs == "next position":
-        a, b = both[::2], both[1::2]
-    elif pairs == "token and position shifted":
-        a, b = both[::2, 1:], both[1::2, :-1]
-    else:
-        numbers = np.arange(1, count)
-        a = noise(numbers, np.zeros(count - 1), vocabulary)
-        b = noise(np.zeros(count - 1), numbers, vocabulary)
-    cells = (a * 16).astype(int) * 16 + (b * 16).astype(int)  # the joint distribution, not only its correlation
+def assert_independent(a: np.ndarray, b: np.ndarray) -> None:
+    """By the joint distribution of uniform pairs, not only its correlation."""
+    cells = (a * 16).astype(int) * 16 + (b * 16).astype(int)
     assert abs(chi_square_of_bins(cells / 256, 256)) < 5
     assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) * math.sqrt(a.size) < 5
+
+
+def test_noise_is_independent_between_neighbours_in_seed_position_and_token():
+    count, vocabulary = 500, 512
+    both = noise(np.repeat(np.arange(count), 2), np.tile(np.arange(2), count), vocabulary)
+    here, next_position = both[::2], both[1::2]
+    assert_independent(here, next_position)
+    assert_independent(here[:-1], here[1:])  # next seed
+    assert_independent(here[:, :-1], here[:, 1:])  # next token
+    assert_independent(here[:, 1:], next_position[:, :-1])
+    for bit in range(9):
+        assert_independent(here, here[:, np.arange(vocabulary) ^ (1 << bit)])
+
+
+def test_noise_is_independent_between_a_seed_at_a_position_and_the_two_swapped():
+    numbers, zeros = np.arange(1, 500), np.zeros(499)
+    assert_independent(noise(numbers, zeros, 500), noise(zeros, numbers, 500))
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_either_half_of_a_key_makes_other_noise(half):
+    """Among many rows some share 32 of their 64 bits."""
+    keys = row_keys(np.arange(500, dtype=np.uint64), np.zeros(500, np.int64))
+    others = keys.copy()
+    others[:, half] = row_keys(np.arange(500, 1000, dtype=np.uint64), np.zeros(500, np.int64))[:, half]
+    a, b = (-np.expm1(-exponential_noise(each, 500).double().numpy()) for each in (keys, others))
+    assert_independent(a, b)
 
 
 def test_noise_does_not_depend_on_the_other_rows_or_the_size_of_the_vocabulary():
@@ -132,6 +141,22 @@ def test_filters_keep_what_transformers_warpers_keep(seed, top_k, top_p, min_p):
         expected = MinPLogitsWarper(min_p)(None, expected)
     kept = logits >= filter_floor(logits, rows_of(4, top_k=top_k, top_p=top_p, min_p=min_p))
     assert torch.equal(kept, expected > -torch.inf)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0], ids=["flat", "middling", "sharp"])
+def test_filters_keep_what_transformers_warpers_keep_of_a_large_vocabulary(scale):
+    logits = torch.randn(6, 5000, generator=torch.Generator().manual_seed(0)) * scale
+    params = [(-1, 0.9), (2000, 0.99), (-1, 1.0), (30, 0.5), (1500, 1.0), (-1, 0.01)]
+    rows = SamplingRows.of([SamplingParams(top_k=top_k, top_p=top_p) for top_k, top_p in params])
+    kept = logits >= filter_floor(logits, rows)
+    for row, (top_k, top_p) in enumerate(params):
+        expected = logits[row : row + 1]
+        if top_k > 0:
+            expected = TopKLogitsWarper(top_k)(None, expected)
+        if top_p < 1:
+            expected = TopPLogitsWarper(top_p)(None, expected)
+        # Cumulated in another order, a nucleus of thousands may end one token sooner or later.
+        assert (kept[row] ^ (expected[0] > -torch.inf)).sum() <= 1
 
 
 def test_rows_with_different_settings_are_drawn_as_each_alone():

@@ -69,7 +69,7 @@ def _inert(findings: Findings, config: SFTConfig, set_keys: frozenset[str]) -> N
     if config.trainer.total_training_steps is not None:
         reasons["trainer.total_epochs"] = "trainer.total_training_steps says how long the run is"
     if config.trainer.save_freq <= 0:
-        reasons["trainer.max_ckpt_to_keep"] = "no checkpoint is saved (trainer.save_freq)"
+        reasons["trainer.max_ckpt_to_keep"] = "only one checkpoint is saved, at the end (trainer.save_freq)"
     if config.trainer.resume_mode != "resume_path":
         reasons["trainer.resume_from_path"] = "it is read with trainer.resume_mode=resume_path only"
     for key in sorted(set_keys & reasons.keys()):

@@ -57,6 +57,9 @@ class TrainerConfig(RunConfig):
 class SFTTrainerConfig(RunConfig):
     experiment_name: str = Field("sft", description="Name of the run within the project.")
     total_epochs: PositiveInt = Field(1, description="Passes over the training data.")
+    save_freq: Frequency = Field(
+        -1, description="Save a checkpoint every so many steps; there is always one at the end, whatever this says."
+    )
 
 
 class RayInitConfig(Section):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from verl.engine.distributed import rank, world_size
@@ -27,8 +27,8 @@ class CheckpointError(UserError):
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-    """Into ``folder``, which is made if need be and holds no earlier checkpoint. Collective; OSError when the disk is
-    full reaches every rank."""
+    """Into ``folder``, which is made if need be and holds no earlier checkpoint. Collective. An OSError of one rank
+    (its disk is full) is raised on every rank."""
     folder.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
         with (folder / STATE).open("w") as file:
@@ -36,8 +36,11 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) 
             file.flush()
             os.fsync(file.fileno())
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _quiet():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
+    try:
+        with _quiet():
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
+    except CheckpointException as error:
+        raise _cause(error) from error
 
 
 def load(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -48,8 +51,9 @@ def load(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         _check(reader, tensors)
         with _quiet():
             dcp.load(dict(tensors), storage_reader=reader, no_dist=world_size() == 1)
-    except Exception as error:  # DCP and safetensors raise many kinds for a damaged file
-        raise CheckpointError(f"the checkpoint in {folder} cannot be read: {error}") from error
+    except (Exception, CheckpointException) as error:  # DCP and safetensors raise many kinds for a damaged file
+        cause = _cause(error) if isinstance(error, CheckpointException) else error
+        raise CheckpointError(f"the checkpoint in {folder} cannot be read: {cause}") from error
     return state
 
 
@@ -64,6 +68,12 @@ def _check(reader: HuggingFaceStorageReader, tensors: dict[str, torch.Tensor]) -
         if saved[name].size != tensor.shape or parts != tensor.numel():
             held = f"{parts:,} elements of shape {tuple(saved[name].size)}"
             raise ValueError(f"of {name}, shape {tuple(tensor.shape)}, it holds {held}")
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What went wrong on a rank: an OSError if there is one."""
+    causes = [cause for cause, _ in error.failures.values()]
+    return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
 
 
 def _quiet() -> warnings.catch_warnings:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from verl.errors import UserError
 if TYPE_CHECKING:
     from verl.config.parts import FSDPConfig
 
+T = TypeVar("T")
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -28,6 +31,22 @@ def rank() -> int:
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor (a collective), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_first_rank(read: Callable[[], T]) -> T | None:
+    """What ``read`` gives, on rank 0; None on the others. Its UserError is raised on every rank."""
+    found: T | None = None
+    problem: list[UserError | None] = [None]
+    if rank() == 0:
+        try:
+            found = read()
+        except UserError as error:
+            problem = [error]
+    if world_size() > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise problem[0]
+    return found
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:

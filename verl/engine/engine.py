@@ -19,6 +19,7 @@ from verl.engine import checkpoint, offload
 from verl.engine.distributed import (
     full,
     max_over_ranks,
+    on_first_rank,
     rank,
     receive_from_first,
     shard,
@@ -46,8 +47,9 @@ class OffloadedError(RuntimeError):
 class TrainEngine:
     """Per-token numbers and updates of one model.
 
-    With a process group of several ranks, which the caller has initialised, the model is sharded over them and every
-    method is collective: all ranks call it, each with rows of its own (any number, none included).
+    With a process group of several ranks, which the caller has initialised (on GPUs, after ``torch.cuda.set_device``),
+    the model is sharded over them and every method is collective: all ranks call it, each with rows of its own (any
+    number, none included).
 
     module: the transformers model (its parameters sharded, with several ranks). root: the module around it that is the
     root of sharding. compute_dtype: of the forward.
@@ -81,12 +83,12 @@ class TrainEngine:
             self.masters = Masters(self.module, self.compute_dtype, sharded=world_size() > 1)
             self.optimizer = Optimizer(self.masters.by_name, optim_config, grad_clip, total_steps)
             if model_config.enable_gradient_checkpointing:
-                self.module.gradient_checkpointing_enable({"use_reentrant": False})
+                self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._params_loaded = self._optimizer_loaded = True
 
     def _build(self, model_config: ModelConfig, fsdp_config: FSDPConfig, seed: int) -> Any:
         stored = torch.float32 if self.trainable else self.compute_dtype
-        whole = read_model(model_config, self.kind, self.config, stored, seed) if rank() == 0 else None
+        whole = on_first_rank(lambda: read_model(model_config, self.kind, self.config, stored, seed))
         if world_size() == 1:
             assert whole is not None
             return wrap(whole, self.kind).to(self.device)
@@ -117,13 +119,12 @@ class TrainEngine:
         self._need(params=True)
         packer = Packer(table, self.device)
         tokens: list[np.ndarray] = []
-        found: dict[str, list[torch.Tensor]] = {name: [] for name in self._output_names(**options)}
+        found: dict[str, list[torch.Tensor]] = {}
         for micro in self._micro_batches(packer, batching):
             outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
-            if len(micro.tokens):
-                tokens.append(micro.tokens)
-                for name, values in outputs.items():
-                    found[name].append(values)
+            tokens.append(micro.tokens)
+            for name, values in outputs.items():
+                found.setdefault(name, []).append(values[: len(micro.tokens)])  # none of a filler's
         self._reshard()
         return {name: packer.column(tokens, values) for name, values in found.items()}
 
@@ -187,11 +188,6 @@ class TrainEngine:
 
     def _arguments(self, micro: MicroBatch) -> tuple[torch.Tensor, ...]:
         return (micro.positions, micro.targets) if self.kind == "policy" else (micro.positions,)
-
-    def _output_names(self, entropy: bool = False, **_: Any) -> tuple[str, ...]:
-        if self.kind == "value":
-            return ("values",)
-        return ("log_probs", "entropy") if entropy else ("log_probs",)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:

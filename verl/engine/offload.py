@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,8 +20,8 @@ def move_tensors(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
 
 
 def move_module(module: nn.Module, device: torch.device) -> None:
-    """Parameters, sharded or not, and buffers. ``_apply`` is what ``Module.to`` calls: FSDP hooks into it to learn where
-    its shards are now."""
+    """Parameters, sharded or not, and buffers. ``_apply`` is what ``Module.to`` calls: there FSDP learns where its
+    shards are now."""
     with torch.no_grad():
         module._apply(lambda tensor: _moved(tensor, device))
 
@@ -31,7 +32,7 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return tensor.to(device)
     if isinstance(tensor, DTensor):  # Tensor.to would leave it unpinned, and DTensor.from_local on the device
-        host = torch.empty_like(tensor, device=device)
+        host = cast(DTensor, torch.empty_like(tensor, device=device))
         host._local_tensor = _moved(tensor._local_tensor, device)
         return host
     return torch.empty_like(tensor, device=device, pin_memory=True).copy_(tensor)

@@ -95,9 +95,8 @@ class Packer:
 
     def column(self, tokens: Sequence[np.ndarray], values: Sequence[torch.Tensor]) -> pa.ListArray:
         """float32 token column in the table's order from each micro-batch's ``tokens`` and values, shape (T,)."""
-        flat = np.zeros(len(self.responses.values), np.float32)
-        if tokens:
-            flat[np.concatenate(tokens)] = torch.cat([value.float() for value in values]).cpu().numpy()
+        flat = np.empty(len(self.responses.values), np.float32)
+        flat[np.concatenate(tokens)] = torch.cat(list(values)).float().cpu().numpy()
         return self.responses.like(flat).to_column()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from verl.errors import UserError
 from verl.rollout.base import FinishReason, Request, Result
 from verl.rollout.kv_cache import Segment, SlotCache, StepPlan
 from verl.rollout.sampling import SamplingRows, draw
@@ -172,7 +173,8 @@ class Decoder:
             slot_plan=plan,
         )[0]
 
-    def _draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and log-probs, one of each for every row."""
         if self._sampling is None:
             self._sampling = SamplingRows.of([row.request.sampling for row in self.rows])
         drawn = np.array([len(row.ids) for row in self.rows], np.int64)
@@ -181,7 +183,13 @@ class Decoder:
             for index in np.flatnonzero(drawn < self._sampling.min_new_tokens).tolist()
             if self.rows[index].stop_ids
         ]
-        return draw(logits, self._sampling, drawn, banned)
+        tokens, log_probs = (drawn.cpu().numpy() for drawn in draw(logits, self._sampling, drawn, banned))
+        if not np.isfinite(log_probs).all():
+            raise UserError(
+                "the model's logits are not finite numbers: its weights have diverged; go back to an earlier checkpoint "
+                "and lower the learning rate"
+            )
+        return tokens, log_probs
 
 
 def _plan(

@@ -73,11 +73,12 @@ class HFEngine:
     async def generate(self, requests: Sequence[Request]) -> list[Result]:
         self._check_open("generate")
         rows = [self._row(request) for request in requests]
-        ids = [request.id for request in requests]
-        for index, request_id in enumerate(ids):
-            if request_id in self._in_flight or request_id in ids[:index]:
-                raise IllegalState(f"generate: a request with id {request_id!r} is already in flight")
-        self._in_flight.update(zip(ids, rows, strict=True))
+        accepted: dict[str, Row] = {}
+        for row in rows:
+            if row.request.id in self._in_flight or row.request.id in accepted:
+                raise IllegalState(f"generate: a request with id {row.request.id!r} is already in flight")
+            accepted[row.request.id] = row
+        self._in_flight.update(accepted)
         self._waiting.extend(rows)
         self._start()
         try:
@@ -86,6 +87,7 @@ class HFEngine:
             self._drop([row for row in rows if self._in_flight.get(row.request.id) is row])
 
     async def abort(self, ids: Sequence[str] | None = None) -> None:
+        self._leave_closed_loop()
         chosen = list(self._in_flight) if ids is None else ids
         rows = [self._in_flight[request_id] for request_id in chosen if request_id in self._in_flight]
         self._drop(rows)
@@ -128,8 +130,8 @@ class HFEngine:
         self._check_open("health")
 
     async def close(self) -> None:
-        self._closed = True
         await self.abort()
+        self._closed = True
         await self._stopped()
 
     @contextmanager
@@ -150,8 +152,14 @@ class HFEngine:
         return Row(request, asyncio.get_running_loop().create_future(), prompt, stop_ids, watch)
 
     def _start(self) -> None:
-        if not self._paused and self._in_flight and (self._task is None or self._task.done()):
+        if self._in_flight and not self._paused and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def _leave_closed_loop(self) -> None:
+        """Forget requests whose event loop was closed in the middle of them: nobody can await their results."""
+        if self._task is not None and self._task.get_loop().is_closed():
+            self._drop(list(self._in_flight.values()))
+            self._task = None
 
     async def _run(self) -> None:
         device = self._module.device
@@ -161,7 +169,8 @@ class HFEngine:
                     for row, reason in self._decoder.step(self._waiting, self.version, device):
                         del self._in_flight[row.request.id]
                         row.future.set_result(row.result(reason))
-                    await asyncio.sleep(0)
+                    if self._in_flight:
+                        await asyncio.sleep(0)
         except Exception as error:  # goes to every caller; the engine is left empty and fit for use
             rows = list(self._in_flight.values())
             self._drop(rows)
@@ -180,6 +189,8 @@ class HFEngine:
             await asyncio.wait([self._task])
 
     def _drop(self, rows: Sequence[Row]) -> None:
+        if not rows:
+            return
         for row in rows:
             del self._in_flight[row.request.id]
         leaving = set(rows)
@@ -200,6 +211,7 @@ class HFEngine:
                 part.training = True
 
     def _check_open(self, order: str) -> None:
+        self._leave_closed_loop()
         if self._closed:
             raise IllegalState(f"{order}: the engine is closed")
 

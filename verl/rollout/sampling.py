@@ -19,6 +19,9 @@ from verl.rollout.base import SamplingParams
 # Rows are drawn in pieces of about this many logits: bounds the memory of large vocabularies and stays in cache.
 _PIECE = 1 << 19
 
+# As many of the most probable tokens are sorted in search of a nucleus before all are.
+_NUCLEUS = 1024
+
 _U64 = np.uint64
 
 
@@ -148,16 +151,27 @@ def filter_floor(scaled_BV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
 def _top_floor(scaled_BV: torch.Tensor, top_k: np.ndarray, top_p: np.ndarray) -> torch.Tensor:
     """The least logit that top_k and then top_p keep, shape (B, 1)."""
     vocabulary = scaled_BV.shape[-1]
-    kept = np.where(top_k > 0, np.minimum(top_k, vocabulary), vocabulary)
-    sorted_BK = scaled_BV.topk(int(kept.max())).values  # descending
-    floor_B1 = sorted_BK.gather(-1, _column(kept - 1, scaled_BV.device))
-    if (top_p < 1).any():
-        probs_BK = sorted_BK.masked_fill(sorted_BK < floor_B1, -torch.inf).softmax(-1)
-        before_BK = probs_BK.cumsum(-1) - probs_BK  # the probability of all better tokens
-        nucleus = (before_BK < _column(top_p, scaled_BV.device)).sum(-1, keepdim=True)
-        nucleus_floor_B1 = sorted_BK.gather(-1, nucleus.clamp_(min=1) - 1)
-        floor_B1 = torch.where(_column(top_p < 1, scaled_BV.device), nucleus_floor_B1.maximum(floor_B1), floor_B1)
-    return floor_B1
+    # A nucleus is rarely large, and sorting the whole vocabulary is dear.
+    floor_B1, certain = _top_floor_among(scaled_BV, top_k, top_p, min(vocabulary, max(_NUCLEUS, int(top_k.max()))))
+    return floor_B1 if certain else _top_floor_among(scaled_BV, top_k, top_p, vocabulary)[0]
+
+
+def _top_floor_among(
+    scaled_BV: torch.Tensor, top_k: np.ndarray, top_p: np.ndarray, width: int
+) -> tuple[torch.Tensor, bool]:
+    """``_top_floor`` among the ``width`` most probable tokens, and whether no row's may lie below them."""
+    device, vocabulary = scaled_BV.device, scaled_BV.shape[-1]
+    sorted_BW = scaled_BV.topk(width).values  # descending
+    kept_B1 = _column(np.where(top_k > 0, np.minimum(top_k, vocabulary), vocabulary), device)
+    chosen_BW = sorted_BW.masked_fill(torch.arange(width, device=device) >= kept_B1, -torch.inf)
+    deeper_B1 = kept_B1 > width
+    total_B1 = torch.where(deeper_B1, scaled_BV.logsumexp(-1, keepdim=True), chosen_BW.logsumexp(-1, keepdim=True))
+    probs_BW = (chosen_BW - total_B1).exp()
+    before_BW = probs_BW.cumsum(-1) - probs_BW  # the probability of all better tokens
+    mass_B1 = _column(np.where(top_p < 1, top_p, np.inf).astype(np.float32), device)
+    nucleus_B1 = (before_BW < mass_B1).sum(-1, keepdim=True).minimum(kept_B1)
+    certain = width == vocabulary or not bool((deeper_B1 & (nucleus_B1 == width)).any())
+    return sorted_BW.gather(-1, nucleus_B1 - 1), certain
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------

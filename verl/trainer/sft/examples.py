@@ -66,7 +66,9 @@ def _fit(
     over = [row for row, length in enumerate(lengths) if length > config.max_length]
     if not over:
         return examples
-    of_all = f"{len(over)} of {len(examples)} examples of data.{kind}_files are over data.max_length={config.max_length}"
+    of_all = (
+        f"{len(over)} of {len(examples)} examples of data.{kind}_files are over data.max_length={config.max_length}"
+    )
     if config.truncation == "error":
         first = ", ".join(f"row {row}: {lengths[row]} tokens" for row in over[:5])
         raise UserError(

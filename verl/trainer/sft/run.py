@@ -36,7 +36,9 @@ def run(loaded: Loaded[SFTConfig], findings: Findings) -> int:
     if start and start.step >= last_step:
         return 0
     with ExitStack() as stack:
-        trackers = stack.enter_context(build_trackers(config.trainer.logger, run_info(config, folder, last_step, start)))
+        trackers = stack.enter_context(
+            build_trackers(config.trainer.logger, run_info(config, folder, last_step, start))
+        )
         if set_aside := checkpoints.set_aside(after=start.step if start else 0):
             trackers.progress.note(f"checkpoints that this run does not go on from are now in {set_aside}")
         stop = stack.enter_context(StopRequest(lambda: trackers.progress.note(STOPPING)))

@@ -10,24 +10,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789", "#", "+", "=", *"abcdefghijkl"]
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory) -> Path:
-    """A folder with model/, train.parquet, val.parquet and reward.py (a custom reward: the share of "a")."""
-    folder = tmp_path_factory.mktemp("small")
-    make_model(folder / "model")
-    make_prompts(folder / "train.parquet", 24, seed=0)
-    make_prompts(folder / "val.parquet", 6, seed=1)
-    (folder / "reward.py").write_text(
-        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
-        "    return solution_str.count('a') / max(len(solution_str), 1)\n"
-    )
-    return folder
 
 
 def make_model(path: Path, seed: int = 0) -> None:

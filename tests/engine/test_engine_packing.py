@@ -1,0 +1,65 @@
+"""Micro-batches: every row with a response in exactly one, within the limits, each token where its prediction is."""
+
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from verl.data.ragged import Ragged
+from verl.engine import Batching
+from verl.engine.packing import Packer
+
+LIMIT = st.none() | st.integers(1, 40)
+LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12)
+
+
+def packer_of(lengths: list[tuple[int, int]]) -> Packer:
+    """Prompts count down from -1 and responses up from 1, so that every token is known by its value."""
+    prompts = [-1 - np.arange(prompt) for prompt, _ in lengths]
+    responses = [1 + np.arange(response) for _, response in lengths]
+    columns = {"prompt_ids": prompts, "response_ids": responses}
+    table = pa.table({name: Ragged.from_rows(rows, np.int32).to_column() for name, rows in columns.items()})
+    return Packer(table, torch.device("cpu"))
+
+
+@given(LENGTHS, LIMIT, LIMIT)
+def test_rows_are_cut_within_both_limits_longest_first(lengths, rows, tokens):
+    plan = packer_of(lengths).micro_batches(Batching(rows, tokens))
+    totals = np.array([prompt + response for prompt, response in lengths])
+    dealt = [row for part in plan for row in part]
+    assert sorted(dealt) == [row for row, (_, response) in enumerate(lengths) if response]
+    assert all(totals[one] >= totals[two] for one, two in itertools.pairwise(dealt))
+    for part in plan:
+        assert rows is None or len(part) <= rows
+        assert tokens is None or len(part) == 1 or len(part) * totals[part].max() <= tokens
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_each_response_token_is_predicted_from_the_token_before_it(lengths, rows):
+    packer = packer_of(lengths)
+    for part in packer.micro_batches(Batching(rows)):
+        micro = packer.micro_batch(part)
+        before = micro.input_ids.flatten()[micro.positions]
+        expected_targets, expected_before = [], []
+        for row in part:
+            prompt, response = lengths[row]
+            sequence = [*(-1 - np.arange(prompt)), *(1 + np.arange(response))]
+            expected_targets += sequence[prompt:]
+            expected_before += sequence[prompt - 1 : -1]
+        assert micro.targets.tolist() == expected_targets
+        assert before.tolist() == expected_before
+        assert micro.columns["row_ids"].tolist() == [row for row in part for _ in range(lengths[row][1])]
+        assert micro.input_ids.shape == (len(part), max(sum(lengths[row]) for row in part) - 1)
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_what_was_cut_comes_back_in_the_order_of_the_table(lengths, rows):
+    packer = packer_of(lengths)
+    micros = [packer.micro_batch(part) for part in packer.micro_batches(Batching(rows))] or [packer.filler()]
+    column = packer.column(
+        [micro.tokens for micro in micros], [micro.targets.float()[: len(micro.tokens)] for micro in micros]
+    )
+    assert column.to_pylist() == [list(range(1, response + 1)) for _, response in lengths]
