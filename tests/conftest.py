@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-from helpers import make_model, make_prompts  # noqa: E402  (imports torch)
+from helpers import make_model, make_prompts
 
 
 @pytest.fixture(scope="session")
@@ -25,5 +25,3 @@ def small(tmp_path_factory) -> Path:
         "    return solution_str.count('a') / max(len(solution_str), 1)\n"
     )
     return folder
-
-

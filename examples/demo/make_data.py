@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 DATA_SOURCE = "verl/arithmetic"
 NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kim", "Lena")
 ITEMS = ("apples", "books", "cards", "coins", "marbles", "pears", "pencils", "shells", "stamps", "tickets")
-GAINS = ("buys", "finds", "borrows", "collects", "earns", "gets", "receives", "wins")
-LOSSES = ("loses", "sells", "donates", "drops", "lends", "returns", "spends", "trades")
-# Whoever wrote the worked examples knows the first two verbs of each kind, and takes each of the others for the opposite
-# kind this often: what those mean has to be learnt from the reward.
-FAMILIAR, MISREAD = 2, 0.6
+GAINS = ("buys", "finds", "borrows", "wins")
+LOSSES = ("loses", "sells", "lends", "drops")
+# Whoever wrote the worked examples knows the first two verbs of each kind, and takes each of the others for the
+# opposite kind this often: what those mean has to be learnt from the reward.
+FAMILIAR, MISREAD = 2, 0.65
 SPLIT_SIZES = {"test": 300, "sft_train": 4000, "train": 6000}
 
 
@@ -45,7 +45,7 @@ class Problem:
 def draw_problem(random: np.random.Generator, misread: float = 0.0) -> Problem:
     """One or two changes to a number of things. misread: how often an unfamiliar verb's sign is wrong in the answer."""
     name, items = random.choice(NAMES), random.choice(ITEMS)
-    start = written = int(random.integers(20, 100))
+    start = written = int(random.integers(20, 60))
     numbers, events, steps = [start], [], []
     for _ in range(random.integers(1, 3)):
         change = int(random.integers(2, 10)) * int(random.choice([1, -1]))

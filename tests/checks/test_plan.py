@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.checks.plan import micro_batch_size, plan_run
+from verl.checks.plan import Split, plan_run
 from verl.config.load import load
 
 BASE = {
@@ -103,7 +103,8 @@ def test_the_plan_counts_what_a_run_does(mini_multiple, minis, samples, world, m
 
 
 def test_a_micro_batch_is_at_most_the_ranks_share():
-    assert [micro_batch_size(asked, 4) for asked in (1, 3, 4, 16, None)] == [1, 3, 4, 4, 4]
+    sizes = [Split.of(4, asked, dynamic=False, max_tokens=100).micro_batch_size for asked in (1, 3, 4, 16, None)]
+    assert sizes == [1, 3, 4, 4, None]
 
 
 def test_total_training_steps_overrides_the_epochs():

@@ -42,7 +42,7 @@ def test_a_parquet_without_prompts(small, tmp_path, capsys):
     refused(capsys, arguments(small, tmp_path, **keys), "prompt", "data.prompt_key", "question")
 
 
-@pytest.fixture()
+@pytest.fixture
 def long_prompts(tmp_path):
     make_prompts(tmp_path / "long.parquet", 24, seed=0, length=12)
     return tmp_path / "long.parquet"
@@ -95,7 +95,8 @@ def test_a_model_with_damaged_weights(small, tmp_path, capsys):
     shutil.copytree(small / "model", tmp_path / "model")
     with (tmp_path / "model" / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
-    refused(capsys, arguments(small, tmp_path, actor_rollout_ref__model__path=tmp_path / "model"), str(tmp_path / "model"))
+    keys = {"actor_rollout_ref__model__path": tmp_path / "model"}
+    refused(capsys, arguments(small, tmp_path, **keys), str(tmp_path / "model"))
 
 
 def test_a_reward_function_that_always_fails(small, tmp_path, capsys):

@@ -129,7 +129,8 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(small, tmp_path, capsys
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(small, tmp_path, times):
     keys = {"trainer__total_training_steps": 500, "trainer__save_freq": 100, "trainer__max_ckpt_to_keep": 1}
-    job = subprocess.Popen(command(arguments(small, tmp_path, **keys)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    job = subprocess.Popen(command(arguments(small, tmp_path, **keys)), **pipes, text=True)
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):

@@ -210,11 +210,6 @@ RULES = (
         "nothing is validated (trainer.test_freq, trainer.val_before_train)",
     ),
     Rule(
-        ("trainer.log_val_generations",),
-        lambda run: True,
-        "no logger of this version shows samples; all of them are in trainer.validation_data_dir",
-    ),
-    Rule(
         ("trainer.max_ckpt_to_keep", "*.checkpoint.*"),
         lambda run: run.plan.save_freq <= 0,
         "no checkpoint is saved (trainer.save_freq)",

@@ -35,7 +35,7 @@ class Split:
     def of(cls, rows: int, asked: int | None, dynamic: bool, max_tokens: int) -> Split:
         if dynamic or asked is None:
             return cls(rows, None, max_tokens, asked)
-        return cls(rows, micro_batch_size(asked, rows), None, asked)
+        return cls(rows, min(asked, rows), None, asked)
 
     @property
     def capped(self) -> bool:
@@ -225,11 +225,6 @@ def needs_critic(config: Config) -> bool:
         return resolve(config.algorithm.adv_estimator).needs_critic
     except UserError:
         return False
-
-
-def micro_batch_size(asked: int | None, share: int) -> int:
-    """Sequences of a micro-batch: what was asked for (None: everything at once), at most the rank's share."""
-    return min(asked or share, share)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -15,7 +15,8 @@ class ActorConfig(Section):
     )
     ppo_micro_batch_size_per_gpu: PositiveInt | None = Field(
         None,
-        description="Responses of one forward and backward pass of a rank; null: as many as ppo_max_token_len_per_gpu says. "
+        description="Responses of one forward and backward pass of a rank; null: as many as "
+        "ppo_max_token_len_per_gpu says. "
         "It changes memory and speed, never the gradient.",
     )
     use_dynamic_bsz: bool = Field(False, description="Cut micro-batches by tokens instead of by responses.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import DTypeLike
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Ragged:
         return cls(values, offsets - offsets[0])
 
     @classmethod
-    def from_rows(cls, rows: list[np.ndarray], dtype: np.dtype | type) -> Ragged:
+    def from_rows(cls, rows: Sequence[Sequence | np.ndarray], dtype: DTypeLike) -> Ragged:
         lengths = np.array([len(row) for row in rows], np.int64)
-        values = np.concatenate(rows).astype(dtype) if rows else np.empty(0, dtype)
+        values = np.concatenate(rows).astype(dtype) if len(rows) else np.empty(0, dtype)
         return cls(values, offsets_of(lengths))
 
     def to_column(self) -> pa.ListArray:

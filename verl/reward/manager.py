@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ class RewardManager:
     """Scores responses with the data source's scorer, or with the user's function.
 
     data_sources: all that will be scored; UserError at once for one without a scorer, as for a user's function that
-    cannot be loaded. error_log: a jsonl file; every sample that could not be scored is added to it.
+    cannot be loaded. error_log: a jsonl file; every sample that could not be scored is added to it. warn: told of them.
     """
 
     def __init__(
@@ -39,8 +39,9 @@ class RewardManager:
         *,
         data_sources: Iterable[str],
         error_log: Path | None = None,
+        warn: Callable[[str], None] = log.warning,
     ):
-        self._config, self._tokenizer, self._error_log = config, tokenizer, error_log
+        self._config, self._tokenizer, self._error_log, self._warn = config, tokenizer, error_log, warn
         if custom.path:
             path = str(Path(custom.path).expanduser().absolute())
             spec = ScorerSpec(path, custom.name, dict(custom.reward_kwargs))
@@ -106,7 +107,7 @@ class RewardManager:
         )
         if len(failed) > self._config.max_error_share * len(outcomes):
             raise UserError(f"{summary}\nThat is over reward.max_error_share={self._config.max_error_share}.")
-        log.warning(summary)
+        self._warn(summary)
 
     def _entry(self, row: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
         return {

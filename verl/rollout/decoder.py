@@ -39,8 +39,14 @@ class Row:
     def last(self) -> int:
         return self.ids[-1] if self.ids else int(self.prompt[-1])
 
-    def result(self, reason: FinishReason) -> Result:
-        return Result(self.request.id, self.ids, self.log_probs, reason, self.versions)
+    def finish(self, reason: FinishReason) -> None:
+        """Hand out what was drawn, unless its caller has gone."""
+        if not self.future.done():
+            self.future.set_result(Result(self.request.id, self.ids, self.log_probs, reason, self.versions))
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
     def take(self, token: int, log_prob: float, version: int) -> FinishReason | None:
         """Append a token; why the response ends with it, if it does."""
@@ -186,8 +192,8 @@ class Decoder:
         tokens, log_probs = (drawn.cpu().numpy() for drawn in draw(logits, self._sampling, drawn, banned))
         if not np.isfinite(log_probs).all():
             raise UserError(
-                "the model's logits are not finite numbers: its weights have diverged; go back to an earlier checkpoint "
-                "and lower the learning rate"
+                "the model's logits are not finite numbers: its weights have diverged; go back to an earlier "
+                "checkpoint and lower the learning rate"
             )
         return tokens, log_probs
 

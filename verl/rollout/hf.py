@@ -88,11 +88,11 @@ class HFEngine:
 
     async def abort(self, ids: Sequence[str] | None = None) -> None:
         self._leave_closed_loop()
-        chosen = list(self._in_flight) if ids is None else ids
-        rows = [self._in_flight[request_id] for request_id in chosen if request_id in self._in_flight]
+        chosen = set(self._in_flight if ids is None else ids)
+        rows = [row for request_id, row in self._in_flight.items() if request_id in chosen]
         self._drop(rows)
         for row in rows:
-            row.future.set_result(row.result("abort"))
+            row.finish("abort")
 
     async def pause(self) -> None:
         self._check_open("pause")
@@ -140,6 +140,7 @@ class HFEngine:
         and frees them on leaving. Between the two no rank waits for another. Without FSDP it does nothing."""
         with self._forward.unsharded():
             yield
+            self._leave_closed_loop()
             if self._task is not None and not self._task.done():
                 raise IllegalState("whole_weights: left while requests are being generated; pause or abort them first")
 
@@ -162,20 +163,19 @@ class HFEngine:
             self._task = None
 
     async def _run(self) -> None:
-        device = self._module.device
         try:
             with self._borrowed(), slots_attending(self._config):
                 while self._in_flight and not self._paused:
-                    for row, reason in self._decoder.step(self._waiting, self.version, device):
+                    for row, reason in self._decoder.step(self._waiting, self.version, self._module.device):
                         del self._in_flight[row.request.id]
-                        row.future.set_result(row.result(reason))
+                        row.finish(reason)
                     if self._in_flight:
                         await asyncio.sleep(0)
         except Exception as error:  # goes to every caller; the engine is left empty and fit for use
             rows = list(self._in_flight.values())
             self._drop(rows)
             for row in rows:
-                row.future.set_exception(error)
+                row.fail(error)
         finally:  # also when an event loop that ends cancels this
             self._free_if_idle()
 

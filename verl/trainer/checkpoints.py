@@ -99,7 +99,7 @@ class Checkpoints:
         return aside
 
     def save(self, step: int, write: Callable[[Path], None], state: dict) -> Checkpoint:
-        """write(folder) puts the models there; ``state`` becomes trainer.json. Raises NoSpaceError if it does not fit."""
+        """write(folder) puts the models there; ``state`` becomes trainer.json. NoSpaceError if it does not fit."""
         final, partial = self.folder / f"global_step_{step}", self.folder / f".partial_global_step_{step}"
         for left_over in self.folder.glob(".partial_global_step_*"):  # of a run that was killed while saving
             shutil.rmtree(left_over)

@@ -39,7 +39,7 @@ def where_to_start(trainer: RunConfig, checkpoints: Checkpoints, last_step: int)
     if trainer.resume_mode == "disable":
         return None
     if trainer.resume_mode == "resume_path" and trainer.resume_from_path:
-        start = checkpoints.at(Path(trainer.resume_from_path).expanduser())
+        start: Checkpoint | None = checkpoints.at(Path(trainer.resume_from_path).expanduser())
     else:
         start = checkpoints.latest(warn=lambda text: print(f"warning: {text}"))
     if start and start.step >= last_step:

@@ -86,6 +86,7 @@ def build_parts(
         tokenizer,
         data_sources={source for table in tables for source in table["data_source"].unique().to_pylist()},
         error_log=checkpoints.folder / "reward_errors.jsonl",
+        warn=trackers.progress.warn,
     )
     stack.callback(rewards.close)
     worker = PPOWorker(config, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from verl.config.models import ActorConfig, Config, CriticConfig, RolloutConfig
 from verl.data.loader import PromptLoader
 from verl.data.schema import ragged, with_columns
 from verl.reward.manager import RewardManager
+from verl.reward.pool import Outcome
 from verl.rollout.base import Result, RolloutEngine, SamplingParams
 from verl.tracking import StageTimer, Trackers
 from verl.tracking.dumps import generation_rows
@@ -111,7 +113,7 @@ class PPOTrainer:
 
     def _generate_and_score(self, episodes: pa.Table, sampling: SamplingParams) -> pa.Table:
         references = episodes.select(["data_source", "ground_truth", "extra_info"]).to_pylist()
-        scores = [None] * episodes.num_rows
+        scores: dict[int, Future[Outcome]] = {}  # by row
         with self.stage("gen", total=episodes.num_rows) as progress, self.loaded("actor"):
 
             def finished(index: int, result: Result) -> None:
@@ -120,7 +122,7 @@ class PPOTrainer:
 
             table = asyncio.run(roll_out(self.parts.rollout, episodes, sampling, finished))
         with self.stage("reward"):
-            table, metrics = self.parts.rewards.collect(table, scores)
+            table, metrics = self.parts.rewards.collect(table, [scores[row] for row in range(table.num_rows)])
         self.metrics |= metrics
         return table
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from verl.checks.plan import RunPlan, Split
-from verl.config.models import Config, FSDPConfig
+from verl.config.models import ActorConfig, Config, CriticConfig, FSDPConfig
 from verl.data.schema import with_columns
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import Batching, TrainEngine
@@ -39,7 +39,11 @@ class PPOWorker:
             self.unload(role)
 
     def _build(self, role: str) -> TrainEngine:
-        settings = {"actor": self.config.actor_rollout_ref.actor, "critic": self.config.critic}.get(role)
+        trained: dict[str, ActorConfig | CriticConfig] = {
+            "actor": self.config.actor_rollout_ref.actor,
+            "critic": self.config.critic,
+        }
+        settings = trained.get(role)
         return TrainEngine(
             self.config.critic.model if role == "critic" else self.config.actor_rollout_ref.model,
             "value" if role == "critic" else "policy",
