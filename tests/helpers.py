@@ -1,4 +1,4 @@
-"""A PPO job small enough to run many times: a 2-layer Qwen2 over a 32-word vocabulary, and prompts to answer."""
+"""A PPO job small enough to run many times: a 2-layer Qwen2 whose tokens are letters, and prompts to answer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789", "#", "+", "=", *"abcdefghijkl
 
 def make_model(path: Path, seed: int = 0) -> None:
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    qwen2 = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[]).backend_tokenizer
+    letters = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(WORDS)}, merges=[]))
+    letters.normalizer, letters.pre_tokenizer, letters.decoder = qwen2.normalizer, qwen2.pre_tokenizer, qwen2.decoder
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=letters,
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
+        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
     )
     tokenizer.save_pretrained(path)
     torch.manual_seed(seed)
@@ -52,7 +53,7 @@ def make_prompts(path: Path, count: int, seed: int, length: int = 5) -> None:
     rows = [
         {
             "data_source": "tests/letters",
-            "prompt": [{"role": "user", "content": " ".join(draw.choices(WORDS[3:], k=draw.randint(2, length)))}],
+            "prompt": [{"role": "user", "content": "".join(draw.choices(WORDS[3:], k=draw.randint(2, length)))}],
             "ability": "none",
             "reward_model": {"style": "rule", "ground_truth": "a"},
             "extra_info": {"index": index},
@@ -95,7 +96,12 @@ def command(arguments: list[str], script: str | Path | None = None) -> list[str]
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """A dict a step, in order; what was logged after the step (saving) is in it, too."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        steps.setdefault(metrics["step"], {}).update(metrics)
+    return [steps[step] for step in sorted(steps)]
 
 
 def repeatable(metrics: list[dict[str, float]]) -> list[dict[str, float]]:

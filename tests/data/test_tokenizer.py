@@ -4,7 +4,8 @@ import copy
 import json
 
 import pytest
-from transformers import AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from verl.data.tokenizer import decode, encode_chat, encode_chats, end_token_ids, load_tokenizer
 from verl.errors import UserError
@@ -86,3 +87,15 @@ def test_a_tokenizer_without_any_end_token_is_refused(tokenizer, tmp_path):
     endless.eos_token = None
     with pytest.raises(UserError, match="no end token"):
         end_token_ids(endless, str(tmp_path))
+
+
+def test_a_tokenizer_that_transformers_would_load_as_another_is_refused(tmp_path):
+    """For a Qwen2 model transformers builds Qwen2's tokenizer around the saved vocabulary; whole words are lost."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "Ann": 2, "has": 3, "apples": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    saved = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    saved.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("Ann has apples")["input_ids"] == [2, 3, 4]
+    Qwen2Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"Qwen2Tokenizer.*tokenizer_class"):
+        load_tokenizer(str(tmp_path))

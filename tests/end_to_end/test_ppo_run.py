@@ -29,7 +29,7 @@ def test_the_job_learns_its_reward_and_leaves_a_whole_run_folder(small, tmp_path
     exported = run / "global_step_15" / "actor" / "huggingface"
     model = AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    answer = model.generate(**tokenizer("b c", return_tensors="pt"), max_new_tokens=8, do_sample=False)[0, 2:]
+    answer = model.generate(**tokenizer("bc", return_tensors="pt"), max_new_tokens=8, do_sample=False)[0, 2:]
     assert "a" in tokenizer.decode(answer)
 
 

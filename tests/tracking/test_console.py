@@ -294,3 +294,16 @@ def test_output_that_goes_nowhere_does_not_end_the_run(tmp_path, repository, out
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     subprocess.run(command, shell=True, timeout=60, capture_output=True, env=environment)
     assert (tmp_path / "end").exists()
+
+
+def test_a_run_of_many_short_steps_does_not_print_a_row_for_each(make_run):
+    clock = Clock()
+    progress, out = plain_progress(make_run(total_steps=1000), clock)
+    with progress:
+        for step in range(1, 1001):
+            clock.now += 0.1
+            progress.step(step, {"train/loss": 1.0, **({"val/loss": 2.0} if step == 505 else {})})
+    rows = [line for line in out.getvalue().splitlines() if "/1000" in line]
+    assert 45 <= len(rows) <= 55
+    assert rows[-1].strip().startswith("1000/1000")
+    assert any(row.strip().startswith("505/1000") for row in rows)

@@ -25,6 +25,7 @@ from verl.tracking.run import RunInfo
 
 QUIET_SECONDS = 30.0  # after which a stage says where it is, where there are no bars
 STEPS_AVERAGED = 20
+MANY_STEPS, ROW_SECONDS = 200, 2.0  # a run of more steps than this prints a row at most that often
 CONTROL_CHARACTERS = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
@@ -70,6 +71,7 @@ class Progress:
         self._bars: Bars | None = None
         self._run_bar: TaskID | None = None
         self._printed_at = clock()
+        self._row_at = float("-inf")
 
     def __enter__(self) -> Progress:
         run, done = self._run, self._pace.step
@@ -96,10 +98,20 @@ class Progress:
             self._pace.tick(step)
             if self._bars and self._run_bar is not None:
                 self._bars.update(self._run_bar, completed=step)
-        if self._show:
+        if self._show and not self._passed_over(step, metrics):
             width = self._console.width if self._bars else None
             for line, style in self._rows.lines(step, metrics, self._pace.seconds_left(), width):
                 self._print(line, style)
+
+    def _passed_over(self, step: int, metrics: dict[str, float]) -> bool:
+        """Whether this step of a run of many short ones gets no row: the last, and one with a validation, always do."""
+        last = step >= self._run.total_steps
+        if self._run.total_steps <= MANY_STEPS or last or any(name.startswith("val") for name in metrics):
+            return False
+        if self._clock() - self._row_at < ROW_SECONDS:
+            return True
+        self._row_at = self._clock()
+        return False
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from verl.errors import UserError
+from verl.trainer.environment import share_cores
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         if findings.problems:
             print(report(findings.problems), file=sys.stderr)
             return 2
+        share_cores()
         from verl.trainer.ppo.run import run
 
         return run(loaded, plan, findings)
