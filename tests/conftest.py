@@ -4,13 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import make_model, make_prompts
+from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of one test do not spin against another's
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-
-from helpers import make_model, make_prompts
+# Property tests: no deadline (a busy machine is no failure), the same examples every time.
+settings.register_profile("verl", deadline=None, derandomize=True)
+settings.load_profile("verl")
 
 
 @pytest.fixture(scope="session")

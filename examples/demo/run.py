@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SFT_STEPS, PPO_STEPS = 900, 50
+SFT_STEPS, PPO_STEPS = 900, 60
 
 
 def sft_settings(folder: Path, seed: int) -> list[str]:
@@ -52,6 +52,7 @@ def ppo_settings(folder: Path, seed: int) -> list[str]:
         "actor_rollout_ref.actor.ppo_mini_batch_size=16",
         "actor_rollout_ref.actor.optim.lr=3e-4",
         "actor_rollout_ref.actor.optim.lr_warmup_steps=5",
+        "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
         "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
         "critic.model.enable_gradient_checkpointing=False",
         "critic.optim.lr=1e-3",

@@ -1,4 +1,4 @@
-"""A real model on real problems, small: SmolLM2-135M-Instruct on the first rows of GSM8K, by the example's own script."""
+"""A real model on real problems, small: SmolLM2-135M-Instruct on rows of GSM8K, by the example's own script."""
 
 import os
 import subprocess

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-settings.register_profile("reward", deadline=None, derandomize=True, max_examples=200)
-settings.load_profile("reward")
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def _one_rank(run: Run) -> bool:
 
 
 BY_TOKENS = "micro-batches are cut by tokens there (use_dynamic_bsz)"
-BY_SEQUENCES = "micro-batches are cut by sequences there (use_dynamic_bsz is off)"
+BY_SEQUENCES = "micro-batches are cut by sequences there (a micro-batch size is set and use_dynamic_bsz is off)"
 
 # Whose size and token keys -> the micro-batches that they reach, their own and those that take them for a default.
 REACH = {

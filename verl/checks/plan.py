@@ -22,7 +22,7 @@ class Split:
 
     rows: sequences of one rank.
     micro_batch_size: sequences of a micro-batch, at most ``rows``; None when cut by tokens.
-    max_tokens: tokens of a micro-batch (use_dynamic_bsz); None when cut by sequences.
+    max_tokens: tokens of a micro-batch (use_dynamic_bsz, or no size asked for); None when cut by sequences.
     asked: the micro-batch size that the config names, before the cap; None when it names none.
     """
 

@@ -19,10 +19,12 @@ class ActorConfig(Section):
         "ppo_max_token_len_per_gpu says. "
         "It changes memory and speed, never the gradient.",
     )
-    use_dynamic_bsz: bool = Field(False, description="Cut micro-batches by tokens instead of by responses.")
+    use_dynamic_bsz: bool = Field(
+        False, description="Cut micro-batches by tokens even where a number of responses is set."
+    )
     ppo_max_token_len_per_gpu: PositiveInt = Field(
         16384,
-        description="With use_dynamic_bsz: tokens of a micro-batch, prompts included; a longer sequence goes alone.",
+        description="Tokens of a micro-batch that is cut by tokens, padding counted; a longer sequence goes alone.",
     )
     ppo_epochs: PositiveInt = Field(1, description="Passes over a step's trajectories.")
     shuffle: bool = Field(False, description="Draw the mini-batches in a new order each pass.")
@@ -49,10 +51,10 @@ class ActorConfig(Section):
 
 class RefConfig(Section):
     log_prob_micro_batch_size_per_gpu: PositiveInt | None = Field(
-        None, description="Responses of one forward pass of a rank."
+        None, description="Responses of one forward pass of a rank; null: by tokens."
     )
-    log_prob_use_dynamic_bsz: bool = derived("Cut micro-batches by tokens instead of by responses.")
-    log_prob_max_token_len_per_gpu: PositiveInt = derived("With log_prob_use_dynamic_bsz: tokens of a micro-batch.")
+    log_prob_use_dynamic_bsz: bool = derived("Cut micro-batches by tokens even where a number of responses is set.")
+    log_prob_max_token_len_per_gpu: PositiveInt = derived("Tokens of a micro-batch that is cut by tokens.")
     fsdp_config: FSDPConfig = FSDPConfig()
 
 

@@ -27,12 +27,12 @@ class CriticConfig(Section):
     forward_micro_batch_size_per_gpu: PositiveInt | None = Field(
         None, description="Responses of one forward pass of a rank, when values are computed."
     )
-    use_dynamic_bsz: bool = derived("Cut micro-batches by tokens instead of by responses.")
+    use_dynamic_bsz: bool = derived("Cut micro-batches by tokens even where a number of responses is set.")
     ppo_max_token_len_per_gpu: PositiveInt = Field(
-        32768, description="With use_dynamic_bsz: tokens of a micro-batch of the update."
+        32768, description="Tokens of a micro-batch of the update that is cut by tokens."
     )
     forward_max_token_len_per_gpu: PositiveInt = derived(
-        "With use_dynamic_bsz: tokens of a micro-batch, when values are computed."
+        "Tokens of a micro-batch that is cut by tokens, when values are computed."
     )
     ppo_epochs: PositiveInt = derived("Passes over a step's trajectories.")
     shuffle: bool = derived("Draw the mini-batches in a new order each pass.")

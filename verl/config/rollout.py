@@ -45,8 +45,8 @@ class RolloutConfig(Section):
     log_prob_micro_batch_size_per_gpu: PositiveInt | None = Field(
         None, description="Responses of one forward pass of a rank, when the old log-probs are computed."
     )
-    log_prob_use_dynamic_bsz: bool = derived("Cut micro-batches by tokens instead of by responses.")
-    log_prob_max_token_len_per_gpu: PositiveInt = derived("With log_prob_use_dynamic_bsz: tokens of a micro-batch.")
+    log_prob_use_dynamic_bsz: bool = derived("Cut micro-batches by tokens even where a number of responses is set.")
+    log_prob_max_token_len_per_gpu: PositiveInt = derived("Tokens of a micro-batch that is cut by tokens.")
     tensor_model_parallel_size: PositiveInt = Field(1, description="GPUs that share one copy of the engine's model.")
     gpu_memory_utilization: float = Field(
         0.5, gt=0, le=1, description="Share of GPU memory for the engine's weights and KV cache."
