@@ -1,9 +1,8 @@
 """Where the time of the demo's PPO step goes, and how much of it is neither generation nor a model's compute.
 
-    python benchmarks/ppo_step.py --run outputs/demo/ppo             # of a run that was made, from its metrics
-    python benchmarks/ppo_step.py --model outputs/demo/sft/huggingface --data outputs/demo/data --steps 10
+    make demo && python benchmarks/ppo_step.py --run outputs/demo/ppo
 
-Medians over the steps, the first two left out (they allocate what later ones use again).
+From the run's own timings. Medians over the steps, the first two left out (they allocate what later ones use again).
 """
 
 from __future__ import annotations
@@ -12,12 +11,7 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 
 GENERATION = ("gen",)
 MODELS = ("old_log_prob", "ref", "values", "update_actor", "update_critic")
@@ -26,26 +20,8 @@ WARM_UP = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="folder of a finished run")
-    parser.add_argument("--model", type=Path, default=Path("outputs/demo/sft/huggingface"))
-    parser.add_argument("--data", type=Path, default=Path("outputs/demo/data"))
-    parser.add_argument("--steps", type=int, default=12)
-    arguments = parser.parse_args()
-    if arguments.run:
-        print_table(arguments.run)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        run_demo_step(arguments.model, arguments.data, arguments.steps, Path(folder))
-        print_table(Path(folder))
-
-
-def run_demo_step(model: Path, data: Path, steps: int, folder: Path) -> None:
-    from run import ppo_arguments
-
-    keys = ppo_arguments(model=model, data=data, folder=folder, seed=1)
-    keys += [f"trainer.total_training_steps={steps}", "trainer.test_freq=-1", "trainer.val_before_train=False"]
-    keys += ["trainer.save_freq=-1", "trainer.logger=[file]"]
-    subprocess.run([sys.executable, "-m", "verl.trainer.main_ppo", *keys], check=True, stdout=subprocess.DEVNULL)
+    parser.add_argument("--run", type=Path, default=Path("outputs/demo/ppo"), help="folder of a run")
+    print_table(parser.parse_args().run)
 
 
 def print_table(folder: Path) -> None:

@@ -15,11 +15,11 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 [ -f "$MODEL/config.json" ] || "$PYTHON" "$(dirname "$0")/models/smollm2.py" --output "$MODEL"
 "$PYTHON" -m verl.trainer.main_ppo \
     data.train_files="$DATA/train.parquet" data.val_files="$DATA/test.parquet" \
-    data.train_batch_size=16 data.max_prompt_length=320 data.max_response_length=128 \
-    data.filter_overlong_prompts=True data.val_max_samples=16 \
+    data.train_batch_size=4 data.max_prompt_length=320 data.max_response_length=128 \
+    data.filter_overlong_prompts=True data.val_max_samples=8 \
     actor_rollout_ref.rollout.name=hf actor_rollout_ref.rollout.n=2 \
     actor_rollout_ref.model.path="$MODEL" \
-    actor_rollout_ref.actor.ppo_mini_batch_size=8 actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048 \
+    actor_rollout_ref.actor.ppo_mini_batch_size=4 actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048 \
     actor_rollout_ref.actor.optim.lr=1e-6 \
     critic.optim.lr=1e-5 critic.ppo_max_token_len_per_gpu=2048 \
     algorithm.kl_ctrl.kl_coef=0.001 \

@@ -13,6 +13,7 @@ import torch
 from make_data import draw_problem
 from tokenizers import Tokenizer, models, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils import logging
 
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
 CHAT_TEMPLATE = (
@@ -50,7 +51,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """0.75 M parameters."""
+    """0.76 M parameters."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -74,6 +75,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1, help="of the model's random weights")
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(arguments.folder)
     model = make_model(tokenizer, arguments.seed)

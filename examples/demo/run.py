@@ -87,7 +87,8 @@ def main() -> int:
         if code := run(title, [str(part) for part in command]):
             return code
     print(f"\n{outcome(folder / 'ppo')} The whole demo took {(time.monotonic() - started) / 60:.1f} minutes.")
-    print(f"See {folder}/ppo/README.md, curve.png, samples.md; the model is in {folder}/ppo/global_step_*/actor.")
+    print(f"See README.md, curve.png and samples.md in {folder}/ppo.")
+    print(f"The model is in {folder}/ppo/global_step_{PPO_STEPS}/actor/huggingface.")
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from verl.errors import UserError
-from verl.trainer.checkpoints import Checkpoints, NoSpaceError
+from verl.trainer.checkpoints import Checkpoints, SaveError
 
 
 def writer(content: bytes = b"weights"):
@@ -87,7 +87,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     try:
         checkpoints = Checkpoints(disk)
         checkpoints.save(1, writer(b"x" * 300_000), {"step": 1})
-        with pytest.raises(NoSpaceError, match=r"(?s)global_step_2.*No space left.*global_step_1 is untouched"):
+        with pytest.raises(SaveError, match=r"(?s)global_step_2.*No space left.*global_step_1 is untouched"):
             checkpoints.save(2, writer(b"x" * 900_000), {"step": 2})
         assert checkpoints.latest(warn=pytest.fail).step == 1
         assert os.listdir(disk) == ["global_step_1"]

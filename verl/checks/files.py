@@ -99,7 +99,8 @@ def existing_ancestor(path: Path) -> Path:
 
 
 def check_output_folder(findings: Findings, key: str, folder: str, needed: int | None = None) -> None:
-    """It exists or can be made, can be written to and has ``needed`` bytes free."""
+    """It exists or can be made, can be written to and has ``needed`` bytes free, its checkpoints' own counted: they are
+    part of what the run keeps."""
     path = Path(folder).expanduser().absolute()
     base = next(place for place in (path, *path.parents) if place.exists())
     if not base.is_dir():
@@ -112,6 +113,7 @@ def check_output_folder(findings: Findings, key: str, folder: str, needed: int |
         findings.problem(key, folder, why, "name a folder that you can write to")
         return
     free = shutil.disk_usage(base).free
+    free += sum(file.stat().st_size for file in path.glob("global_step_*/**/*") if file.is_file())
     if needed is not None and free < needed:
         findings.problem(
             key,

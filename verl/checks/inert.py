@@ -198,6 +198,11 @@ RULES = (
         f"validation is greedy ({ROLLOUT}.val_kwargs.do_sample=False)",
     ),
     # data, validation, saving
+    Rule(
+        ("trainer.log_val_generations",),
+        lambda run: not {"console", "tensorboard"} & set(run.config.trainer.logger),
+        "no logger of this run shows samples (console and tensorboard do)",
+    ),
     Rule(("data.seed",), lambda run: not run.config.data.shuffle, "the data are not shuffled (data.shuffle)"),
     Rule(
         ("data.truncation",),

@@ -171,6 +171,13 @@ def _sampling(findings: Findings, config: Config) -> None:
             "do_sample=True needs a temperature above 0",
             f"set it to 1, or {ROLLOUT}.val_kwargs.do_sample=False for greedy validation",
         )
+    if rollout.min_new_tokens > config.data.max_response_length:
+        findings.problem(
+            f"{ROLLOUT}.min_new_tokens",
+            rollout.min_new_tokens,
+            f"a response has at most data.max_response_length={config.data.max_response_length} tokens",
+            f"set it to {config.data.max_response_length} or less",
+        )
     if rollout.ignore_eos:
         findings.warn(
             f"{ROLLOUT}.ignore_eos=True: every response runs on to data.max_response_length; meant for benchmarks."

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt, Le
 from pydantic import Field
 
-from verl.config.base import CountOrAll, Integers, PositiveInt, Section, Share, Strings, derived
+from verl.config.base import CountOrAll, Integers, PositiveInt, Section, Strings, derived
 
 TopP = Annotated[float, Gt(0), Le(1)]
 
@@ -31,7 +31,9 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="Temperature of training responses, and of all log-probs.")
     top_p: TopP = Field(1.0, description="Draw from the likeliest tokens that make up this probability; 1: all.")
     top_k: CountOrAll = Field(-1, description="Draw from this many likeliest tokens; -1: all.")
-    min_p: Share = Field(0.0, description="Leave out tokens less likely than this share of the likeliest; 0: none.")
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="Leave out tokens less likely than this share of the likeliest; 0: none."
+    )
     min_new_tokens: int = Field(0, ge=0, description="Do not end a response before it has this many tokens.")
     ignore_eos: bool = Field(False, description="Go on after the model's end token, to max_response_length.")
     stop: Strings = Field([], description="Text or texts that end a response.")

@@ -53,7 +53,10 @@ def load(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
             dcp.load(dict(tensors), storage_reader=reader, no_dist=world_size() == 1)
     except (Exception, CheckpointException) as error:  # DCP and safetensors raise many kinds for a damaged file
         cause = _cause(error) if isinstance(error, CheckpointException) else error
-        raise CheckpointError(f"the checkpoint in {folder} cannot be read: {cause}") from error
+        raise CheckpointError(
+            f"the checkpoint in {folder} cannot be read: {cause}. If it is another model's: name another "
+            "trainer.default_local_dir, or start anew with trainer.resume_mode=disable"
+        ) from error
     return state
 
 

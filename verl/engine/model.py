@@ -139,7 +139,7 @@ def read_model(
                 trust_remote_code=model.trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _unreadable(model.path, error) from error
     missing = set(report["missing_keys"])
     if kind == "value":
@@ -170,8 +170,11 @@ def empty_model(
 
 def write_model(hf: transformers.PreTrainedModel, folder: str | Path, state: dict[str, torch.Tensor] | None) -> None:
     """A folder that transformers loads by path. state: the whole tensors by name, when the module holds only shards."""
-    with _quiet():
-        hf.save_pretrained(folder, state_dict=state)
+    try:
+        with _quiet():
+            hf.save_pretrained(folder, state_dict=state)
+    except SafetensorError as error:  # how safetensors tells of a disk that is full
+        raise OSError(str(error)) from error
 
 
 def wrap(hf: transformers.PreTrainedModel, kind: Kind) -> PolicyModel | ValueModel:

@@ -25,7 +25,7 @@ def compute_score(
     score: float = 1.0,
     format_score: float = 0.0,
 ) -> dict[str, Any]:
-    """{"score", "acc": 1.0 or 0.0, "pred": the answer found, in plain digits, or ""}.
+    """{"score", "acc": 1.0 or 0.0, "pred": the answer found, in plain digits, or None}.
 
     method: "strict": the number behind the last "####" that has one; "flexible": the last number of the text.
     score: for a right answer; format_score: for a wrong one that could be read; no answer found is always 0.
@@ -36,7 +36,7 @@ def compute_score(
     answer = find_answer(solution_str, method)
     right = answer == gold
     value = score if right else format_score if answer is not None else 0.0
-    return {"score": value, "acc": float(right), "pred": answer or ""}
+    return {"score": value, "acc": float(right), "pred": answer}
 
 
 def find_answer(text: str, method: str) -> str | None:

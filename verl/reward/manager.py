@@ -96,9 +96,12 @@ class RewardManager:
         rows = table.take(pa.array(failed, pa.int64())).to_pylist()
         entries = [self._entry(row, outcomes[index]) for row, index in zip(rows, failed, strict=True)]
         if self._error_log:
-            self._error_log.parent.mkdir(parents=True, exist_ok=True)
-            with self._error_log.open("a") as file:
-                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+            try:
+                self._error_log.parent.mkdir(parents=True, exist_ok=True)
+                with self._error_log.open("a") as file:
+                    file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+            except OSError as error:
+                self._warn(f"{self._error_log} could not be written: {error}")
         first = outcomes[failed[0]]
         where = f"; all are in {self._error_log}" if self._error_log else ""
         summary = (

@@ -6,6 +6,7 @@ size and checksum; a folder that does not match its manifest is named and the on
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from verl.errors import UserError
 MANIFEST = "manifest.json"
 
 
-class NoSpaceError(UserError):
+class SaveError(UserError):
     """The checkpoint could not be written; what was there before is untouched."""
 
 
@@ -91,19 +92,18 @@ class Checkpoints:
         later = [checkpoint for checkpoint in self.all() if checkpoint.step > after]
         if not later:
             return None
-        number = 1 + len(list(self.folder.glob("set_aside_*")))
-        aside = self.folder / f"set_aside_{number}"
+        aside = next(folder for n in itertools.count(1) if not (folder := self.folder / f"set_aside_{n}").exists())
         aside.mkdir()
         for checkpoint in later:
             checkpoint.folder.rename(aside / checkpoint.folder.name)
         return aside
 
     def save(self, step: int, write: Callable[[Path], None], state: dict) -> Checkpoint:
-        """write(folder) puts the models there; ``state`` becomes trainer.json. NoSpaceError if it does not fit."""
+        """write(folder) puts the models there; ``state`` becomes trainer.json. SaveError if it does not fit."""
         final, partial = self.folder / f"global_step_{step}", self.folder / f".partial_global_step_{step}"
-        for left_over in self.folder.glob(".partial_global_step_*"):  # of a run that was killed while saving
-            shutil.rmtree(left_over)
         try:
+            for left_over in self.folder.glob(".partial_global_step_*"):  # of a run that was killed while saving
+                shutil.rmtree(left_over)
             partial.mkdir(parents=True)
             write(partial)
             (partial / "trainer.json").write_text(json.dumps(state, indent=1))
@@ -112,7 +112,7 @@ class Checkpoints:
             sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise NoSpaceError(self._why_not(final, error)) from error
+            raise SaveError(self._why_not(final, error)) from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from verl.config.models import Config, SFTConfig
 from verl.config.trainer import RunConfig
 from verl.errors import UserError
 from verl.tracking import RunInfo
+from verl.tracking.files import written_whole
 from verl.tracking.report import write_report
 from verl.trainer.checkpoints import Checkpoint, Checkpoints
 from verl.trainer.interrupt import INTERRUPTED
@@ -28,10 +31,18 @@ def say(findings: Findings) -> None:
 
 def run_folder(config: Config | SFTConfig, set_keys: Iterable[str]) -> Path:
     """trainer.default_local_dir, made, with the resolved configuration in it."""
-    folder = Path(config.trainer.default_local_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(resolved_yaml(config, set_keys))
+    folder = folder_of(config.trainer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / "config.yaml") as partial:
+            partial.write_text(resolved_yaml(config, set_keys))
+    except OSError as error:
+        raise UserError(f"trainer.default_local_dir={folder} cannot be written to: {error}") from error
     return folder
+
+
+def folder_of(trainer: RunConfig) -> Path:
+    return Path(trainer.default_local_dir).expanduser()
 
 
 def where_to_start(trainer: RunConfig, checkpoints: Checkpoints, last_step: int) -> Checkpoint | None:
@@ -70,23 +81,39 @@ def close_run(
     trainer: RunConfig, checkpoints: Checkpoints, step: int, finished: bool, *, validation: Path | None = None
 ) -> int:
     """Write the report, say where everything is, and give the exit code. step: the last one begun."""
-    folder = checkpoints.folder
+    folder, texts = checkpoints.folder, []
     if "file" in trainer.logger:
         try:
             write_report(folder, validation=validation)
         except UserError as error:  # the run is over and its result safe
-            print(f"warning: no report was written: {error}")
-    print(closing_words(folder, checkpoints.all(), step, finished))
+            texts.append(f"warning: no report was written: {error}")
+    texts.append(closing_words(trainer, folder, checkpoints.all(), step, finished))
+    last_words("\n".join(texts))
     return 0 if finished else INTERRUPTED
 
 
-def closing_words(folder: Path, kept: list[Checkpoint], step: int, finished: bool) -> str:
+def last_words(text: str) -> None:
+    """Print; to stderr when stdout's reader is gone, as `tee` is after Ctrl-C."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes it once more at its end)
+        print(text, file=sys.stderr)
+
+
+def closing_words(trainer: RunConfig, folder: Path, kept: list[Checkpoint], step: int, finished: bool) -> str:
     where = f"Everything is in {folder}" + (f", the last checkpoint in {kept[-1].folder.name}" if kept else "")
     if finished:
         return f"Finished after step {step}. {where}."
-    if kept:
-        return f"Stopped in or after step {step}. {where}. The same command goes on from step {kept[-1].step + 1}."
-    return (
-        f"Stopped in or after step {step}. {where}. No checkpoint was written, so the same command starts from the "
-        "beginning: set trainer.save_freq to be able to go on."
-    )
+    if kept and trainer.resume_mode == "auto":
+        advice = f"The same command goes on from step {kept[-1].step + 1}."
+    elif kept:
+        advice = f"With trainer.resume_mode=auto the same command goes on from step {kept[-1].step + 1}."
+    elif trainer.save_freq > 0:
+        advice = "No checkpoint was written yet: the same command starts from the beginning."
+    else:
+        advice = (
+            "No checkpoint was written, so the same command starts from the beginning: "
+            "set trainer.save_freq to be able to go on."
+        )
+    return f"Stopped in or after step {step}. {where}. {advice}"

@@ -22,7 +22,7 @@ from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.interrupt import STOPPING, StopRequest
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.trainer.ppo.worker import PPOWorker
-from verl.trainer.runs import close_run, finishes, run_folder, run_info, say, where_to_start
+from verl.trainer.runs import close_run, finishes, folder_of, run_folder, run_info, say, where_to_start
 
 
 def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
@@ -37,11 +37,11 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
     val_rows = val_prompts.num_rows if val_prompts is not None else None
     plan = plan_run(config, device=plan.device, train_rows=train_prompts.num_rows, val_rows=val_rows)
 
-    folder = run_folder(config, loaded.set_keys)
-    checkpoints = Checkpoints(folder, config.trainer.max_ckpt_to_keep)
+    checkpoints = Checkpoints(folder_of(config.trainer), config.trainer.max_ckpt_to_keep)
     start = where_to_start(config.trainer, checkpoints, plan.last_step)
     if start and start.step >= plan.last_step:
         return 0
+    folder = run_folder(config, loaded.set_keys)
     with ExitStack() as stack:
         trackers = stack.enter_context(
             build_trackers(config.trainer.logger, run_info(config, folder, plan.last_step, start))

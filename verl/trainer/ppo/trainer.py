@@ -26,7 +26,7 @@ from verl.rollout.base import Result, RolloutEngine, SamplingParams
 from verl.tracking import StageTimer, Trackers
 from verl.tracking.dumps import generation_rows
 from verl.tracking.progress import Stage
-from verl.trainer.checkpoints import Checkpoint, Checkpoints, NoSpaceError
+from verl.trainer.checkpoints import Checkpoint, Checkpoints, SaveError
 from verl.trainer.ppo import metrics as measure
 from verl.trainer.ppo.advantages import AdvantageInputs, resolve
 from verl.trainer.ppo.batches import mini_batches
@@ -68,7 +68,7 @@ class PPOTrainer:
         self.kl_control = kl_control(config.algorithm.kl_ctrl)
         self.metrics: Metrics = {}  # of the step under way
         self.timer = StageTimer()
-        self.unsaved: NoSpaceError | None = None  # why the save that was due last did not work
+        self.unsaved: SaveError | None = None  # why the save that was due last did not work
 
     # ---- the loop
 
@@ -77,7 +77,8 @@ class PPOTrainer:
         if self.step == 0 and self.plan.validates(0):
             self.validate()
             self.parts.trackers.log(self.metrics, 0)
-        while self.step < self.plan.last_step and not self.stop():
+        stopping = False
+        while self.step < self.plan.last_step and not stopping:
             self.step += 1
             self.metrics, self.timer = {}, StageTimer()
             with self.timer("step"):
@@ -86,7 +87,8 @@ class PPOTrainer:
                 if self.plan.validates(self.step):
                     self.validate()
             self.report(table, epoch)  # before saving: who goes on from the checkpoint has this step's metrics
-            if self.save_is_due():
+            stopping = self.stop()
+            if self.plan.saves(self.step) or self.unsaved or (stopping and self.plan.save_freq > 0):
                 self.save()
         if self.unsaved:
             raise self.unsaved
@@ -180,7 +182,7 @@ class PPOTrainer:
             plan.mini_batch_size,
             epochs=plan.epochs,
             shuffle=settings.shuffle,
-            seed=self.config.data.seed,
+            seed=self.config.trainer.seed,
             step=self.step,
         )
         found: dict[str, list[float]] = defaultdict(list)
@@ -206,8 +208,9 @@ class PPOTrainer:
 
     def _update_rollout_weights(self) -> None:
         rollout, workers = self.parts.rollout, self.parts.workers
-        stream = workers.call("weights").result()[0] if rollout.capabilities.holds_weights else ()
-        asyncio.run(rollout.update_weights(stream, version=self.step))
+        with self.loaded("actor"):
+            stream = workers.call("weights").result()[0] if rollout.capabilities.holds_weights else ()
+            asyncio.run(rollout.update_weights(stream, version=self.step))
 
     # ---- around the step
 
@@ -232,11 +235,6 @@ class PPOTrainer:
         trainer = self.config.trainer
         return Path(trainer.validation_data_dir or f"{trainer.default_local_dir}/validation").expanduser()
 
-    def save_is_due(self) -> bool:
-        """Also after a save that did not fit, and, where the run saves at all, when it is asked to stop."""
-        asked_to_stop = self.config.trainer.save_freq > 0 and self.stop()
-        return self.plan.saves(self.step) or self.unsaved is not None or asked_to_stop
-
     def save(self) -> None:
         """A disk that is full costs the run nothing: the save is tried again after each step until it works."""
         state = {"step": self.step, "loader": self.loader.state_dict(), "kl_control": self.kl_control.state_dict()}
@@ -244,7 +242,7 @@ class PPOTrainer:
             try:
                 self.parts.checkpoints.save(self.step, self._write_models, state)
                 self.unsaved = None
-            except NoSpaceError as error:
+            except SaveError as error:
                 self.unsaved = error
                 self.parts.trackers.progress.warn(f"{error}. Training goes on; saving is tried again after each step.")
         self.parts.trackers.log({"timing_s/save_checkpoint": self.timer.seconds["save_checkpoint"]}, self.step)

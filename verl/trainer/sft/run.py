@@ -16,7 +16,7 @@ from verl.engine import TrainEngine
 from verl.tracking import build_trackers
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.interrupt import STOPPING, StopRequest
-from verl.trainer.runs import close_run, finishes, run_folder, run_info, say, where_to_start
+from verl.trainer.runs import close_run, finishes, folder_of, run_folder, run_info, say, where_to_start
 from verl.trainer.sft.examples import load_examples
 from verl.trainer.sft.trainer import SFTTrainer
 
@@ -30,11 +30,11 @@ def run(loaded: Loaded[SFTConfig], findings: Findings) -> int:
     train, val = read_examples(config, tokenizer)
     last_step = steps_of(config, train.num_rows)
 
-    folder = run_folder(config, loaded.set_keys)
-    checkpoints = Checkpoints(folder, config.trainer.max_ckpt_to_keep)
+    checkpoints = Checkpoints(folder_of(config.trainer), config.trainer.max_ckpt_to_keep)
     start = where_to_start(config.trainer, checkpoints, last_step)
     if start and start.step >= last_step:
         return 0
+    folder = run_folder(config, loaded.set_keys)
     with ExitStack() as stack:
         trackers = stack.enter_context(
             build_trackers(config.trainer.logger, run_info(config, folder, last_step, start))

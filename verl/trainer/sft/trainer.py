@@ -15,7 +15,7 @@ from verl.data.ragged import Ragged
 from verl.data.schema import ragged, with_columns
 from verl.engine import Batching, TrainEngine
 from verl.tracking import StageTimer, Trackers
-from verl.trainer.checkpoints import Checkpoint, Checkpoints, NoSpaceError
+from verl.trainer.checkpoints import Checkpoint, Checkpoints, SaveError
 from verl.trainer.sft.loss import nll_loss
 
 Metrics = dict[str, float]
@@ -44,26 +44,33 @@ class SFTTrainer:
         self.train, self.val, self.checkpoints, self.trackers = train, val, checkpoints, trackers
         self.last_step, self.stop = last_step, stop
         self.step = 0
-        self.batching = Batching(micro_batch_size=config.data.micro_batch_size_per_gpu)
+        size = config.data.micro_batch_size_per_gpu
+        self.batching = Batching(size, None if size else config.data.max_token_len_per_gpu)
         data = config.data
         self.loader = PromptLoader(train.num_rows, data.train_batch_size, shuffle=data.shuffle, seed=data.seed)
         self.timer = StageTimer()
+        self.unsaved: SaveError | None = None  # why the save that was due last did not work
 
     def fit(self) -> bool:
         """Whether the last step was reached."""
         if self.step == 0 and self.val is not None and self.config.trainer.test_freq > 0:
             self.trackers.log(self.validate(), 0)
-        while self.step < self.last_step and not self.stop():
+        stopping = False
+        while self.step < self.last_step and not stopping:
             self.step += 1
             self.timer = StageTimer()
             with self.timer("step"):
                 epoch, rows = next(self.loader)
                 metrics = self.train_step(self.train.take(pa.array(rows)))
-                if self.is_due(self.config.trainer.test_freq):
+                if is_due(self.config.trainer.test_freq, self.step, self.last_step):
                     metrics |= self.validate()
             self.report(metrics, epoch, rows)
-            if self.step == self.last_step or self.is_due(self.config.trainer.save_freq):
+            stopping, save_freq = self.stop(), self.config.trainer.save_freq
+            due = self.step == self.last_step or is_due(save_freq, self.step, self.last_step)
+            if due or self.unsaved or (stopping and save_freq > 0):
                 self.save()
+        if self.unsaved:
+            raise self.unsaved
         return self.step == self.last_step
 
     def train_step(self, batch: pa.Table) -> Metrics:
@@ -83,10 +90,6 @@ class SFTTrainer:
             found = self.engine.log_probs(self.val, temperature=1.0, batching=self.batching, entropy=False)
             log_probs = Ragged.from_column(found["log_probs"]).values
         return {"val/loss": -float(np.mean(log_probs, dtype=np.float64))}
-
-    def is_due(self, every: int) -> bool:
-        """Each ``every`` steps and at the end, whether that is the last step or a stop asked for; never for -1 or 0."""
-        return every > 0 and (self.step % every == 0 or self.step == self.last_step or self.stop())
 
     def report(self, metrics: Metrics, epoch: int, rows: np.ndarray) -> None:
         tokens = int(self.prompt_lengths[rows].sum() + self.response_lengths[rows].sum())
@@ -114,14 +117,14 @@ class SFTTrainer:
     # ---- checkpoints
 
     def save(self) -> None:
-        """A disk that is full before the last step costs the run nothing; the last step's model must be saved."""
+        """A disk that is full costs the run nothing: saving is tried again after each step until it works."""
         try:
             with self.trackers.progress.stage("save_checkpoint"):
                 self.checkpoints.save(self.step, self._write, {"step": self.step, "loader": self.loader.state_dict()})
-        except NoSpaceError as error:
-            if self.step == self.last_step:
-                raise
-            self.trackers.progress.warn(f"{error}. Training goes on.")
+            self.unsaved = None
+        except SaveError as error:
+            self.unsaved = error
+            self.trackers.progress.warn(f"{error}. Saving is tried again after each step.")
 
     def _write(self, folder: Path) -> None:
         """model/: what training goes on from. huggingface/: what transformers loads."""
@@ -133,6 +136,11 @@ class SFTTrainer:
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
         self.engine.load(checkpoint.folder / "model")
+
+
+def is_due(every: int, step: int, last_step: int) -> bool:
+    """Each ``every`` steps and at the last; never for -1 or 0."""
+    return every > 0 and (step % every == 0 or step == last_step)
 
 
 def weighted(batch: pa.Table) -> pa.Table:
