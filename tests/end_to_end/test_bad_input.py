@@ -135,6 +135,7 @@ def test_a_full_disk_while_saving_loses_nothing(small, tmp_path):
         pytest.skip("this machine does not let the test mount a file system")
     try:
         keys = {"trainer__total_training_steps": 40, "trainer__save_freq": 1, "trainer__val_before_train": False}
+        keys["actor_rollout_ref__actor__checkpoint__save_contents"] = "[model,optimizer,extra,hf_model]"
         log = (tmp_path / "log").open("w+")
         job = subprocess.Popen(command(arguments(small, disk, **keys)), stdout=log, stderr=log)
         deadline = time.monotonic() + 120

@@ -81,6 +81,8 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bits(small, tmp_path):
         assert ended.returncode == -signal.SIGKILL, (stage, ended.stderr)
     assert start(arguments(small, killed, **LONG_RUN)).returncode == 0
 
+    timed = {name for step in metrics_of(whole) for name in step if name.startswith("timing_s/")}
+    assert timed == {f"timing_s/{stage}" for stage in [*STAGES, "step"]}  # no stage is forgotten here
     assert repeatable(metrics_of(killed)) == repeatable(metrics_of(whole))
     ours, theirs = tensors_of(killed), tensors_of(whole)
     assert ours.keys() == theirs.keys()
