@@ -22,10 +22,10 @@ lint: $(VENV)/installed-dev
 docs: $(VENV)/installed
 	$(VENV)/bin/python -m verl.config.docs
 
-# torch first and by itself: a range that admits a newer one would pull a CUDA build.
+# torch first and by itself: a range that admits a newer one would pull a CUDA build. TORCH_INDEX: where torch is from.
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $(if $(CONSTRAINTS),torch==$(shell sed -n 's/^torch==//p' constraints-cpu.txt),"torch>=2.11")
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(if $(CONSTRAINTS),torch==$(shell sed -n 's/^torch==//p' constraints-cpu.txt),"torch>=2.11")
 	$(PIP) install $(CONSTRAINTS) -e .
 	touch $@
 
