@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,7 +67,7 @@ def test_no_data_left_after_filtering(small, tmp_path, capsys, long_prompts):
 
 
 def test_less_data_left_than_a_batch(small, tmp_path, capsys, long_prompts):
-    keys = {"data__train_files": long_prompts, "data__max_prompt_length": 2, "data__filter_overlong_prompts": True}
+    keys = {"data__train_files": long_prompts, "data__max_prompt_length": 4, "data__filter_overlong_prompts": True}
     refused(capsys, arguments(small, tmp_path, **keys), "data.train_batch_size")
 
 
@@ -164,7 +165,8 @@ def test_a_full_disk_while_saving_loses_nothing(small, tmp_path):
 def fill(path):
     """Take what is left of the disk, but for a little that the log files may have."""
     free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
-    path.write_bytes(bytes(max(free - 300_000, 0)))
+    with suppress(OSError):  # the run was quicker: so much the fuller
+        path.write_bytes(bytes(max(free - 300_000, 0)))
 
 
 def test_a_disk_that_stays_full_ends_with_an_error_that_says_so(small, tmp_path, monkeypatch, capsys):

@@ -254,6 +254,14 @@ def test_a_dry_run_prints_the_plan_without_torch(small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_keys_without_effect_are_named(small, tmp_path, capsys):
+    keys = {"data__shuffle": False, "data__seed": 3, "optim__min_lr_ratio": 0.1, "fsdp_config__fsdp_size": 2}
+    assert main(arguments(small, tmp_path, **keys, trainer__dry_run=True)) == 0
+    said = capsys.readouterr().out
+    for key in ("data.seed", "optim.min_lr_ratio", "fsdp_config.fsdp_size"):
+        assert f"{key} has no effect" in said
+
+
 def test_ctrl_c_stops_after_the_step_and_the_same_command_goes_on(small, tmp_path):
     keys = {"trainer__total_training_steps": 100_000, "trainer__save_freq": 50_000}
     command = [sys.executable, "-m", "verl.trainer.main_sft", *arguments(small, tmp_path, **keys)]

@@ -30,6 +30,9 @@ def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:
     if facts and facts.max_positions and data.max_length > facts.max_positions:
         why = f"the model's context is {facts.max_positions} tokens"
         findings.problem("data.max_length", data.max_length, why, f"set it to {facts.max_positions} or less")
+    if trainer.resume_mode == "resume_path" and not trainer.resume_from_path:
+        why = "trainer.resume_mode=resume_path needs it"
+        findings.problem("trainer.resume_from_path", None, why, "name a folder .../global_step_N")
     check_loggers(findings, trainer.logger)
     check_output_folder(findings, "trainer.default_local_dir", trainer.default_local_dir)
     if trainer.device == "cuda" and (torch_is_cpu_build() or not installed_gpus()) and not dry_run:
@@ -70,6 +73,16 @@ def _inert(findings: Findings, config: SFTConfig, set_keys: frozenset[str]) -> N
         reasons["trainer.total_epochs"] = "trainer.total_training_steps says how long the run is"
     if config.trainer.save_freq <= 0:
         reasons["trainer.max_ckpt_to_keep"] = "only one checkpoint is saved, at the end (trainer.save_freq)"
+    if not config.data.shuffle:
+        reasons["data.seed"] = "the examples are not shuffled (data.shuffle)"
+    if config.data.micro_batch_size_per_gpu is not None:
+        reasons["data.max_token_len_per_gpu"] = "micro-batches are cut by examples (data.micro_batch_size_per_gpu)"
+    if config.trainer.test_freq <= 0:
+        reasons["data.val_files"] = "nothing is validated (trainer.test_freq)"
+    if config.optim.lr_scheduler_type == "constant":
+        reasons["optim.min_lr_ratio"] = "a constant learning rate has no end (optim.lr_scheduler_type)"
+    if config.optim.lr_warmup_steps >= 0:
+        reasons["optim.lr_warmup_steps_ratio"] = "optim.lr_warmup_steps says how long the warm-up is"
     if config.trainer.resume_mode != "resume_path":
         reasons["trainer.resume_from_path"] = "it is read with trainer.resume_mode=resume_path only"
     for key in sorted(set_keys & reasons.keys()):
