@@ -88,7 +88,7 @@ def test_a_right_answer_a_wrong_one_and_none_score_as_set():
     settings = {"score": 2.0, "format_score": 0.25}
     assert score("#### 42.0", "42", **settings) == {"score": 2.0, "acc": 1.0, "pred": "42"}
     assert score("#### 41", "42", **settings) == {"score": 0.25, "acc": 0.0, "pred": "41"}
-    assert score("it is 42", "42", **settings) == {"score": 0.0, "acc": 0.0, "pred": ""}
+    assert score("it is 42", "42", **settings) == {"score": 0.0, "acc": 0.0, "pred": None}
     assert score("it is 42", "42", method="flexible", **settings)["score"] == 2.0
 
 

@@ -75,7 +75,7 @@ def test_a_table_gets_its_scores_and_the_scorers_other_values(manager_of, table_
     assert [json.loads(text) for text in scored["reward_extra"].to_pylist()] == [
         {"acc": 1.0, "pred": "42"},
         {"acc": 0.0, "pred": "41"},
-        {"acc": 0.0, "pred": ""},
+        {"acc": 0.0, "pred": None},
     ]
     assert scored.schema.field("score").type == COLUMNS["score"]
     assert scored.select(table.column_names).equals(table)
