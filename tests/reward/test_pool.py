@@ -206,8 +206,10 @@ def test_when_no_process_can_be_started_any_more_all_calls_fail_and_none_waits(t
                 future.result(timeout=60)
 
 
+# The interrupt's handler is set by hand: a test run that was started in the background inherits an ignored SIGINT.
 DRIVER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = {paths!r}
 import calls
 from verl.reward.pool import WorkerPool
