@@ -63,8 +63,12 @@ MANY = "trainer.n_gpus_per_node=4"
             [HF, f"{ACTOR}.use_dynamic_bsz=True"],
             [HF, f"{ACTOR}.use_dynamic_bsz=True", "critic.use_dynamic_bsz=False"],  # the critic's follows it
         ),
-        (f"{ACTOR}.ppo_max_token_len_per_gpu=4000", [HF], [HF, f"{ACTOR}.use_dynamic_bsz=True"]),
-        ("critic.forward_max_token_len_per_gpu=4000", [HF], [HF, "critic.use_dynamic_bsz=True"]),
+        (f"{ACTOR}.ppo_max_token_len_per_gpu=4000", [HF, f"{ACTOR}.ppo_micro_batch_size_per_gpu=2"], [HF]),
+        (
+            "critic.forward_max_token_len_per_gpu=4000",
+            [HF, "critic.forward_micro_batch_size_per_gpu=2"],
+            [HF, "critic.forward_micro_batch_size_per_gpu=2", "critic.use_dynamic_bsz=True"],
+        ),
         (f"{ROLLOUT}.gpu_memory_utilization=0.8", [HF], [SGLANG, MANY]),
         (f"{ROLLOUT}.tensor_model_parallel_size=2", [HF], [SGLANG, MANY]),
         (f"{ROLLOUT}.engine_kwargs.sglang={{x:1}}", [HF], [SGLANG]),
