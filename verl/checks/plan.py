@@ -152,14 +152,14 @@ class RunPlan:
         """Step 0 is before training."""
         if step == 0:
             return self.val_before_train
-        return _due(step, self.test_freq, self.total_steps)
+        return is_due(step, self.test_freq, self.total_steps)
 
     @property
     def validates_ever(self) -> bool:
         return self.val_before_train or self.test_freq > 0
 
     def saves(self, step: int) -> bool:
-        return _due(step, self.save_freq, self.total_steps)
+        return is_due(step, self.save_freq, self.total_steps)
 
     def steps(self, due: Callable[[int], bool]) -> list[int]:
         """The steps for which ``due`` (``plan.validates``, ``plan.saves``) holds; step 0 alone at most while
@@ -231,7 +231,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b) if b else 0
 
 
-def _due(step: int, every: int, last: int | None) -> bool:
+def is_due(step: int, every: int, last: int | None) -> bool:
     """Each ``every`` steps and at the last one; never when ``every`` is not positive."""
     return every > 0 and step > 0 and (step % every == 0 or step == last)
 

@@ -63,7 +63,7 @@ def read_prompts(config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBa
         print(f"notice: {text}")
 
     train = load_prompts(config.data.train_files, tokenizer, config.data, kind="train", notice=notice)
-    if not config.data.val_files or not (plan.test_freq > 0 or plan.val_before_train):
+    if not config.data.val_files or not plan.validates_ever:
         return train, None
     return train, load_prompts(config.data.val_files, tokenizer, config.data, kind="val", notice=notice)
 

@@ -77,7 +77,7 @@ class PPOTrainer:
         if self.step == 0 and self.plan.validates(0):
             self.validate()
             self.parts.trackers.log(self.metrics, 0)
-        stopping = False
+        stopping = self.stop()
         while self.step < self.plan.last_step and not stopping:
             self.step += 1
             self.metrics, self.timer = {}, StageTimer()

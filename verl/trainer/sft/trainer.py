@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from verl.checks.plan import is_due
 from verl.config.models import SFTConfig
 from verl.data.loader import PromptLoader
 from verl.data.ragged import Ragged
@@ -55,18 +56,18 @@ class SFTTrainer:
         """Whether the last step was reached."""
         if self.step == 0 and self.val is not None and self.config.trainer.test_freq > 0:
             self.trackers.log(self.validate(), 0)
-        stopping = False
+        stopping = self.stop()
         while self.step < self.last_step and not stopping:
             self.step += 1
             self.timer = StageTimer()
             with self.timer("step"):
                 epoch, rows = next(self.loader)
                 metrics = self.train_step(self.train.take(pa.array(rows)))
-                if is_due(self.config.trainer.test_freq, self.step, self.last_step):
+                if is_due(self.step, self.config.trainer.test_freq, self.last_step):
                     metrics |= self.validate()
             self.report(metrics, epoch, rows)
             stopping, save_freq = self.stop(), self.config.trainer.save_freq
-            due = self.step == self.last_step or is_due(save_freq, self.step, self.last_step)
+            due = self.step == self.last_step or is_due(self.step, save_freq, self.last_step)
             if due or self.unsaved or (stopping and save_freq > 0):
                 self.save()
         if self.unsaved:
@@ -136,11 +137,6 @@ class SFTTrainer:
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
         self.engine.load(checkpoint.folder / "model")
-
-
-def is_due(every: int, step: int, last_step: int) -> bool:
-    """Each ``every`` steps and at the last; never for -1 or 0."""
-    return every > 0 and (step % every == 0 or step == last_step)
 
 
 def weighted(batch: pa.Table) -> pa.Table:
