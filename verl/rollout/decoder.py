@@ -2,64 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from verl.errors import UserError
-from verl.rollout.base import FinishReason, Request, Result
+from verl.rollout.base import FinishReason
 from verl.rollout.kv_cache import Segment, SlotCache, StepPlan
+from verl.rollout.rows import Row
 from verl.rollout.sampling import SamplingRows, draw
-from verl.rollout.stops import StopWatch
-
-
-@dataclass(eq=False)
-class Row:
-    """A response under way. prompt: int64. stop_ids: every token that ends it. versions: as in Result.
-    length: of prompt and response so far."""
-
-    request: Request
-    future: asyncio.Future[Result]
-    prompt: np.ndarray
-    stop_ids: frozenset[int]
-    watch: StopWatch | None
-    ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    versions: list[tuple[int, int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.length = len(self.prompt)
-        self.prompt_key = self.prompt.tobytes()  # bytes keep their hash
-
-    @property
-    def last(self) -> int:
-        return self.ids[-1] if self.ids else int(self.prompt[-1])
-
-    def finish(self, reason: FinishReason) -> None:
-        """Hand out what was drawn, unless its caller has gone."""
-        if not self.future.done():
-            self.future.set_result(Result(self.request.id, self.ids, self.log_probs, reason, self.versions))
-
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-    def take(self, token: int, log_prob: float, version: int) -> FinishReason | None:
-        """Append a token; why the response ends with it, if it does."""
-        if not self.versions or self.versions[-1][0] != version:
-            self.versions.append((version, len(self.ids)))
-        self.ids.append(token)
-        self.length += 1
-        self.log_probs.append(log_prob)
-        said_stop = self.watch is not None and self.watch.push(token)
-        sampling = self.request.sampling
-        if token in self.stop_ids or (said_stop and len(self.ids) >= sampling.min_new_tokens):
-            return "stop"
-        return "length" if len(self.ids) >= sampling.max_new_tokens else None
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from verl.errors import UserError
 from verl.rollout.base import Capabilities, IllegalState, MemoryTag, Request, Result, Unsupported
-from verl.rollout.decoder import Decoder, Row
+from verl.rollout.decoder import Decoder
 from verl.rollout.fsdp import UnshardedForward
 from verl.rollout.kv_cache import slots_attending
 from verl.rollout.requests import check_request
+from verl.rollout.rows import Row
 from verl.rollout.stops import StopWatch
 
 

@@ -1,0 +1,265 @@
+"""A rollout engine whose tokens are drawn elsewhere. Whatever draws them, this much is done here, once:
+
+    generate() ──> rows ──(not paused)──> draws ──> backend ──> reports ──> rows ──> results
+                    ^                                              │
+                    └───────── pause(): recalled, kept ────────────┘
+
+A pause recalls the draws under way and keeps what they have; resume draws the rest with prompt and partial response
+as the new prompt. So a weight update in between never meets keys and values of old weights, whatever an engine's own
+pause would do. Stop strings are watched here, as are stop tokens that an engine cannot end a response with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from verl.rollout.backend import Backend, Draw, Drawn, EngineDied, WeightStream
+from verl.rollout.base import IllegalState, MemoryTag, Request, Result
+from verl.rollout.requests import check_request
+from verl.rollout.rows import Row
+from verl.rollout.states import EngineState
+from verl.rollout.stops import StopWatch
+
+
+class ClientEngine:
+    """See ``verl.rollout.base.RolloutEngine``.
+
+    tokenizer: for stop strings. eos_token_ids, max_model_len: as for the embedded engine; vocab_size: of the model.
+    no_weights: why there is nothing to generate with before the first weight update; None if there is.
+    version: of the weights that the engine starts with.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Any = None,
+        *,
+        eos_token_ids: Sequence[int],
+        max_model_len: int,
+        vocab_size: int,
+        no_weights: str | None = None,
+        version: int = 0,
+    ):
+        self.backend, self.version = backend, version
+        self.capabilities = backend.capabilities
+        self._tokenizer, self._eos = tokenizer, frozenset(eos_token_ids)
+        self._max_model_len, self._vocab_size = max_model_len, vocab_size
+        self._state = EngineState(backend.capabilities, backend.keeps_weights, no_weights)
+        self._lock = threading.RLock()  # the backend reports from another thread
+        self._rows: dict[str, Row] = {}  # in flight, by request id
+        self._draws: dict[str, Row] = {}  # under way in the backend, by draw id
+        self._draw_of: dict[Row, str] = {}
+        self._recalled: dict[str, Future[None]] = {}  # ended once the draw has
+        self._numbers = itertools.count()
+        self._death: EngineDied | None = None
+        backend.listen(self)
+
+    # ---- requests
+
+    async def generate(self, requests: Sequence[Request]) -> list[Result]:
+        with self._lock:
+            self._state.check_generate()
+            self._check_alive()
+            rows = [self._row(request) for request in requests]
+            ids = [request.id for request in requests]
+            if taken := [id for id in ids if id in self._rows or ids.count(id) > 1]:
+                raise IllegalState(f"generate: a request with id {taken[0]!r} is already in flight")
+            self._rows.update(zip(ids, rows, strict=True))
+            if not self._state.paused:
+                self._launch(rows)
+        try:
+            return await asyncio.gather(*(asyncio.wrap_future(row.future) for row in rows))
+        finally:  # also when the caller is cancelled
+            self._forget([row for row in rows if self._rows.get(row.request.id) is row])
+
+    async def abort(self, ids: Sequence[str] | None = None) -> None:
+        with self._lock:
+            chosen = list(self._rows.values()) if ids is None else [self._rows[id] for id in ids if id in self._rows]
+            ended = self._recall(chosen)
+        await _all(ended)
+        with self._lock:
+            for row in chosen:
+                self._end(row, "abort")
+
+    async def pause(self) -> None:
+        with self._lock:
+            self._state.check_pause()
+            self._check_alive()
+            self._state.paused = True
+            ended = self._recall(list(self._rows.values()))
+        await _all(ended)
+
+    async def resume(self) -> None:
+        with self._lock:
+            self._state.check_resume()
+            self._check_alive()
+            self._state.paused = False
+            self._launch(list(self._rows.values()))
+
+    # ---- weights and memory. The backend is idle in all of them: nothing is in flight, or all of it was recalled
+
+    async def update_weights(self, stream: WeightStream, version: int) -> None:
+        with self._order("update_weights"):
+            self._state.check_update(len(self._rows))
+            self._drop_cache()
+            self._state.no_weights = "its last weight update did not end well"
+            self.backend.update_weights(stream, version)
+            self._state.no_weights, self.version = None, version
+
+    async def check_weights(self, stream: WeightStream) -> list[str]:
+        """The tensors that differ between the stream (as for update_weights) and what the engine computes with: each
+        with its name and how. Checksums, computed where the weights are."""
+        with self._order("check_weights"):
+            self._state.check_update(len(self._rows))
+            return self.backend.check_weights(stream)
+
+    async def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        with self._order("sleep"):
+            self._state.check_sleep(tags, len(self._rows))
+            if tags:
+                self._drop_cache()
+                self.backend.sleep(tags)
+                self._state.slept(tags)
+
+    async def wake(self, tags: Sequence[MemoryTag]) -> None:
+        with self._order("wake"):
+            self._state.check_wake(tags)
+            if tags:
+                self.backend.wake(tags)
+                self._state.woke(tags)
+
+    async def health(self) -> None:
+        with self._order("health"):
+            self._state.check_open("health")
+            self.backend.health()
+
+    async def close(self) -> None:
+        if self._state.closed:
+            return
+        if self._death is None:
+            await self.abort()
+        with self._lock:
+            self._state.closed = True
+        self.backend.close()
+
+    # ---- what the backend reports
+
+    def drawn(self, reports: Sequence[Drawn]) -> None:
+        with self._lock:
+            for report in reports:
+                if row := self._draws.get(report.id):
+                    self._take(row, report)
+                if report.finish and (ended := self._recalled.pop(report.id, None)):
+                    ended.set_result(None)
+
+    def failed(self, draw_id: str, error: Exception) -> None:
+        with self._lock:
+            if row := self._draws.get(draw_id):
+                self._landed(row)
+                self._rows.pop(row.request.id, None)
+                row.fail(error)
+            if ended := self._recalled.pop(draw_id, None):
+                ended.set_result(None)
+
+    def died(self, error: EngineDied) -> None:
+        with self._lock:
+            self._death = error
+            rows = list(self._rows.values())
+            self._rows.clear(), self._draws.clear(), self._draw_of.clear()
+            for row in rows:
+                row.fail(error)
+            for ended in self._recalled.values():
+                ended.set_result(None)
+            self._recalled.clear()
+
+    # ---- rows and draws
+
+    def _row(self, request: Request) -> Row:
+        prompt = np.array(request.prompt_ids, np.int64)
+        check_request(request, prompt, self.capabilities, self._max_model_len, self._vocab_size)
+        sampling = request.sampling
+        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
+        watch = StopWatch(self._tokenizer, sampling.stop) if sampling.stop else None
+        return Row(request, Future(), prompt, stop_ids, watch)
+
+    def _launch(self, rows: Sequence[Row]) -> None:
+        draws = []
+        for row in rows:
+            draw = Draw(
+                id=f"{next(self._numbers):016x}",
+                prompt_ids=[*row.prompt.tolist(), *row.ids],
+                max_new_tokens=row.request.sampling.max_new_tokens - len(row.ids),
+                sampling=row.request.sampling,
+                stop_ids=row.stop_ids,
+                stream=row.watch is not None or not self.backend.stops_at(row.stop_ids),
+                images=row.request.images,
+            )
+            self._draws[draw.id], self._draw_of[row] = row, draw.id
+            draws.append(draw)
+        if draws:
+            self.backend.draw(draws)
+
+    def _take(self, row: Row, report: Drawn) -> None:
+        for token, log_prob in zip(report.ids, report.log_probs, strict=True):
+            if reason := row.take(token, log_prob, self.version):
+                if not report.finish:  # the engine does not know that it is over
+                    self.backend.recall([report.id])
+                return self._end(row, reason)
+        if report.finish:
+            self._landed(row)
+            if report.id not in self._recalled:  # nobody asked for its end: the engine ran out of something
+                self._end(row, report.finish)
+
+    def _recall(self, rows: Sequence[Row]) -> list[Future[None]]:
+        """Ask for the end of these rows' draws; the futures tell when they have ended."""
+        ids = [self._draw_of[row] for row in rows if row in self._draw_of]
+        for id in ids:
+            self._recalled.setdefault(id, Future())
+        if ids:
+            self.backend.recall(ids)
+        return [self._recalled[id] for id in ids]
+
+    def _landed(self, row: Row) -> None:
+        if id := self._draw_of.pop(row, None):
+            self._draws.pop(id, None)
+
+    def _end(self, row: Row, reason: Any) -> None:
+        if self._rows.pop(row.request.id, None) is row:
+            self._landed(row)
+            row.finish(reason)
+
+    def _forget(self, rows: Sequence[Row]) -> None:
+        with self._lock:
+            if self._death is None and not self._state.closed:
+                self._recall(rows)
+            for row in rows:
+                self._rows.pop(row.request.id, None)
+                self._landed(row)
+
+    # ---- state
+
+    def _drop_cache(self) -> None:
+        if "kv_cache" in self._state.awake:
+            self.backend.drop_cache()
+
+    @contextmanager
+    def _order(self, order: str) -> Iterator[None]:
+        self._state.check_open(order)
+        self._check_alive()
+        yield
+
+    def _check_alive(self) -> None:
+        if self._death:
+            raise EngineDied(str(self._death))
+
+
+async def _all(futures: Sequence[Future[None]]) -> None:
+    await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))

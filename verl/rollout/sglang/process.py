@@ -1,0 +1,143 @@
+"""SGLang in a process of its own, as a backend of ``ClientEngine``."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl.errors import UserError
+from verl.rollout.backend import Draw, Drawn, EngineDied, Listener, WeightStream
+from verl.rollout.base import Capabilities, MemoryTag
+from verl.rollout.process import ANSWER_TIMEOUT, EngineProcess
+from verl.rollout.sglang.arguments import SGLangSettings, arguments_of, environment_of
+from verl.rollout.sglang.receiver import ADDRESS_VARIABLE, KEY_VARIABLE
+from verl.rollout.weights.sender import Session, WeightSender
+
+SERVER = "verl.rollout.sglang.server"
+START_TIMEOUT = 1800.0  # a first start compiles kernels, or reads a large model from a slow disk
+
+
+class SGLangProcess:
+    """See ``verl.rollout.backend.Backend``. Returns once SGLang is up.
+
+    log: file of SGLang's output. bucket_bytes: of one of the two buckets of a weight update.
+    """
+
+    def __init__(self, settings: SGLangSettings, *, log: Path, bucket_bytes: int, environment: dict[str, str] | None = None):
+        self.settings = settings
+        self.keeps_weights = bool(settings.extra.get("enable_weights_cpu_backup"))
+        self.capabilities = Capabilities(
+            sleep=frozenset({"weights", "kv_cache"} if settings.sleeps else ()),
+            own_process=True,
+            min_new_tokens=False,  # needs SGLang's own tokenizer
+            seeded=False,
+        )
+        key = secrets.token_bytes(32)
+        self._sender = WeightSender(
+            key,
+            receivers=settings.tensor_parallel,
+            device=torch.device(settings.device, settings.first_gpu if settings.device == "cuda" else None),
+            dtype=getattr(torch, settings.dtype),
+            bucket_bytes=bucket_bytes,
+        )
+        variables = {ADDRESS_VARIABLE: self._sender.address, KEY_VARIABLE: key.hex()}
+        self._listener: Listener | None = None
+        self.process = EngineProcess(
+            SERVER,
+            name="the SGLang engine",
+            log=log,
+            environment=environment_of(settings, os.environ if environment is None else environment) | variables,
+            on_report=self._reported,
+            on_death=self._died,
+        )
+        try:
+            self.facts: dict[str, Any] = self.process.call("start", arguments_of(settings), timeout=START_TIMEOUT)
+        except BaseException:
+            self.close()
+            raise
+        self._end_tokens = frozenset(self.facts["end_tokens"])
+
+    def describe(self) -> str:
+        facts = self.facts
+        return (
+            f"SGLang {facts['version']}: attention by {facts['attention_backend']}, sampling by "
+            f"{facts['sampling_backend']}, room for {facts['max_total_tokens']:,} tokens"
+        )
+
+    # ---- draws
+
+    def listen(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def stops_at(self, stop_ids: frozenset[int]) -> bool:
+        """SGLang always ends a response at the model's own end tokens, unless it is told to ignore all stop tokens."""
+        return not stop_ids or stop_ids >= self._end_tokens
+
+    def draw(self, draws: Sequence[Draw]) -> None:
+        self.process.ask("draw", list(draws))
+
+    def recall(self, draw_ids: Sequence[str]) -> None:
+        self.process.ask("recall", list(draw_ids))
+
+    def _reported(self, message: Any) -> None:
+        assert self._listener is not None
+        reports = [report for report in message[1] if isinstance(report, Drawn)]
+        self._listener.drawn(reports)
+        for report in message[1]:
+            if not isinstance(report, Drawn):
+                draw_id, text = report
+                self._listener.failed(draw_id, UserError(text))
+
+    def _died(self, error: EngineDied) -> None:
+        if self._listener is not None:
+            self._listener.died(error)
+
+    # ---- weights and memory
+
+    def update_weights(self, stream: WeightStream, version: int) -> None:
+        with self._session(version) as session:
+            session.load(stream)
+
+    def check_weights(self, stream: WeightStream) -> list[str]:
+        with self._session(version=None) as session:
+            return session.differences(stream)
+
+    @contextmanager
+    def _session(self, version: int | None) -> Iterator[Session]:
+        """SGLang's workers, each at the other end of a connection, for as long as this is open."""
+        received = self.process.ask("receive_weights", version)
+        try:
+            with self._sender.session(lambda: self.process.alive() and not received.done()) as session:
+                yield session
+        except (OSError, EOFError) as error:  # a worker is gone: SGLang goes, too, and its output says why
+            received.result(ANSWER_TIMEOUT)
+            raise EngineDied(f"the SGLang engine broke off a weight update: {error or type(error).__name__}") from error
+        finally:
+            if self.process.alive():
+                received.result(ANSWER_TIMEOUT)
+
+    @property
+    def update_seconds(self) -> dict[str, float]:
+        return self._sender.seconds
+
+    def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        self.process.call("sleep", list(tags))
+
+    def wake(self, tags: Sequence[MemoryTag]) -> None:
+        self.process.call("wake", list(tags))
+
+    def drop_cache(self) -> None:
+        self.process.call("drop_cache")
+
+    def health(self) -> None:
+        self.process.call("health", timeout=60)
+
+    def close(self) -> None:
+        self.process.close()
+        self._sender.close()

@@ -1,0 +1,31 @@
+"""Runs in SGLang's scheduler processes: SGLang calls ``receive`` as a custom weight loader, once for each session."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from verl.rollout.sglang.parameters import SGLangParameters
+from verl.rollout.weights.receiver import serve_session
+
+LOADER = "verl.rollout.sglang.receiver.receive"
+ADDRESS_VARIABLE, KEY_VARIABLE = "VERL_WEIGHTS_ADDRESS", "VERL_WEIGHTS_KEY"
+
+_parameters: WeakKeyDictionary[nn.Module, SGLangParameters] = WeakKeyDictionary()
+
+
+def receive(model: nn.Module, _: Any) -> None:
+    """An exception here would end the scheduler, and the engine with it; the sender has been told already."""
+    from sglang.srt.distributed import get_tensor_model_parallel_rank
+
+    if model not in _parameters:
+        _parameters[model] = SGLangParameters(model)
+    key = bytes.fromhex(os.environ[KEY_VARIABLE])
+    try:
+        serve_session(os.environ[ADDRESS_VARIABLE], key, get_tensor_model_parallel_rank(), _parameters[model])
+    except (EOFError, OSError):
+        traceback.print_exc()

@@ -1,0 +1,94 @@
+"""Memory that two processes see: CUDA memory through IPC handles, host memory through /dev/shm.
+
+A buffer is a flat uint8 tensor. Its handle, sent over an authenticated connection, opens the same bytes elsewhere.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ALIGNMENT = 16  # bytes: every dtype's view starts on one
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a buffer, in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        dtype = getattr(torch, self.dtype)
+        count = 1
+        for length in self.shape:
+            count *= length
+        return buffer[self.offset : self.offset + count * dtype.itemsize].view(dtype).view(self.shape)
+
+
+def padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class SharedBuffer:
+    """``size`` bytes on ``device`` that other processes may open by ``handle``."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.file: Path | None = None
+        if device.type == "cuda":
+            self.tensor = torch.empty(size, dtype=torch.uint8, device=device)
+            self.handle: Any = share_cuda(self.tensor)
+        else:
+            folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+            self.file = Path(folder) / f"verl-weights-{secrets.token_hex(8)}"
+            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, size)  # a full /dev/shm is an error here, not a SIGBUS later
+                self.tensor = _mapped(descriptor, size)
+            except OSError as error:
+                self.file.unlink()
+                raise OSError(error.errno, f"{size >> 20} MiB in {folder} for weight buckets: {error.strerror}") from error
+            finally:
+                os.close(descriptor)
+            self.handle = ("file", str(self.file), size)
+
+    def forget(self) -> None:
+        """Receivers have opened it: nobody needs its name any more."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+            self.file = None
+
+
+def opened(handle: Sequence[Any]) -> torch.Tensor:
+    """The same bytes as the buffer that the handle is of."""
+    kind, *rest = handle
+    if kind == "file":
+        path, size = rest
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            return _mapped(descriptor, size)
+        finally:
+            os.close(descriptor)
+    rebuild, arguments = rest
+    return rebuild(*arguments)
+
+
+def share_cuda(tensor: torch.Tensor) -> tuple[str, Any, Any]:
+    """A handle to a CUDA tensor of this process, which has to live until the others have dropped it."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    return ("cuda", *reduce_tensor(tensor))
+
+
+def _mapped(descriptor: int, size: int) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)

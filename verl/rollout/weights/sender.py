@@ -1,0 +1,211 @@
+"""The trainer's end of a weight update: named tensors go out in buckets.
+
+    stream ──> bucket 0 ─(filled)─> receivers load it ──> free again
+          └──> bucket 1 is filled meanwhile
+
+A bucket is filled again only after every receiver has said that its copies out of it are done on the device, not
+merely enqueued. A tensor larger than a bucket goes by itself, without a copy where it lies on the receivers' device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl.errors import UserError
+from verl.rollout.backend import WeightStream
+from verl.rollout.weights.buckets import Place, SharedBuffer, padded, share_cuda
+from verl.rollout.weights.checksums import Piece, differences
+
+ARRIVAL_TIMEOUT = 60.0
+SOCKET = "weights.sock"
+
+
+class WeightSender:
+    """Waits for ``receivers`` receivers at ``folder``/weights.sock, once for each session.
+
+    device: where the receivers hold their weights. dtype: that they hold, which what is sent is cast to.
+    key: which only processes that we started know.
+    seconds: of the last update, by what they went into: "gather" (the stream and copies into buckets), "wait".
+    """
+
+    def __init__(
+        self, key: bytes, *, receivers: int, device: torch.device, dtype: torch.dtype | None, bucket_bytes: int
+    ):
+        self._key, self._receivers = key, receivers
+        self._device, self._dtype, self._bucket_bytes = device, dtype, bucket_bytes
+        self._folder = tempfile.TemporaryDirectory(prefix="verl-weights-")  # mode 0700
+        self.address = str(Path(self._folder.name) / SOCKET)
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(self.address)
+        self._socket.listen(receivers)
+        self._socket.settimeout(0.2)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def session(self, alive: Callable[[], bool]) -> Iterator[Session]:
+        """alive: whether waiting for receivers still makes sense."""
+        connections: list[Connection] = []
+        try:
+            while len(connections) < self._receivers:
+                connections.append(self._arrival(alive))
+            connections.sort(key=lambda connection: connection.recv())  # each says its rank
+            session = Session(connections, self._device, self._dtype, self._bucket_bytes)
+            yield session
+            session.end()
+            self.seconds = session.seconds
+        finally:
+            for connection in connections:
+                connection.close()
+
+    def _arrival(self, alive: Callable[[], bool]) -> Connection:
+        deadline = time.monotonic() + ARRIVAL_TIMEOUT
+        while alive() and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                accepted, _ = self._socket.accept()
+                accepted.settimeout(None)
+                connection = Connection(accepted.detach())
+                deliver_challenge(connection, self._key)
+                answer_challenge(connection, self._key)
+                return connection
+        raise ConnectionError("it did not come for its weights" if alive() else "it is gone")
+
+    def close(self) -> None:
+        self._socket.close()
+        self._folder.cleanup()
+
+
+class Session:
+    """One conversation with all receivers of an engine."""
+
+    def __init__(
+        self, connections: list[Connection], device: torch.device, dtype: torch.dtype | None, bucket_bytes: int
+    ):
+        self._connections, self._device, self._dtype, self._bucket_bytes = connections, device, dtype, bucket_bytes
+        self._buffers: list[SharedBuffer] = []
+        self._loading: list[bool] = []  # whether receivers are still at work on this buffer
+        self.seconds = {"gather": 0.0, "wait": 0.0}
+        self.bytes = 0
+
+    def load(self, stream: WeightStream) -> None:
+        """Raises UserError naming what the receivers could not place, or hold and were not sent."""
+        self._open_buckets()
+        current, places, filled = 0, list[Place](), 0
+        clock = time.perf_counter()
+        for name, tensor in stream:
+            tensor = tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
+            size = tensor.numel() * tensor.element_size()
+            self.bytes += size
+            if size > self._bucket_bytes:
+                self._send_alone(name, tensor)
+                continue
+            if filled + size > self._bucket_bytes:
+                clock = self._gathered(clock)
+                self._send(current, places)
+                current, places, filled = 1 - current, [], 0
+                self._free(current)
+                clock = self._waited(clock)
+            place = Place(name, tuple(tensor.shape), _name_of(tensor.dtype), filled)
+            place.view(self._buffers[current].tensor).copy_(tensor, non_blocking=True)
+            places.append(place)
+            filled = padded(filled + size)
+        clock = self._gathered(clock)
+        if places:
+            self._send(current, places)
+        for index in range(2):
+            self._free(index)
+        self._waited(clock)
+        self._ask("loaded")
+
+    def pieces(self) -> list[list[Piece]]:
+        """What each receiver holds, with checksums."""
+        return self._ask("checksums")
+
+    def differences(self, stream: WeightStream) -> list[str]:
+        return differences(stream, self.pieces())
+
+    def end(self) -> None:
+        self._ask("end")
+        self._buffers.clear()
+        if self._device.type == "cuda":
+            torch.cuda.ipc_collect()
+
+    # ---- buckets
+
+    def _open_buckets(self) -> None:
+        self._buffers = [SharedBuffer(self._bucket_bytes, self._device) for _ in range(2)]
+        self._loading = [False, False]
+        self._ask("open", [buffer.handle for buffer in self._buffers])
+        for buffer in self._buffers:
+            buffer.forget()
+
+    def _send(self, index: int, places: list[Place]) -> None:
+        self._finish_copies()
+        self._tell("load", index, places)
+        self._loading[index] = True
+
+    def _free(self, index: int) -> None:
+        if self._loading[index]:
+            self._loading[index] = False
+            self._answers("load")
+
+    def _send_alone(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor that no bucket holds. What is in the buckets is loaded in its turn."""
+        for index in range(2):
+            self._free(index)
+        place = Place(name, tuple(tensor.shape), _name_of(tensor.dtype), 0)
+        if self._device.type == "cuda" and tensor.is_cuda and tensor.is_contiguous():
+            self._finish_copies()
+            self._ask("load_from", share_cuda(tensor.detach()), place, True)
+        else:
+            buffer = SharedBuffer(tensor.numel() * tensor.element_size(), self._device)
+            place.view(buffer.tensor).copy_(tensor)
+            self._finish_copies()
+            self._ask("load_from", buffer.handle, place, False)
+            buffer.forget()
+
+    def _finish_copies(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _gathered(self, since: float) -> float:
+        now = time.perf_counter()
+        self.seconds["gather"] += now - since
+        return now
+
+    def _waited(self, since: float) -> float:
+        now = time.perf_counter()
+        self.seconds["wait"] += now - since
+        return now
+
+    # ---- messages
+
+    def _ask(self, order: str, *args: Any) -> list[Any]:
+        self._tell(order, *args)
+        return self._answers(order)
+
+    def _tell(self, order: str, *args: Any) -> None:
+        for connection in self._connections:
+            connection.send((order, args))
+
+    def _answers(self, order: str) -> list[Any]:
+        answers = []
+        for rank, connection in enumerate(self._connections):
+            worked, value = connection.recv()
+            if not worked:
+                raise UserError(f"weight update, rank {rank} of the engine: {value}")
+            answers.append(value)
+        return answers
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
