@@ -17,6 +17,7 @@ from verl.config.schema import keys_of
 ACTOR = "actor_rollout_ref.actor"
 REF = "actor_rollout_ref.ref"
 ROLLOUT = "actor_rollout_ref.rollout"
+CORRECTION = "algorithm.rollout_correction"
 
 
 def inert(*overrides: str, device: str = "cuda") -> set[str]:
@@ -56,6 +57,13 @@ MANY = "trainer.n_gpus_per_node=4"
             f"{ACTOR}.clip_ratio=0.1",
             [HF, f"{ACTOR}.clip_ratio_low=0.1", f"{ACTOR}.clip_ratio_high=0.3"],
             [HF, f"{ACTOR}.clip_ratio_high=0.3"],
+        ),
+        (f"{CORRECTION}.threshold=3", [HF], [HF, f"{CORRECTION}.level=token"]),
+        (f"{CORRECTION}.mode=mask", [HF], [HF, f"{CORRECTION}.level=sequence"]),
+        (
+            f"{CORRECTION}.threshold_lower=0.5",
+            [HF, f"{CORRECTION}.level=token"],
+            [HF, f"{CORRECTION}.level=token", f"{CORRECTION}.mode=mask"],
         ),
         (f"{ACTOR}.ppo_micro_batch_size_per_gpu=4", [HF, f"{ACTOR}.use_dynamic_bsz=True"], [HF]),
         (

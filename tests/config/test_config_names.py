@@ -26,6 +26,8 @@ from verl.config.aliases import RENAMED, WITHOUT_EFFECT
             "actor_rollout_ref.actor.checkpoint.save_contents",
             ["model"],
         ),
+        ("algorithm.rollout_correction.rollout_is=token", "algorithm.rollout_correction.level", "token"),
+        ("algorithm.rollout_correction={rollout_is_threshold:3}", "algorithm.rollout_correction.threshold", 3),
         ("data.tokenizer=tok", "actor_rollout_ref.model.tokenizer_path", "tok"),
     ],
 )

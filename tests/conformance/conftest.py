@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +18,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from verl.rollout.base import RolloutEngine
+from verl.rollout.client import ClientEngine
 from verl.rollout.hf import HFEngine
+from verl.rollout.sglang.arguments import SGLangSettings, installed
+from verl.rollout.sglang.process import SGLangProcess
 
 VOCABULARY, EOS, CONTEXT = 100, 1, 160
 
@@ -63,6 +74,10 @@ class HFKit:
             max_num_seqs=max_num_seqs,
         )
 
+    def slots(self, asked: int) -> int:
+        """How many responses an engine built with this max_num_seqs draws at a time."""
+        return asked
+
     def train(self) -> None:
         """Change the trainer's weights."""
         with torch.no_grad():
@@ -70,14 +85,112 @@ class HFKit:
                 param.copy_(other)
 
     async def draw_some(self) -> None:
-        """Let requests be under way: some tokens, but not 100."""
+        """Let requests be under way: some tokens, but not 60."""
         for _ in range(12):
             await asyncio.sleep(0)
 
+    def done(self) -> None:
+        """A test has ended."""
 
-KITS = {"hf": HFKit}
+
+class Shared(SGLangProcess):
+    """One SGLang for all tests of a session: a test that closes its engine leaves the process alone."""
+
+    under_test: ClientEngine | None = None
+
+    def close(self) -> None:
+        if self.process.death or self.under_test is None:
+            super().close()
+
+
+class SGLangKit(HFKit):
+    """The real SGLang, on the GPU where there is one."""
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tolerance = 0.1 if device == "cuda" else 5e-5  # bfloat16, float32
+    tensor_parallel = 1
+    backends: ClassVar[dict[int, Shared]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        dtype = "bfloat16" if self.device == "cuda" else "float32"
+        self.trainer.to(self.device, getattr(torch, dtype))
+        if self.tensor_parallel not in self.backends:
+            folder = Path(tempfile.mkdtemp(prefix="verl-conformance-"))
+            self.trainer.save_pretrained(folder / "model")
+            settings = SGLangSettings(
+                model_path=str(folder / "model"),
+                device=self.device,
+                dtype=dtype,
+                max_model_len=CONTEXT,
+                max_num_seqs=4,
+                tensor_parallel=self.tensor_parallel,
+                gpu_memory_utilization=0.3,
+            )
+            environment = {**os.environ, "SGLANG_FORCE_STREAM_INTERVAL": "4"}  # so that draw_some can look on
+            backend = Shared(settings, log=folder / "sglang.log", bucket_bytes=50_000, environment=environment)
+            self.backends[self.tensor_parallel] = backend
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            atexit.register(super(Shared, backend).close)
+
+    @property
+    def backend(self) -> Shared:
+        return self.backends[self.tensor_parallel]
+
+    def build(self, max_num_seqs: int = 8, tokenizer: bool = True, weights: bool = True) -> ClientEngine:
+        engine = ClientEngine(
+            self.backend,
+            self.tokenizer if tokenizer else None,
+            eos_token_ids=[EOS],
+            max_model_len=CONTEXT,
+            vocab_size=VOCABULARY,
+            no_weights="it has not been given any weights",
+        )
+        self.backend.under_test = engine
+        if weights:
+            asyncio.run(engine.update_weights(self.trainer.named_parameters(), version=0))
+        return engine
+
+    def slots(self, asked: int) -> int:
+        return self.backend.settings.max_num_seqs
+
+    async def draw_some(self) -> None:
+        """Until SGLang has drawn a few tokens of what is running."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if self.backend.process.call("tokens_under_way") >= 5:
+                return
+            await asyncio.sleep(0.005)
+
+    def done(self) -> None:
+        engine = self.backend.under_test
+        if engine is not None and self.backend.process.death is None:
+            asyncio.run(engine.abort())
+            if self.backend.capabilities.sleep - engine._state.awake:
+                asyncio.run(engine.wake(sorted(self.backend.capabilities.sleep - engine._state.awake)))
+
+
+class SGLangTP2Kit(SGLangKit):
+    tensor_parallel = 2
+
+
+KITS: dict[str, type[HFKit]] = {"hf": HFKit}
+if installed("sglang"):
+    KITS["sglang"] = SGLangKit
+    if SGLangKit.device == "cpu" or torch.cuda.device_count() >= 2:
+        KITS["sglang, tp 2"] = SGLangTP2Kit
 
 
 @pytest.fixture(params=KITS)
-def kit(request: pytest.FixtureRequest) -> HFKit:
-    return KITS[request.param]()
+def kit(request: pytest.FixtureRequest) -> Iterator[HFKit]:
+    kit = KITS[request.param]()
+    yield kit
+    kit.done()
+
+
+@pytest.fixture
+def holder(kit: HFKit) -> HFKit:
+    """A kit of an engine that has a copy of the weights."""
+    if not kit.build().capabilities.holds_weights:
+        pytest.skip("reads the trainer's weights, as declared")
+    return kit

@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers import arguments, metrics_of, repeatable, start
 
+from verl.rollout.sampling import draw
 from verl.trainer.main_ppo import main
 
 
@@ -39,14 +43,49 @@ def test_engine_and_trainer_agree_on_every_tokens_log_prob(small, tmp_path):
         assert step["training/rollout_log_probs_diff_max"] < 1e-4
 
 
+def test_comparing_log_probs_before_the_first_step_changes_nothing(small, tmp_path, capsys):
+    for name, check in (("checked", True), ("unchecked", False)):
+        assert main(arguments(small, tmp_path / name, trainer__check_log_probs=check)) == 0
+        assert ("engine and trainer agree" in capsys.readouterr().out) == check
+    assert repeatable(metrics_of(tmp_path / "checked")) == repeatable(metrics_of(tmp_path / "unchecked"))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "said", "message"),
+    [
+        (1.0, 1.0, "engine's log-probs are of temperature 1,"),
+        (0.05, None, "draws from another distribution than it reports"),
+    ],
+    ids=["the engine ignores the temperature", "the engine reports another one than it draws at"],
+)
+def test_an_engine_at_another_temperature_stops_the_run(small, tmp_path, capsys, monkeypatch, drawn, said, message):
+    def draw_wrong(logits, rows, positions, banned=()):
+        wrong = replace(rows, temperature=np.full_like(rows.temperature, drawn))
+        tokens, log_probs = draw(logits, wrong, positions, banned)
+        if said is None:  # what it should have been drawn at
+            scaled = (logits / torch.from_numpy(rows.temperature)[:, None]).log_softmax(-1)
+            log_probs = scaled.gather(-1, tokens[:, None])[:, 0]
+        return tokens, log_probs
+
+    monkeypatch.setattr("verl.rollout.decoder.draw", draw_wrong)
+    keys = {"actor_rollout_ref__rollout__temperature": 0.6, "trainer__val_before_train": False}
+    assert main(arguments(small, tmp_path, **keys)) == 1
+    said_to_user = capsys.readouterr().err
+    assert message in said_to_user
+    assert "actor_rollout_ref.rollout.temperature=0.6" in said_to_user
+    assert main(arguments(small, tmp_path, **keys, trainer__check_log_probs=False)) == 0
+
+
 @pytest.mark.parametrize(
     "keys",
     [
         {"algorithm__adv_estimator": "grpo", "actor_rollout_ref__actor__use_kl_loss": True},
         {"algorithm__kl_ctrl__kl_coef": 0.01, "algorithm__kl_ctrl__type": "adaptive"},
         {"trainer__critic_warmup": 3, "actor_rollout_ref__actor__ppo_epochs": 2},
+        {"algorithm__rollout_correction__level": "token"},
+        {"algorithm__rollout_correction__level": "sequence", "algorithm__rollout_correction__mode": "mask"},
     ],
-    ids=["grpo with KL loss", "KL in the reward", "critic warm-up, two epochs"],
+    ids=["grpo with KL loss", "KL in the reward", "critic warm-up, two epochs", "clamped weights", "masked weights"],
 )
 def test_variants_of_the_loop_run(small, tmp_path, keys):
     assert main(arguments(small, tmp_path, **keys)) == 0
@@ -57,6 +96,9 @@ def test_variants_of_the_loop_run(small, tmp_path, keys):
         assert last["actor/kl_loss"] >= 0
     if "algorithm__kl_ctrl__kl_coef" in keys:
         assert last["actor/reward_kl_penalty_coeff"] != 0.01
+    if "algorithm__rollout_correction__level" in keys:
+        assert last["training/rollout_is_mean"] == pytest.approx(1.0, abs=1e-4)
+        assert last["training/rollout_is_cut"] == 0.0
     if "trainer__critic_warmup" in keys:
         assert ["actor/pg_loss" in step for step in metrics_of(tmp_path)] == [False, False, False, True]
 

@@ -102,6 +102,7 @@ def test_the_mismatch_between_rollout_and_training_is_measured_on_probabilities_
     pairs = list(zip(written("rollout_log_probs"), written("old_log_probs"), strict=True))
     probs = [abs(math.exp(a) - math.exp(b)) for a, b in pairs]
     logs = [abs(a - b) for a, b in pairs]
+    ratios = [math.exp(b - a) for a, b in pairs]
     assert metrics == pytest.approx(
         {
             "training/rollout_probs_diff_max": max(probs),
@@ -109,9 +110,41 @@ def test_the_mismatch_between_rollout_and_training_is_measured_on_probabilities_
             "training/rollout_probs_diff_std": statistics.pstdev(probs),
             "training/rollout_log_probs_diff_max": max(logs),
             "training/rollout_log_probs_diff_mean": statistics.fmean(logs),
+            "training/rollout_log_probs_diff_over_0.1": 2 / 5,
+            "training/rollout_importance_ratio_mean": statistics.fmean(ratios),
+            "training/rollout_importance_ratio_max": max(ratios),
+            "training/rollout_importance_ratio_min": min(ratios),
+            "training/rollout_kl_k1": statistics.fmean(a - b for a, b in pairs),
+            "training/rollout_kl_k3": statistics.fmean(r - 1 - math.log(r) for r in ratios),
         },
         rel=1e-5,
     )
+
+
+def test_the_mismatch_of_policies_that_are_worlds_apart_is_measured_without_overflow():
+    far = table(rollout_log_probs=[[-1.0, -2.0], [-0.5, 0.0, 0.0, -900.0], [-0.1]])
+    metrics = rollout_mismatch_metrics(far)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["training/rollout_importance_ratio_max"] == pytest.approx(math.exp(20))
+
+
+def test_both_kl_estimates_are_of_the_kl_from_engine_to_trainer():
+    rng = np.random.default_rng(0)
+    engine, trainer = (np.log(rng.dirichlet(np.full(6, 5.0))) for _ in range(2))
+    drawn = rng.choice(6, size=200_000, p=np.exp(engine))
+    column = {"response_ids": [drawn.tolist()], "response_mask": [[1] * len(drawn)]}
+    metrics = rollout_mismatch_metrics(
+        pa.table(
+            {name: pa.array(c, COLUMNS[name]) for name, c in column.items()}
+            | {
+                "rollout_log_probs": pa.array([engine[drawn]], COLUMNS["rollout_log_probs"]),
+                "old_log_probs": pa.array([trainer[drawn]], COLUMNS["old_log_probs"]),
+            }
+        )
+    )
+    kl = np.exp(engine) @ (engine - trainer)
+    assert metrics["training/rollout_kl_k1"] == pytest.approx(kl, rel=0.05)
+    assert metrics["training/rollout_kl_k3"] == pytest.approx(kl, rel=0.05)
 
 
 def test_sequence_lengths_over_ranks_before_and_after_balancing():

@@ -73,6 +73,7 @@ def _one_rank(run: Run) -> bool:
     return run.plan.world_size == 1
 
 
+CORRECTION = "algorithm.rollout_correction"
 BY_TOKENS = "micro-batches are cut by tokens there (use_dynamic_bsz)"
 BY_SEQUENCES = "micro-batches are cut by sequences there (a micro-batch size is set and use_dynamic_bsz is off)"
 
@@ -167,6 +168,17 @@ RULES = (
         lambda run: {f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high"} <= run.set_keys,
         "clip_ratio_low and clip_ratio_high stand for it",
     ),
+    Rule(
+        (f"{CORRECTION}.*",),
+        lambda run: run.config.algorithm.rollout_correction.level is None,
+        f"the policy loss is not weighted ({CORRECTION}.level)",
+        spared=(f"{CORRECTION}.level",),
+    ),
+    Rule(
+        (f"{CORRECTION}.threshold_lower",),
+        lambda run: run.config.algorithm.rollout_correction.mode == "clamp",
+        f"weights are only cut from above ({CORRECTION}.mode=clamp)",
+    ),
     # micro-batches and optimizers
     *(rule for name in SPLIT_KEYS for rule in _micro_batch_rules(name)),
     Rule(
@@ -177,17 +189,16 @@ RULES = (
     *(rule for owner in (ACTOR, "critic") for rule in _optimizer_rules(owner)),
     # engine and sampling
     Rule(
-        tuple(
-            f"{ROLLOUT}.{name}"
-            for name in (
-                "tensor_model_parallel_size",
-                "gpu_memory_utilization",
-                "free_cache_engine",
-                "enforce_eager",
-                "dtype",
-                "load_format",
-                "engine_kwargs.*",
-            )
+        (
+            f"{ROLLOUT}.tensor_model_parallel_size",
+            f"{ROLLOUT}.gpu_memory_utilization",
+            f"{ROLLOUT}.free_cache_engine",
+            f"{ROLLOUT}.enforce_eager",
+            f"{ROLLOUT}.dtype",
+            f"{ROLLOUT}.load_format",
+            f"{ROLLOUT}.update_weights_bucket_megabytes",
+            f"{ROLLOUT}.engine_kwargs.*",
+            "trainer.check_weights",
         ),
         lambda run: run.plan.engine == "hf",
         f"the embedded engine ({ROLLOUT}.name=hf) runs the trainer's own model in the trainer's process",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from verl.checks.models import ModelFacts, check_model, check_tokenizer, check_t
 from verl.checks.plan import RunPlan, plan_run
 from verl.checks.rewards import check_data_sources, check_reward_function
 from verl.checks.settings import ROLLOUT, check_context, check_settings
+from verl.rollout.sglang.arguments import OWN_KEYS, installed
 from verl.tracking import LOGGERS
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Engines that rollout.name may name; those with an adapter in this version.
 ENGINES = ("hf", "sglang", "vllm")
-ADAPTERS = ("hf",)
+ADAPTERS = ("hf", "sglang")
 
 DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")  # a key in a text
 
@@ -124,7 +124,7 @@ def _engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) ->
             key, name, f"no engine has this name (known: {', '.join(ENGINES)})", f"set it to {_nearest(name, ENGINES)}"
         )
     elif name not in ADAPTERS:
-        where = "is installed here" if importlib.util.find_spec(name) else "is not installed here"
+        where = "is installed here" if installed(name) else "is not installed here"
         if dry_run:
             findings.cannot_check(
                 f"{key}={name}: {name} {where}, and this version cannot start it yet; its own settings are not checked"
@@ -132,6 +132,17 @@ def _engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) ->
         else:
             why = f"this version has no adapter for {name} yet ({name} {where})"
             findings.problem(key, name, why, "set it to hf, the embedded engine")
+    elif name != "hf" and not installed(name):
+        if dry_run:
+            findings.cannot_check(f"{key}={name}: {name} is not installed here; its own settings are not checked")
+        else:
+            why = f"{name} is not installed in this environment"
+            findings.problem(key, name, why, f'run pip install -e ".[{name}]", or set it to hf, the embedded engine')
+    for argument in config.actor_rollout_ref.rollout.engine_kwargs.sglang:
+        if argument in OWN_KEYS:
+            own = f"{ROLLOUT}.engine_kwargs.sglang.{argument}"
+            value = config.actor_rollout_ref.rollout.engine_kwargs.sglang[argument]
+            findings.problem(own, value, "another key decides this argument of SGLang", f"set {OWN_KEYS[argument]}")
     if plan.world_size % plan.tensor_parallel:
         working = [size for size in range(1, plan.world_size + 1) if plan.world_size % size == 0]
         findings.problem(

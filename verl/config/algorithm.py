@@ -1,4 +1,4 @@
-"""Advantages and the KL penalty in the reward."""
+"""Advantages, the KL penalty in the reward, and what makes up for an engine whose log-probs are not the trainer's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,23 @@ class KLControlConfig(Section):
     target_kl: float = Field(0.1, gt=0, description="adaptive: the KL divergence aimed at.")
 
 
+class RolloutCorrectionConfig(Section):
+    level: Literal["token", "sequence"] | None = Field(
+        None,
+        description="Weight the policy loss by the trainer's probability over the engine's, of each token or of the "
+        "whole response; null: do not.",
+    )
+    mode: Literal["clamp", "mask"] = Field(
+        "clamp",
+        description="What becomes of a weight out of bounds; clamp: it is cut to threshold; mask: it is 0, and nothing "
+        "learnt there.",
+    )
+    threshold: float = Field(2.0, ge=1, description="Upper bound of a weight.")
+    threshold_lower: float | None = Field(
+        None, gt=0, le=1, description="mask: lower bound of a weight, too; null: none."
+    )
+
+
 class AlgorithmConfig(Section):
     adv_estimator: str = Field(
         "gae", description="Advantages: gae (with a critic), grpo, or your own function as package.module:function."
@@ -35,3 +52,4 @@ class AlgorithmConfig(Section):
     )
     kl_penalty: KLKind = Field("kl", description="Its estimator: kl or k1, abs, mse or k2, low_var_kl or k3.")
     kl_ctrl: KLControlConfig = KLControlConfig()
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()

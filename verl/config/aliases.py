@@ -8,6 +8,8 @@ from typing import Any
 # Old name (of a key or of a whole section) -> name here.
 RENAMED = {
     "ray_kwargs.ray_init": "ray_init",
+    "algorithm.rollout_correction.rollout_is": "algorithm.rollout_correction.level",
+    "algorithm.rollout_correction.rollout_is_threshold": "algorithm.rollout_correction.threshold",
     "data.tokenizer": "actor_rollout_ref.model.tokenizer_path",
     "actor_rollout_ref.actor.optim.warmup_style": "actor_rollout_ref.actor.optim.lr_scheduler_type",
     "actor_rollout_ref.actor.checkpoint.contents": "actor_rollout_ref.actor.checkpoint.save_contents",
@@ -44,10 +46,14 @@ WITHOUT_EFFECT = {
     "actor_rollout_ref.actor.strategy": "models are sharded by FSDP2",
     "critic.strategy": "models are sharded by FSDP2",
     "actor_rollout_ref.rollout.mode": "every engine is asynchronous",
+    "actor_rollout_ref.rollout.calculate_log_probs": "every engine gives the log-probs of its tokens",
 }
 
 # Old values: (key, old value) -> value here.
-REVALUED = {("actor_rollout_ref.rollout.name", "sglang_async"): "sglang"}
+REVALUED = {
+    ("actor_rollout_ref.rollout.name", "sglang_async"): "sglang",
+    ("algorithm.rollout_correction.mode", "truncate"): "clamp",
+}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from verl.config.actor import ActorConfig, ActorRolloutRefConfig, RefConfig
-from verl.config.algorithm import AlgorithmConfig, KLControlConfig
+from verl.config.algorithm import AlgorithmConfig, KLControlConfig, RolloutCorrectionConfig
 from verl.config.base import Section
 from verl.config.critic import CriticConfig, CriticModelConfig
 from verl.config.data import DataConfig, SFTDataConfig
@@ -38,6 +38,7 @@ __all__ = [
     "RewardConfig",
     "RewardModelConfig",
     "RolloutConfig",
+    "RolloutCorrectionConfig",
     "SFTConfig",
     "SFTDataConfig",
     "SFTOptimConfig",

@@ -63,4 +63,7 @@ class RolloutConfig(Section):
     load_format: str = Field(
         "dummy", description="What the engine starts with; dummy: random weights, then the actor's."
     )
+    update_weights_bucket_megabytes: PositiveInt = Field(
+        256, description="Size of each of the two buffers through which new weights go to the engine."
+    )
     engine_kwargs: EngineKwargsConfig = EngineKwargsConfig()

@@ -45,6 +45,16 @@ class TrainerConfig(RunConfig):
     balance_batch: bool = Field(
         True, description="Share a mini-batch's responses over the ranks so that tokens even out."
     )
+    check_log_probs: bool = Field(
+        True,
+        description="Before the first step, draw a few responses and stop if the engine's log-probs of them are not "
+        "the trainer's.",
+    )
+    check_weights: Literal["first", "always", "never"] = Field(
+        "first",
+        description="Compare checksums of all tensors that the rollout engine holds with the actor's, after the first "
+        "weight update or every one, and stop if any differs.",
+    )
     val_before_train: bool = Field(True, description="Validate before the first step.")
     log_val_generations: int = Field(0, ge=0, description="Validation samples that go to the loggers.")
     rollout_data_dir: str | None = Field(None, description="Folder for every step's responses; null: not kept.")

@@ -44,6 +44,7 @@ STAGE_COLUMNS: dict[str, pa.DataType] = {
     "score": pa.float64(),  # the scorer's number
     "reward_extra": pa.string(),  # JSON object: other numbers a scorer returned
     "old_log_probs": FLOATS,
+    "rollout_is_weights": FLOATS,  # see verl.trainer.ppo.corrections
     "entropy": FLOATS,
     "ref_log_probs": FLOATS,
     "values": FLOATS,

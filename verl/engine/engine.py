@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from verl.engine import checkpoint, offload
+from verl.engine.checkpoint_names import CheckpointNames, share_conversions
 from verl.engine.distributed import (
     full,
     max_over_ranks,
@@ -30,7 +32,7 @@ from verl.engine.distributed import (
 from verl.engine.model import Kind, empty_model, read_config, read_model, wrap, write_model
 from verl.engine.optim import Optimizer
 from verl.engine.packing import Batching, MicroBatch, Packer
-from verl.engine.precision import Masters
+from verl.engine.precision import Masters, compute_dtype
 
 if TYPE_CHECKING:
     from verl.config.parts import FSDPConfig, ModelConfig, OptimConfig
@@ -70,7 +72,7 @@ class TrainEngine:
         """optim_config: None for a model that is never updated (a reference). total_steps: of the schedule."""
         self.kind: Kind = kind
         self.device = torch.device(device)
-        self.compute_dtype = _dtype(fsdp_config.dtype, self.device)
+        self.compute_dtype = compute_dtype(fsdp_config.dtype, self.device)
         self.trainable = optim_config is not None
         self.config = read_config(model_config, kind)
         self.root = self._build(model_config, fsdp_config, seed)
@@ -95,6 +97,7 @@ class TrainEngine:
         root = wrap(empty_model(model_config, self.kind, self.config, stored), self.kind)
         shard(root, set(root.hf._no_split_modules or ()), fsdp_config, self.device, self.compute_dtype)
         receive_from_first(root, None if whole is None else wrap(whole, self.kind), self.device)
+        share_conversions(root.hf, whole)
         if whole is not None and self.kind == "policy":
             root.hf.generation_config = whole.generation_config
         return root
@@ -209,20 +212,33 @@ class TrainEngine:
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor in the compute dtype), one gathered at a time. Collective: every rank
-        consumes all of it. Tied parameters come once, under the name that a saved model has."""
+        """(name, whole tensor), the names and shapes those of a saved model: tied parameters come once, fused experts
+        one by one. Parameters are in the compute dtype, buffers as they are. Gathered one at a time, in the same order
+        on every rank. Collective: every rank consumes all of it."""
+        yield from self._checkpoint_names.stream(self._module_weights())
+
+    @cached_property
+    def _checkpoint_names(self) -> CheckpointNames:
+        return CheckpointNames(self.module)
+
+    def _module_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All that is saved, under the names that it has in the module."""
         self._need(params=True)
         for name, param in self.module.named_parameters():
             yield name, full(param.detach().to(self.compute_dtype))
+        for name in self._checkpoint_names.persistent_buffers:
+            yield name, self.module.get_buffer(name)
 
     def export_hf(self, path: str | Path, tokenizer: Any = None) -> None:
         """A folder that transformers loads by path: safetensors in the compute dtype, config, tokenizer if given."""
         state: Tensors = {}
-        for name, tensor in self.weights() if world_size() > 1 else ():
+        for name, tensor in self._module_weights() if world_size() > 1 else ():
             if rank() == 0:
                 state[name] = tensor.cpu()
         if rank() == 0:
             write_model(self.module, path, state or None)
+            self.module.config.dtype = self.compute_dtype  # transformers wrote that of the shards
+            self.module.config.save_pretrained(path)
         if tokenizer is not None and rank() == 0:
             tokenizer.save_pretrained(path)
 
@@ -290,15 +306,10 @@ class TrainEngine:
         self.optimizer = None
         self.__dict__.pop("masters", None)
         self.__dict__.pop("module", None)
+        self.__dict__.pop("_checkpoint_names", None)
         self.root = nn.Module()
         self._params_loaded = self._optimizer_loaded = False
         self._free_cache()
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def _positive(temperature: float) -> float:

@@ -12,6 +12,13 @@ import torch
 from torch import nn
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of a config's ``dtype``: auto is float32 on a CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
 class Masters:
     """Names are the module's parameter names (tied parameters once)."""
 

@@ -115,6 +115,11 @@ class RolloutEngine(Protocol):
         that is idle or paused. An engine without weights of its own takes only the version."""
         ...
 
+    async def check_weights(self, stream: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+        """The tensors of the stream (as for update_weights) that differ from what the engine computes with: the name
+        of each, with how. Checksums, made from the parameters themselves where they are."""
+        ...
+
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
         """Free this memory. Needs an idle engine."""
         ...

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class ClientEngine:
         version: int = 0,
     ):
         self.backend, self.version = backend, version
-        self.capabilities = backend.capabilities
+        self.capabilities = replace(backend.capabilities, stop_strings=tokenizer is not None)
         self._tokenizer, self._eos = tokenizer, frozenset(eos_token_ids)
         self._max_model_len, self._vocab_size = max_model_len, vocab_size
         self._state = EngineState(backend.capabilities, backend.keeps_weights, no_weights)
@@ -115,8 +116,6 @@ class ClientEngine:
             self._state.no_weights, self.version = None, version
 
     async def check_weights(self, stream: WeightStream) -> list[str]:
-        """The tensors that differ between the stream (as for update_weights) and what the engine computes with: each
-        with its name and how. Checksums, computed where the weights are."""
         with self._order("check_weights"):
             self._state.check_update(len(self._rows))
             return self.backend.check_weights(stream)
@@ -173,7 +172,8 @@ class ClientEngine:
         with self._lock:
             self._death = error
             rows = list(self._rows.values())
-            self._rows.clear(), self._draws.clear(), self._draw_of.clear()
+            for table in (self._rows, self._draws, self._draw_of):
+                table.clear()
             for row in rows:
                 row.fail(error)
             for ended in self._recalled.values():

@@ -119,6 +119,11 @@ class HFEngine:
         self._waiting.extendleft(reversed(self._decoder.clear()))
         self.version = version
 
+    async def check_weights(self, stream: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+        """None can differ: there is one copy."""
+        self._check_open("check_weights")
+        return []
+
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
         raise Unsupported(
             "the embedded engine cannot sleep: its weights are the trainer's, its cache is freed when idle"

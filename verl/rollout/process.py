@@ -95,10 +95,8 @@ class EngineProcess:
                 raise EngineDied(str(self.death))
             number = next(self._numbers)
             self._answers[number] = order, future
-            try:
+            with contextlib.suppress(OSError):  # it has just died: the reader says why
                 self._connection.send((number, order, args))
-            except OSError:  # it has just died: the reader says why
-                pass
         return future
 
     def alive(self) -> bool:

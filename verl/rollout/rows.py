@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +13,14 @@ from verl.rollout.stops import StopWatch
 
 @dataclass(eq=False)
 class Row:
-    """A response under way. prompt: int64. stop_ids: every token that ends it. versions: as in Result.
-    length: of prompt and response so far."""
+    """A response under way.
+
+    future: of asyncio or concurrent.futures, for the Result. prompt: int64. stop_ids: every token that ends it.
+    versions: as in Result. length: of prompt and response so far.
+    """
 
     request: Request
-    future: asyncio.Future[Result] | concurrent.futures.Future[Result]
+    future: Any
     prompt: np.ndarray
     stop_ids: frozenset[int]
     watch: StopWatch | None

@@ -1,4 +1,4 @@
-"""The loop of an engine process (see ``process.py``): takes orders from the trainer, and leaves when the trainer does."""
+"""The loop of an engine process (see ``process.py``): takes the trainer's orders, and leaves when the trainer does."""
 
 from __future__ import annotations
 

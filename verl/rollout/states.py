@@ -1,4 +1,4 @@
-"""Which orders make sense now. Every order that an engine would answer with a crash is refused here, before it is sent."""
+"""Which orders make sense now. One that an engine would answer with a crash is refused here, before it is sent."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class EngineState:
             raise Unsupported(f"{order}: this engine cannot sleep here; it gives memory back only when closed")
         for tag in tags:
             if tag not in self._can_sleep:
-                raise Unsupported(f"{order}: there is no memory tag {tag!r} (known: {', '.join(sorted(self._can_sleep))})")
+                raise Unsupported(
+                    f"{order}: there is no memory tag {tag!r} (known: {', '.join(sorted(self._can_sleep))})"
+                )
         if len(set(tags)) < len(tags):
             raise IllegalState(f"{order}: a tag is named twice in {', '.join(tags)}")
 

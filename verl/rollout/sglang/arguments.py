@@ -98,10 +98,10 @@ def backends(device: str) -> dict[str, Any]:
     """Attention, sampling and grammar back-ends by what is installed; SGLang's own choice where there is one."""
     if device == "cpu":
         return {"attention_backend": "torch_native", "sampling_backend": "pytorch", "grammar_backend": "none"}
-    flashinfer = _installed("flashinfer-python")
+    flashinfer = installed("flashinfer-python")
     chosen: dict[str, Any] = {
         "sampling_backend": "flashinfer" if flashinfer else "pytorch",
-        "grammar_backend": "xgrammar" if _installed("xgrammar") else "none",
+        "grammar_backend": "xgrammar" if installed("xgrammar") else "none",
     }
     if not _has_flash_attention():
         chosen["attention_backend"] = "flashinfer" if flashinfer else "triton"
@@ -123,7 +123,7 @@ def environment_of(settings: SGLangSettings, inherited: Mapping[str, str]) -> di
         if settings.tensor_parallel > 1:  # a rank for each group of cores, where there is no NUMA node for each
             environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _core_groups(settings.tensor_parallel))
         return environment
-    if not _installed("flashinfer-python"):
+    if not installed("flashinfer-python"):
         environment["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
     folders = [*_cuda_library_folders(), inherited.get("LD_LIBRARY_PATH", "")]
     environment["LD_LIBRARY_PATH"] = ":".join(folder for folder in folders if folder)
@@ -139,7 +139,7 @@ def _core_groups(count: int) -> str:
     return "|".join(",".join(map(str, group)) for group in groups)
 
 
-def _installed(distribution: str) -> bool:
+def installed(distribution: str) -> bool:
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -33,7 +33,7 @@ class Slot:
 class SGLangParameters:
     """See ``verl.rollout.weights.receiver.Holder``."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self._model = model
         self._slots: dict[str, list[Slot]] = {}  # by checkpoint name
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -62,7 +62,9 @@ class SGLangParameters:
         come, self._come = self._come, set()
         if missing := sorted(self._slots.keys() - come):
             raise ValueError(f"was not sent {_some(missing)}")
-        filled = {(slot.parameter, part) for slots in self._slots.values() for slot in slots for part in self._parts(slot)}
+        filled = {
+            (slot.parameter, part) for slots in self._slots.values() for slot in slots for part in self._parts(slot)
+        }
         absent = [
             f"{parameter}{''.join(f' [{each}]' for each in part)}"
             for parameter in self._parameters()
@@ -157,9 +159,14 @@ class _watched:  # noqa: N801
             self._had[name] = parameter.__dict__.get("weight_loader")
             parameter.weight_loader = partial(self._note, name, loader)  # type: ignore[attr-defined]
 
-    def _note(self, name: str, loader: Callable, parameter: nn.Parameter, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    def _note(
+        self, name: str, loader: Callable, parameter: nn.Parameter, tensor: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if "expert_id" in kwargs or len(args) == 3:
-            part: Part = (kwargs.get("shard_id", args[1] if len(args) > 1 else None), kwargs.get("expert_id", *args[2:]))
+            part: Part = (
+                kwargs.get("shard_id", args[1] if len(args) > 1 else None),
+                kwargs.get("expert_id", *args[2:]),
+            )
         else:
             part = tuple(each for each in (*args, *kwargs.values()) if each is not None)
         self._seen.append(Slot(name, part))
@@ -218,13 +225,16 @@ def _expert(module: Any, parameter: torch.Tensor, part: Part) -> tuple[torch.Ten
 
 
 def _sliced(module: Any, parameter: torch.Tensor, shape: Sequence[int], name: str) -> tuple[torch.Tensor, int, int]:
-    """Along the one dimension in which the parameter is shorter than the whole tensor; all of it where there is none."""
-    if tuple(parameter.shape) == tuple(shape):
-        return parameter, 0, 0
-    shorter = [dim for dim, (here, whole) in enumerate(zip(parameter.shape, shape, strict=True)) if here != whole]
-    if len(shorter) != 1 or not hasattr(module, "tp_rank"):
-        raise NotImplementedError(f"{name}: shape {list(parameter.shape)} as a slice of {list(shape)}")
-    return parameter, shorter[0], module.tp_rank * parameter.shape[shorter[0]]
+    """Along the dimension that the layer shares out; all of the tensor where it shares none."""
+    if hasattr(module, "input_size_per_partition"):  # row parallel; its bias is whole
+        dim = 1 if len(shape) == 2 else None
+    else:
+        dim = 0 if hasattr(module, "output_size_per_partition") else None
+    if dim is not None:
+        return parameter, dim, module.tp_rank * parameter.shape[dim]
+    if tuple(parameter.shape) != tuple(shape):
+        raise NotImplementedError(f"{name}: shape {list(parameter.shape)} as a part of {list(shape)}")
+    return parameter, 0, 0
 
 
 def _some(names: Sequence[str]) -> str:

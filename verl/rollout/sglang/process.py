@@ -29,7 +29,9 @@ class SGLangProcess:
     log: file of SGLang's output. bucket_bytes: of one of the two buckets of a weight update.
     """
 
-    def __init__(self, settings: SGLangSettings, *, log: Path, bucket_bytes: int, environment: dict[str, str] | None = None):
+    def __init__(
+        self, settings: SGLangSettings, *, log: Path, bucket_bytes: int, environment: dict[str, str] | None = None
+    ):
         self.settings = settings
         self.keeps_weights = bool(settings.extra.get("enable_weights_cpu_backup"))
         self.capabilities = Capabilities(
@@ -42,7 +44,7 @@ class SGLangProcess:
         self._sender = WeightSender(
             key,
             receivers=settings.tensor_parallel,
-            device=torch.device(settings.device, settings.first_gpu if settings.device == "cuda" else None),
+            device=torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", settings.first_gpu),
             dtype=getattr(torch, settings.dtype),
             bucket_bytes=bucket_bytes,
         )

@@ -6,14 +6,14 @@ import asyncio
 import dataclasses
 import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from verl.errors import UserError
 from verl.rollout.backend import Draw, Drawn
 from verl.rollout.serve import Orders
-from verl.rollout.sglang.requests import sampling_params
 from verl.rollout.sglang.receiver import LOADER
+from verl.rollout.sglang.requests import sampling_params
 
 IDLE_TIMEOUT = 60.0
 ABORT_INTERVAL = 0.05
@@ -62,7 +62,7 @@ class Server:
     async def serve(self, first_order: int) -> None:
         self._manager.auto_create_handle_loop()  # its signal handlers and readers, before anything can go wrong
         self._orders.answer(first_order, True, self.facts())
-        handlers = {
+        handlers: dict[str, Callable[..., Awaitable[Any]]] = {
             "draw": self.draw,
             "recall": self.recall,
             "receive_weights": self.receive_weights,
@@ -70,6 +70,7 @@ class Server:
             "sleep": self.sleep,
             "wake": self.wake,
             "health": self.health,
+            "tokens_under_way": self.tokens_under_way,
         }
         await self._orders.serve(handlers, self.engine.shutdown)
 
@@ -142,6 +143,11 @@ class Server:
         from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
 
         await self._manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=list(tags)), None)
+
+    async def tokens_under_way(self) -> int:
+        """Of all draws that have not ended: what the scheduler has in its batch. 0 where it does not say."""
+        states = self._manager.rid_to_state
+        return max((len(states[id].output_ids) for id in self._under_way if id in states), default=0)
 
     async def health(self) -> None:
         """An answer from every scheduler, without a forward: the memory may be asleep."""

@@ -57,7 +57,9 @@ class SharedBuffer:
                 self.tensor = _mapped(descriptor, size)
             except OSError as error:
                 self.file.unlink()
-                raise OSError(error.errno, f"{size >> 20} MiB in {folder} for weight buckets: {error.strerror}") from error
+                raise OSError(
+                    error.errno, f"{size >> 20} MiB in {folder} for weight buckets: {error.strerror}"
+                ) from error
             finally:
                 os.close(descriptor)
             self.handle = ("file", str(self.file), size)

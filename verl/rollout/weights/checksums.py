@@ -85,8 +85,8 @@ def differences(expected: Iterable[tuple[str, torch.Tensor]], ranks: Sequence[Se
             held[piece.name].append((rank, piece))
     found = []
     for name, tensor in expected:
-        pieces = held.pop(name, None)
-        problem = "is not held by the engine" if pieces is None else _difference(tensor, pieces)
+        parts = held.pop(name, None)
+        problem = "is not held by the engine" if parts is None else _difference(tensor, parts)
         if problem:
             found.append(f"{name} {problem}")
     return found + [f"{name} is held by the engine only" for name in held]

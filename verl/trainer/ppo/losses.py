@@ -67,8 +67,9 @@ def ppo_policy_loss(
     dual clip (Ye et al. 2020, arXiv:1912.09729). With ratio r = exp(log_prob - old_log_prob), log-ratio cut to +-20:
 
     L = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high));  where A < 0: L = min(L, -A clip_c), clip_c > 1.
-    loss = sum w L  -  entropy_coeff * sum w H  +  kl_loss_coef * sum w KL(policy || reference).
+    loss = sum w c L  -  entropy_coeff * sum w H  +  kl_loss_coef * sum w KL(policy || reference).
 
+    c are the table's ``rollout_is_weights`` (see verl.trainer.ppo.corrections), 1 where it has none.
     Entropy is read from outputs only when its coefficient is not 0 or it is there; ref_log_probs likewise only with
     a KL coefficient. Metrics: actor/{pg_loss, pg_clipfrac, pg_clipfrac_lower, ppo_kl, entropy_loss, kl_loss}.
     """
@@ -83,7 +84,10 @@ def ppo_policy_loss(
     surrogate = torch.maximum(unclipped, clipped)
     ceiling = -advantages * clip_c
     lower = (advantages < 0) & (surrogate > ceiling)
-    pg_loss = (weights * torch.where(lower, ceiling, surrogate)).sum()
+    pg_losses = weights * torch.where(lower, ceiling, surrogate)
+    if "rollout_is_weights" in batch:
+        pg_losses = pg_losses * torch.where(mask, batch["rollout_is_weights"], 0.0)
+    pg_loss = pg_losses.sum()
 
     loss = pg_loss
     metrics = {

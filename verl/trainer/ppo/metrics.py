@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from verl.data.schema import ragged
+from verl.trainer.ppo.kl import LOG_RATIO_LIMIT
 
 Metrics = dict[str, float]
 
@@ -69,7 +70,10 @@ def rollout_mismatch_metrics(table: pa.Table) -> Metrics:
     """How far the engine's log-probs are from the trainer's, over the same tokens and weights.
 
     training/rollout_probs_diff_{max,mean,std}: of |p_rollout - p_trainer|;
-    training/rollout_log_probs_diff_{max,mean}: of |log p_rollout - log p_trainer|, in nats.
+    training/rollout_log_probs_diff_{max,mean}: of |log p_rollout - log p_trainer|, in nats;
+    training/rollout_log_probs_diff_over_0.1: the share of tokens where that is over 0.1 (half of PPO's clip range);
+    training/rollout_importance_ratio_{mean,max,min}: of p_trainer / p_rollout, the log of it cut to +-20;
+    training/rollout_kl_{k1,k3}: estimates of KL(rollout || trainer) a token, in nats, of which k3 is never negative.
     """
     written = ragged(table, "response_mask").values > 0
     if not written.any():
@@ -79,12 +83,20 @@ def rollout_mismatch_metrics(table: pa.Table) -> Metrics:
     )
     probs = np.abs(np.exp(rollout) - np.exp(trainer))
     logs = np.abs(rollout - trainer)
+    log_ratio = np.clip(trainer - rollout, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = np.exp(log_ratio)
     return {
         "training/rollout_probs_diff_max": float(probs.max()),
         "training/rollout_probs_diff_mean": float(probs.mean()),
         "training/rollout_probs_diff_std": float(probs.std()),
         "training/rollout_log_probs_diff_max": float(logs.max()),
         "training/rollout_log_probs_diff_mean": float(logs.mean()),
+        "training/rollout_log_probs_diff_over_0.1": float(np.mean(logs > 0.1)),
+        "training/rollout_importance_ratio_mean": float(ratio.mean()),
+        "training/rollout_importance_ratio_max": float(ratio.max()),
+        "training/rollout_importance_ratio_min": float(ratio.min()),
+        "training/rollout_kl_k1": float(np.mean(rollout - trainer)),
+        "training/rollout_kl_k3": float(np.mean(np.expm1(log_ratio) - log_ratio)),
     }
 
 

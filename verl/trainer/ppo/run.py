@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import ExitStack
 
 import pyarrow as pa
@@ -13,13 +14,13 @@ from verl.cluster.local import LocalWorkerGroup
 from verl.config.load import Loaded
 from verl.config.models import Config
 from verl.data.dataset import load_prompts
-from verl.data.tokenizer import end_token_ids, load_tokenizer
+from verl.data.tokenizer import load_tokenizer
 from verl.reward.manager import RewardManager
-from verl.rollout.base import RolloutEngine
-from verl.rollout.registry import build_engine
 from verl.tracking import Trackers, build_trackers
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.interrupt import STOPPING, StopRequest
+from verl.trainer.ppo.engines import embedded_engine, start_engine
+from verl.trainer.ppo.phases import Phases
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.trainer.ppo.worker import PPOWorker
 from verl.trainer.runs import close_run, finishes, folder_of, run_folder, run_info, say, where_to_start
@@ -89,25 +90,13 @@ def build_parts(
         warn=trackers.progress.warn,
     )
     stack.callback(rewards.close)
+    progress = trackers.progress
+    started = start_engine(config, plan, tokenizer, checkpoints.folder, progress.note, progress.warn)
+    if started:
+        stack.callback(lambda: asyncio.run(started.close()))
+        Phases(started, lambda: None).train()  # it has measured the memory; now the models may have it
     worker = PPOWorker(config, plan)
     workers = LocalWorkerGroup(worker)
     stack.callback(workers.close)
-    rollout = build_rollout(config, plan, worker, tokenizer)
+    rollout = started or embedded_engine(config, plan, worker, tokenizer)
     return Parts(workers, rollout, rewards, tokenizer, train_prompts, val_prompts, checkpoints, trackers)
-
-
-def build_rollout(
-    config: Config, plan: RunPlan, worker: PPOWorker, tokenizer: PreTrainedTokenizerBase
-) -> RolloutEngine:
-    """The embedded engine generates with the actor's own module."""
-    rollout, actor = config.actor_rollout_ref.rollout, worker.engines["actor"]
-    return build_engine(
-        rollout.name,
-        module=actor.module,
-        root=actor.root,
-        tokenizer=tokenizer,
-        eos_token_ids=end_token_ids(tokenizer, config.actor_rollout_ref.model.path),
-        max_model_len=plan.context_length,
-        max_num_seqs=rollout.max_num_seqs,
-        max_prefill_tokens=rollout.max_num_batched_tokens,
-    )

@@ -15,11 +15,13 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from verl.agent.single_turn import episodes_of, roll_out
+from verl.checks import log_probs
 from verl.checks.plan import RunPlan, UpdatePlan
 from verl.cluster.base import WorkerGroup
 from verl.config.models import ActorConfig, Config, CriticConfig, RolloutConfig
 from verl.data.loader import PromptLoader
 from verl.data.schema import ragged, with_columns
+from verl.errors import UserError
 from verl.reward.manager import RewardManager
 from verl.reward.pool import Outcome
 from verl.rollout.base import Result, RolloutEngine, SamplingParams
@@ -30,12 +32,15 @@ from verl.trainer.checkpoints import Checkpoint, Checkpoints, SaveError
 from verl.trainer.ppo import metrics as measure
 from verl.trainer.ppo.advantages import AdvantageInputs, resolve
 from verl.trainer.ppo.batches import mini_batches
+from verl.trainer.ppo.corrections import importance_weights
 from verl.trainer.ppo.kl import apply_kl_penalty, kl_control, place_scores
 from verl.trainer.ppo.losses import aggregation_weights
+from verl.trainer.ppo.phases import Phases
 from verl.trainer.ppo.validation_metrics import validation_metrics
 
 Metrics = dict[str, float]
 VALIDATION = -1  # stands for the step in the seeds of validation responses: the same ones each time
+LOG_PROB_CHECK = -2  # and of the responses on which engine and trainer are compared before the first step
 
 
 @dataclass
@@ -68,12 +73,17 @@ class PPOTrainer:
         self.kl_control = kl_control(config.algorithm.kl_ctrl)
         self.metrics: Metrics = {}  # of the step under way
         self.timer = StageTimer()
+        self.phases = Phases(parts.rollout, lambda: parts.workers.call("free_memory").result())
+        self.weights_checked = False
         self.unsaved: SaveError | None = None  # why the save that was due last did not work
 
     # ---- the loop
 
     def fit(self) -> bool:
         """Whether the last step was reached."""
+        self.update_rollout_weights()
+        if self.config.trainer.check_log_probs:
+            self.check_log_probs()
         if self.step == 0 and self.plan.validates(0):
             self.validate()
             self.parts.trackers.log(self.metrics, 0)
@@ -97,6 +107,7 @@ class PPOTrainer:
     def train_step(self, prompts: pa.Table) -> pa.Table:
         table = self.roll_out(prompts)
         table = self.old_log_probs(table)
+        table = self.rollout_correction(table)
         table = self.ref_log_probs(table)
         table = self.values(table)
         table = self.advantages(table)
@@ -111,12 +122,15 @@ class PPOTrainer:
         """Responses and their scores; a response is scored while others are still being generated."""
         rollout = self.config.actor_rollout_ref.rollout
         episodes = episodes_of(prompts, n=rollout.n, seed=self.config.trainer.seed, step=self.step)
-        return self._generate_and_score(episodes, training_sampling(rollout, self.config.data.max_response_length))
+        sampling = training_sampling(rollout, self.config.data.max_response_length)
+        table = self._generate_and_score(episodes, sampling)
+        self.make_room_for_training()
+        return table
 
     def _generate_and_score(self, episodes: pa.Table, sampling: SamplingParams) -> pa.Table:
         references = episodes.select(["data_source", "ground_truth", "extra_info"]).to_pylist()
         scores: dict[int, Future[Outcome]] = {}  # by row
-        with self.stage("gen", total=episodes.num_rows) as progress, self.loaded("actor"):
+        with self.generating(), self.stage("gen", total=episodes.num_rows) as progress:
 
             def finished(index: int, result: Result) -> None:
                 scores[index] = self.parts.rewards.submit(references[index], result.response_ids)
@@ -131,6 +145,16 @@ class PPOTrainer:
     def old_log_probs(self, table: pa.Table) -> pa.Table:
         with self.stage("old_log_prob"), self.loaded("actor"):
             return self.parts.workers.map("old_log_probs", table).result()
+
+    def rollout_correction(self, table: pa.Table) -> pa.Table:
+        """Weights that make up for the engine's probabilities not being quite the trainer's, where asked for."""
+        settings = self.config.algorithm.rollout_correction
+        if settings.level is None:
+            return table
+        old, rollout, mask = (ragged(table, name) for name in ("old_log_probs", "rollout_log_probs", "response_mask"))
+        weights, metrics = importance_weights(old, rollout, mask, settings)
+        self.metrics |= metrics
+        return with_columns(table, rollout_is_weights=weights)
 
     def ref_log_probs(self, table: pa.Table) -> pa.Table:
         if "reference" not in self.plan.roles:
@@ -203,16 +227,52 @@ class PPOTrainer:
         self.metrics[f"{role}/skipped_steps"] = sum(skipped)
 
     def update_rollout_weights(self) -> None:
-        with self.stage("update_weights"):
-            self._update_rollout_weights()
-
-    def _update_rollout_weights(self) -> None:
+        """The engine gets the actor's weights; its own copy is compared with them as trainer.check_weights says."""
         rollout, workers = self.parts.rollout, self.parts.workers
-        with self.loaded("actor"):
-            stream = workers.call("weights").result()[0] if rollout.capabilities.holds_weights else ()
-            asyncio.run(rollout.update_weights(stream, version=self.step))
+        with self.stage("update_weights"):
+            self.phases.update()
+            with self.loaded("actor"):
+                stream = workers.call("weights").result()[0] if rollout.capabilities.holds_weights else ()
+                asyncio.run(rollout.update_weights(stream, version=self.step))
+                if self.check_weights_now:
+                    self.check_weights()
+
+    def check_weights(self) -> None:
+        with self.stage("check_weights"):
+            stream = self.parts.workers.call("weights").result()[0]
+            if different := asyncio.run(self.parts.rollout.check_weights(stream)):
+                raise UserError(
+                    f"after the weight update of step {self.step} the rollout engine does not hold the actor's weights "
+                    f"(trainer.check_weights={self.config.trainer.check_weights}):\n  " + "\n  ".join(different)
+                )
+        self.weights_checked = True
+
+    @property
+    def check_weights_now(self) -> bool:
+        when, holds = self.config.trainer.check_weights, self.parts.rollout.capabilities.holds_weights
+        return holds and (when == "always" or (when == "first" and not self.weights_checked))
 
     # ---- around the step
+
+    def check_log_probs(self) -> None:
+        """UserError where the engine works with another distribution than the trainer (verl.checks.log_probs)."""
+        rollout, workers, data = self.config.actor_rollout_ref.rollout, self.parts.workers, self.config.data
+        prompts = self.parts.train_prompts.slice(0, log_probs.PROMPTS)
+        episodes = episodes_of(prompts, n=1, seed=self.config.trainer.seed, step=LOG_PROB_CHECK)
+        sampling = log_probs.check_sampling(training_sampling(rollout, data.max_response_length))
+        with self.stage("log_prob_check"):
+            with self.generating():
+                table = asyncio.run(roll_out(self.parts.rollout, episodes, sampling))
+            self.make_room_for_training()
+
+            def score(temperature: float) -> pa.Table:
+                return workers.map("log_probs_at", table, temperature=temperature).result()
+
+            with self.loaded("actor"):
+                found = log_probs.check_log_probs(table, score, self.config, sampling, self.plan.device)
+            if self.parts.rollout.capabilities.sleep:
+                self.update_rollout_weights()
+        self.parts.trackers.progress.note(found)
 
     def validate(self) -> None:
         """Answers to the validation prompts: scored, dumped, and summed up as ``val-core/...`` and ``val-aux/...``."""
@@ -256,7 +316,6 @@ class PPOTrainer:
         self.loader.load_state_dict(state["loader"])
         self.kl_control.load_state_dict(state["kl_control"])
         self.parts.workers.call("restore", checkpoint.folder).result()
-        self._update_rollout_weights()
 
     def report(self, table: pa.Table, epoch: int) -> None:
         lengths = measure.sequence_lengths(table)
@@ -289,6 +348,21 @@ class PPOTrainer:
                 yield
         finally:
             self.timer = outer
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """The engine can draw: its memory is its own again, or the model that it borrows is loaded."""
+        if not self.parts.rollout.capabilities.holds_weights:
+            with self.loaded("actor"):
+                yield
+            return
+        with self.stage("wake"):
+            self.phases.generate()
+        yield
+
+    def make_room_for_training(self) -> None:
+        with self.stage("sleep"):
+            self.phases.train()
 
     @contextmanager
     def loaded(self, role: str, optimizer: bool = False) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -64,14 +65,25 @@ class PPOWorker:
         switches = self.fsdp_configs[role]
         self.engines[role].offload(params=switches.param_offload, optimizer=switches.optimizer_offload)
 
+    def free_memory(self) -> None:
+        """Give what the allocator holds unused back to the device, for others to use."""
+        gc.collect()
+        if self.plan.device == "cuda":
+            torch.cuda.ipc_collect()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
     def memory_metrics(self) -> dict[str, float]:
         return memory_metrics(torch.device(self.plan.device))
 
     # ---- stages: each takes rows and answers with the same rows, columns added
 
     def old_log_probs(self, rows: pa.Table) -> pa.Table:
+        return self.log_probs_at(rows, self.temperature)
+
+    def log_probs_at(self, rows: pa.Table, temperature: float) -> pa.Table:
         batching = as_batching(self.plan.forwards["old_log_probs"])
-        found = self.engines["actor"].log_probs(rows, temperature=self.temperature, batching=batching)
+        found = self.engines["actor"].log_probs(rows, temperature=temperature, batching=batching)
         return with_columns(rows, old_log_probs=found["log_probs"], entropy=found["entropy"])
 
     def ref_log_probs(self, rows: pa.Table) -> pa.Table:

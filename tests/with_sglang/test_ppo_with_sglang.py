@@ -1,0 +1,74 @@
+"""The main job with the real SGLang generating, on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import psutil
+import pytest
+from helpers import ROOT, arguments, command, metrics_of
+
+from verl.rollout.sglang.arguments import installed
+
+pytestmark = pytest.mark.skipif(not installed("sglang"), reason="SGLang is not installed (make sglang-cpu)")
+
+SGLANG = {"actor_rollout_ref__rollout__name": "sglang", "actor_rollout_ref__rollout__max_num_seqs": 64}
+
+
+def descendants_named(process: subprocess.Popen, name: str) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if name in " ".join(child.cmdline())]
+
+
+def test_ppo_learns_with_sglang_and_its_weights_are_the_actors_at_every_step(small, tmp_path):
+    keys = {
+        **SGLANG,
+        "trainer__total_training_steps": 15,
+        "trainer__test_freq": 15,
+        "trainer__check_weights": "always",
+        "actor_rollout_ref__actor__optim__lr": 5e-3,
+    }
+    done = subprocess.run(command(arguments(small, tmp_path, **keys)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [step for step in metrics_of(tmp_path) if step["step"] > 0]
+    scores = [step["critic/score/mean"] for step in steps]
+    assert np.mean(scores[-3:]) > 3 * np.mean(scores[:3])
+    assert max(step["training/rollout_log_probs_diff_max"] for step in steps) < 1e-3
+    assert all(step["timing_s/check_weights"] > 0 for step in steps)
+    assert "SGLang 0.5" in done.stdout
+
+
+@pytest.mark.parametrize("victim", ["scheduler", "engine"])
+def test_the_death_of_sglang_ends_the_run_with_a_message_and_leaves_no_process(small, tmp_path, victim):
+    keys = {**SGLANG, "trainer__total_training_steps": 10000, "trainer__val_before_train": False}
+    run = subprocess.Popen(
+        command(arguments(small, tmp_path, **keys)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    started: list[psutil.Process] = []
+    try:
+        metrics = tmp_path / "metrics.jsonl"
+        deadline = time.monotonic() + 240
+        while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+            assert run.poll() is None, run.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (engine,) = descendants_named(run, "verl.rollout.sglang.server")
+        started = [engine, *engine.children(recursive=True)]
+        schedulers = [child for child in started if "scheduler" in " ".join(child.cmdline())]
+        chosen = engine if victim == "engine" else schedulers[0]
+        os.kill(chosen.pid, signal.SIGKILL)
+        _, stderr = run.communicate(timeout=60)
+    finally:
+        run.kill()
+        for process in started:
+            if process.is_running():
+                process.kill()
+    assert run.returncode == 1
+    assert "error: the SGLang engine (pid" in stderr
+    assert "Its output is in" in stderr
+    assert "Traceback" not in stderr
+    gone, alive = psutil.wait_procs(started, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,104 @@
+"""The rollout engine of a run: started before the trainer's models where it is a process of its own, as its KV cache
+is a share of the memory that it finds free; or made of the actor's module."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from verl.checks.gpu_memory import check_balance, disabled_by_user, environment_for_engine, read_gpus
+from verl.checks.plan import RunPlan
+from verl.data.tokenizer import end_token_ids
+from verl.engine.model import read_config
+from verl.engine.precision import compute_dtype
+from verl.rollout.base import RolloutEngine
+from verl.rollout.client import ClientEngine
+from verl.rollout.hf import HFEngine
+from verl.rollout.sglang.arguments import SGLangSettings
+from verl.rollout.sglang.process import SGLangProcess
+
+if TYPE_CHECKING:
+    from verl.config.models import Config
+    from verl.trainer.ppo.worker import PPOWorker
+
+Say = Callable[[str], None]
+
+
+def start_engine(
+    config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, folder: Path, note: Say, warn: Say
+) -> RolloutEngine | None:
+    """The engine, if it does not need the trainer's models. folder: of the run, for its logs."""
+    if plan.engine == "hf":
+        return None
+    return _start_sglang(config, plan, tokenizer, folder, note, warn)
+
+
+def embedded_engine(
+    config: Config, plan: RunPlan, worker: PPOWorker, tokenizer: PreTrainedTokenizerBase
+) -> RolloutEngine:
+    """Generates with the actor's own module."""
+    rollout, actor = config.actor_rollout_ref.rollout, worker.engines["actor"]
+    return HFEngine(
+        actor.module,
+        tokenizer,
+        root=actor.root,
+        eos_token_ids=end_token_ids(tokenizer, config.actor_rollout_ref.model.path),
+        max_model_len=plan.context_length,
+        max_num_seqs=rollout.max_num_seqs,
+        max_prefill_tokens=rollout.max_num_batched_tokens,
+    )
+
+
+def _start_sglang(
+    config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, folder: Path, note: Say, warn: Say
+) -> RolloutEngine:
+    environment = environment_for_engine(os.environ)
+    if plan.device == "cuda" and plan.tensor_parallel > 1:
+        readings = read_gpus(range(plan.tensor_parallel))
+        if warning := check_balance(readings, disabled=disabled_by_user(os.environ)):
+            warn(warning)
+    log = folder / "rollout" / "sglang.log"
+    note(f"starting SGLang (its output: {log})")
+    megabytes = config.actor_rollout_ref.rollout.update_weights_bucket_megabytes
+    backend = SGLangProcess(
+        sglang_settings(config, plan), log=log, bucket_bytes=megabytes << 20, environment=environment
+    )
+    note(backend.describe())
+    model = config.actor_rollout_ref.model
+    return ClientEngine(
+        backend,
+        tokenizer,
+        eos_token_ids=end_token_ids(tokenizer, model.path),
+        max_model_len=plan.context_length,
+        vocab_size=read_config(model, "policy").get_text_config(decoder=True).vocab_size,
+        no_weights="it has not been given the actor's weights yet",
+    )
+
+
+def sglang_settings(config: Config, plan: RunPlan) -> SGLangSettings:
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    computed_in = compute_dtype(config.actor_rollout_ref.actor.fsdp_config.dtype, torch.device(plan.device))
+    dtype = str(computed_in) if rollout.dtype == "auto" else rollout.dtype
+    overrides = {"json_model_override_args": json.dumps(model.override_config)} if model.override_config else {}
+    return SGLangSettings(
+        model_path=os.path.expanduser(model.path),
+        trust_remote_code=model.trust_remote_code,
+        device=plan.device,
+        dtype=dtype.removeprefix("torch."),
+        max_model_len=plan.context_length,
+        max_num_seqs=rollout.max_num_seqs,
+        max_prefill_tokens=rollout.max_num_batched_tokens,
+        tensor_parallel=plan.tensor_parallel,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        free_cache_engine=rollout.free_cache_engine,
+        enforce_eager=rollout.enforce_eager,
+        load_format=rollout.load_format,
+        seed=config.trainer.seed,
+        extra={**overrides, **rollout.engine_kwargs.sglang},
+    )

@@ -1,0 +1,46 @@
+"""Who has the device's memory when: the rollout engine and the models in training take turns.
+
+    train ──> update (engine: weights) ──> generate (engine: weights, KV cache) ──> train (engine: nothing) ──> ...
+
+The KV cache is never there together with a model that is loaded for a stage, and the engine's weights only while they
+are filled from the actor's. An engine that cannot sleep stays as it is throughout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from verl.rollout.base import MemoryTag, RolloutEngine
+
+
+class Phases:
+    """free_memory: gives what the trainer's allocator holds unused back to the device."""
+
+    def __init__(self, rollout: RolloutEngine, free_memory: Callable[[], object]):
+        self._rollout, self._free_memory = rollout, free_memory
+        self._asleep: set[MemoryTag] = set()
+
+    def train(self) -> None:
+        """Nothing of the engine's is on the device; its weights are lost and have to come again."""
+        self._sleep({"weights", "kv_cache"})
+
+    def update(self) -> None:
+        """The engine has room for its weights, and not more."""
+        self._sleep({"kv_cache"})
+        self._wake({"weights"})
+
+    def generate(self) -> None:
+        """All of the engine is on the device."""
+        self._wake({"weights", "kv_cache"})
+
+    def _sleep(self, tags: set[MemoryTag]) -> None:
+        if tags := (tags & self._rollout.capabilities.sleep) - self._asleep:
+            asyncio.run(self._rollout.sleep(list(tags)))
+            self._asleep |= tags
+
+    def _wake(self, tags: set[MemoryTag]) -> None:
+        if tags := tags & self._asleep:
+            self._free_memory()
+            asyncio.run(self._rollout.wake(list(tags)))
+            self._asleep -= tags
