@@ -1,20 +1,28 @@
 # make demo: set up .venv and run the main job (supervised warm start, then PPO) on this machine.
 # make test: set up .venv and run the tests. make lint: ruff and mypy.
+# make sglang-cpu: set up .venv-sglang, in which SGLang runs on this CPU. make test-sglang: run its tests there.
 
 VENV ?= .venv
+SGLANG_VENV ?= .venv-sglang
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q
+SGLANG_PIP = $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check -q
 # Without an NVIDIA driver: the tested CPU versions. With one: what pyproject.toml admits.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test sglang-cpu test-sglang lint docs clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo/run.py $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+sglang-cpu: $(SGLANG_VENV)/installed
+
+test-sglang: $(SGLANG_VENV)/installed
+	$(SGLANG_VENV)/bin/python -m pytest tests/conformance tests/with_sglang $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
@@ -33,5 +41,16 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install $(CONSTRAINTS) -e ".[dev,data,gguf]"
 	touch $@
 
+# SGLang comes last and by itself, without its dependencies, which are CUDA's; an earlier one goes first, for pip would
+# miss them. The .pth file makes the stand-ins of tests/sglang_cpu importable there.
+$(SGLANG_VENV)/installed: pyproject.toml constraints-sglang-cpu.txt tests/sglang_cpu/requirements.txt
+	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_PIP) -q uninstall -y sglang
+	$(SGLANG_PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(shell sed -n 's/^torch==//p' constraints-sglang-cpu.txt)
+	$(SGLANG_PIP) install -c constraints-sglang-cpu.txt -e ".[test,data,gguf]" -r tests/sglang_cpu/requirements.txt
+	$(SGLANG_PIP) install -c constraints-sglang-cpu.txt --no-deps sglang
+	echo "$(CURDIR)/tests/sglang_cpu" >"$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sglang_cpu.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) outputs build *.egg-info

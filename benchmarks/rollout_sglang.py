@@ -83,14 +83,17 @@ def main() -> None:
             max_model_len=options.prompt + options.response,
             max_num_seqs=options.requests,
             gpu_memory_utilization=options.memory,
-            free_cache_engine=True,
+            extra={"max_total_tokens": 2 * options.requests * (options.prompt + options.response)},
         )
         started = time.perf_counter()
+        bare = BareSGLang(settings, options.response) if "generate" in options.parts else None  # starts meanwhile
         backend = SGLangProcess(settings, log=Path(options.log), bucket_bytes=options.bucket * MIB)
         report(results, "start", {"seconds": time.perf_counter() - started, "engine": backend.describe()}, options)
         try:
             for part in options.parts.split(","):
-                report(results, part, PARTS[part](backend, config, settings, options), options)
+                report(results, part, PARTS[part](backend, bare, config, settings, options), options)
+                if part == "generate" and bare:
+                    bare.close()
         finally:
             backend.close()
 
@@ -120,25 +123,16 @@ def report(results: dict[str, Any], part: str, figures: dict[str, Any], options:
 # ---- generation
 
 
-def generation(backend: SGLangProcess, config: Qwen2Config, settings: SGLangSettings, options) -> dict[str, Any]:
+def generation(backend: SGLangProcess, bare_sglang, config: Qwen2Config, settings, options) -> dict[str, Any]:
     engine = client(backend, config, options)
-    parent, child = mp.get_context("spawn").Pipe()
-    environment = environment_of(settings, {})
-    process = mp.get_context("spawn").Process(
-        target=bare_engine, args=(child, arguments_of(settings), environment, options.response)
-    )
-    process.start()
-    parent.recv()
+    bare_sglang.wait()
     ours, bare = [], []
     rng = np.random.default_rng(0)
     for number in range(options.rounds + 1):  # the first warms up
         prompts = rng.integers(2, config.vocab_size, (options.requests, options.prompt)).tolist()
         ours.append(timed_ours(engine, prompts, options))
-        parent.send(prompts)
-        bare.append(parent.recv())
+        bare.append(bare_sglang.tokens_per_s(prompts))
         print(f"  round {number}: ours {ours[-1]:,.0f}, bare {bare[-1]:,.0f} tokens/s", flush=True)
-    parent.send(None)
-    process.join(60)
     ratios = [one / other for one, other in zip(ours[1:], bare[1:], strict=True)]
     return {
         "ours_tokens_per_s": statistics.median(ours[1:]),
@@ -163,6 +157,29 @@ def timed_ours(engine: ClientEngine, prompts: list[list[int]], options: argparse
     return len(results) * options.response / seconds
 
 
+class BareSGLang:
+    """In a process of its own, as its workers' end would be this one's."""
+
+    def __init__(self, settings: SGLangSettings, response: int):
+        self._pipe, child = mp.get_context("spawn").Pipe()
+        self._process = mp.get_context("spawn").Process(
+            target=bare_engine, args=(child, arguments_of(settings), environment_of(settings, {}), response)
+        )
+        self._process.start()
+
+    def wait(self) -> None:
+        assert self._pipe.recv() == "up"
+
+    def tokens_per_s(self, prompts: list[list[int]]) -> float:
+        self._pipe.send(prompts)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join(30)
+        self._process.kill()
+
+
 def bare_engine(pipe: Any, arguments: dict[str, Any], environment: dict[str, str], response: int) -> None:
     """SGLang as its own documentation drives it."""
     import os
@@ -185,7 +202,7 @@ def bare_engine(pipe: Any, arguments: dict[str, Any], environment: dict[str, str
 # ---- weights
 
 
-def updates(backend: SGLangProcess, config: Qwen2Config, settings: SGLangSettings, options) -> dict[str, Any]:
+def updates(backend: SGLangProcess, _, config: Qwen2Config, settings: SGLangSettings, options) -> dict[str, Any]:
     engine = client(backend, config, options)
     dtype = getattr(torch, settings.dtype)
     with torch.device("meta"):
@@ -257,7 +274,7 @@ def copy_floor(weights: dict[str, torch.Tensor]) -> float:
 # ---- memory
 
 
-def sleeping(backend: SGLangProcess, config: Qwen2Config, settings: SGLangSettings, options) -> dict[str, Any]:
+def sleeping(backend: SGLangProcess, _, config: Qwen2Config, settings, options) -> dict[str, Any]:
     engine = client(backend, config, options)
     torch.cuda.empty_cache()
     rounds = []

@@ -107,7 +107,7 @@ class SGLangKit(HFKit):
     """The real SGLang, on the GPU where there is one."""
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tolerance = 0.1 if device == "cuda" else 5e-5  # bfloat16, float32
+    tolerance = 0.25 if device == "cuda" else 5e-5  # bfloat16 logits of up to 16, float32
     tensor_parallel = 1
     backends: ClassVar[dict[int, Shared]] = {}
 

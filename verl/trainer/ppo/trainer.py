@@ -356,13 +356,15 @@ class PPOTrainer:
             with self.loaded("actor"):
                 yield
             return
-        with self.stage("wake"):
-            self.phases.generate()
+        if self.parts.rollout.capabilities.sleep:
+            with self.stage("wake"):
+                self.phases.generate()
         yield
 
     def make_room_for_training(self) -> None:
-        with self.stage("sleep"):
-            self.phases.train()
+        if self.parts.rollout.capabilities.sleep:
+            with self.stage("sleep"):
+                self.phases.train()
 
     @contextmanager
     def loaded(self, role: str, optimizer: bool = False) -> Iterator[None]:
