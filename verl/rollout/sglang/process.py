@@ -20,6 +20,7 @@ from verl.rollout.sglang.receiver import ADDRESS_VARIABLE, KEY_VARIABLE
 from verl.rollout.weights.sender import Session, WeightSender
 
 SERVER = "verl.rollout.sglang.server"
+GIB = 1 << 30
 START_TIMEOUT = 1800.0  # a first start compiles kernels, or reads a large model from a slow disk
 
 
@@ -40,11 +41,13 @@ class SGLangProcess:
             min_new_tokens=False,  # needs SGLang's own tokenizer
             seeded=False,
         )
+        self._device = torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", settings.first_gpu)
+        self._slept: dict[MemoryTag, int] = {}  # bytes that each tag gave back
         key = secrets.token_bytes(32)
         self._sender = WeightSender(
             key,
             receivers=settings.tensor_parallel,
-            device=torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", settings.first_gpu),
+            device=self._device,
             dtype=getattr(torch, settings.dtype),
             bucket_bytes=bucket_bytes,
         )
@@ -129,9 +132,23 @@ class SGLangProcess:
         return self._sender.seconds
 
     def sleep(self, tags: Sequence[MemoryTag]) -> None:
-        self.process.call("sleep", list(tags))
+        for tag in tags:
+            before, _ = torch.cuda.mem_get_info(self._device)
+            self.process.call("sleep", [tag])
+            self._slept[tag] = torch.cuda.mem_get_info(self._device)[0] - before
 
     def wake(self, tags: Sequence[MemoryTag]) -> None:
+        """SGLang would be aborted by its allocator where the memory is not there: then it is not asked."""
+        needed = sum(self._slept[tag] for tag in tags)
+        free, _ = torch.cuda.mem_get_info(self._device)
+        if free < needed:
+            raise UserError(
+                f"the SGLang engine cannot wake: its {' and '.join(tags)} took {needed / GIB:.1f} GiB when it went to "
+                f"sleep, and {free / GIB:.1f} GiB of the GPU are free, as this process holds "
+                f"{torch.cuda.memory_reserved(self._device) / GIB:.1f} GiB. Lower "
+                "actor_rollout_ref.rollout.gpu_memory_utilization, or offload models that are not in use "
+                "(param_offload, optimizer_offload)"
+            )
         self.process.call("wake", list(tags))
 
     def drop_cache(self) -> None:
