@@ -6,8 +6,8 @@ generate: 256 requests of 256 tokens in and 512 out, all at once; rounds alterna
     ``sglang.Engine.generate`` (in a process of its own on the same GPU, with the same arguments), which returns
     log-probs, too. Prompts are new in each round and the same for both.
 update: the whole model from bfloat16 tensors on the GPU, from float32 ones that are cast, and from host memory.
-    gather: the stream and copies into buckets; wait: for the engine to be done with a bucket. Memory: what the
-    update took at most beyond the tensors themselves.
+    open: buffers and their mapping; gather: the stream and copies into buckets; wait: for the engine to be done with
+    a bucket. Memory: what the update took at most beyond the tensors themselves.
 sleep: what the GPU gets back, and the seconds of sleep and of wake by tag.
 
 Figures are medians; every part prints its own as it ends. On a machine without a GPU, ``--shape toy`` runs it all but
@@ -83,7 +83,10 @@ def main() -> None:
             max_model_len=options.prompt + options.response,
             max_num_seqs=options.requests,
             gpu_memory_utilization=options.memory,
-            extra={"max_total_tokens": 2 * options.requests * (options.prompt + options.response)},
+            extra={
+                "max_total_tokens": options.requests * (options.prompt + options.response) * 5 // 4,
+                "cuda_graph_backend_prefill": "disabled",  # half a minute of each start
+            },
         )
         started = time.perf_counter()
         bare = BareSGLang(settings, options.response) if "generate" in options.parts else None  # starts meanwhile
@@ -106,8 +109,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=256 if CUDA else 8)
     parser.add_argument("--prompt", type=int, default=256 if CUDA else 16)
     parser.add_argument("--response", type=int, default=512 if CUDA else 16)
-    parser.add_argument("--bucket", type=int, default=256, help="MiB of each of the two buckets")
-    parser.add_argument("--memory", type=float, default=0.4, help="share of free GPU memory of each engine")
+    parser.add_argument("--bucket", type=int, default=512, help="MiB of each of the two buckets")
+    parser.add_argument("--memory", type=float, default=0.8, help="share of free GPU memory of each engine")
     parser.add_argument("--log", default="sglang.log")
     parser.add_argument("--out", help="also write the figures there, as JSON")
     return parser.parse_args()
@@ -204,6 +207,8 @@ def bare_engine(pipe: Any, arguments: dict[str, Any], environment: dict[str, str
 
 def updates(backend: SGLangProcess, _, config: Qwen2Config, settings: SGLangSettings, options) -> dict[str, Any]:
     engine = client(backend, config, options)
+    if backend.capabilities.sleep:
+        asyncio.run(engine.sleep(["kv_cache"]))  # as in a run
     dtype = getattr(torch, settings.dtype)
     with torch.device("meta"):
         shapes = {name: param.shape for name, param in Qwen2ForCausalLM(config).named_parameters()}
@@ -234,6 +239,8 @@ def updates(backend: SGLangProcess, _, config: Qwen2Config, settings: SGLangSett
         torch.cuda.empty_cache()
         host = {name: tensor.pin_memory() for name, tensor in host.items()}
     figures["from pinned host memory"] = timed_updates(engine, backend, lambda: host.items(), options)
+    if backend.capabilities.sleep:
+        asyncio.run(engine.wake(["kv_cache"]))
     return figures
 
 

@@ -30,6 +30,7 @@ def inert(*overrides: str, device: str = "cuda") -> set[str]:
 
 
 HF, SGLANG = f"{ROLLOUT}.name=hf", f"{ROLLOUT}.name=sglang"
+SERVER, DISK = f"{ROLLOUT}.mode=server", f"{ROLLOUT}.server_weight_update=disk"
 GRPO = "algorithm.adv_estimator=grpo"
 MANY = "trainer.n_gpus_per_node=4"
 
@@ -80,6 +81,13 @@ MANY = "trainer.n_gpus_per_node=4"
         (f"{ROLLOUT}.gpu_memory_utilization=0.8", [HF], [SGLANG, MANY]),
         (f"{ROLLOUT}.tensor_model_parallel_size=2", [HF], [SGLANG, MANY]),
         (f"{ROLLOUT}.engine_kwargs.sglang={{x:1}}", [HF], [SGLANG]),
+        (f"{ROLLOUT}.gpu_memory_utilization=0.8", [SGLANG, SERVER], [SGLANG]),
+        (f"{ROLLOUT}.engine_kwargs.sglang={{x:1}}", [SGLANG, SERVER], [SGLANG]),
+        (f"{ROLLOUT}.max_num_seqs=8", [SGLANG, SERVER], [SGLANG]),
+        (f"{ROLLOUT}.server_urls=[http://127.0.0.1:1]", [SGLANG], [SGLANG, SERVER]),
+        (f"{ROLLOUT}.server_weight_update=disk", [SGLANG], [SGLANG, SERVER]),
+        (f"{ROLLOUT}.server_weights_dir=/w", [SGLANG, SERVER], [SGLANG, SERVER, DISK]),
+        (f"{ROLLOUT}.update_weights_bucket_megabytes=9", [SGLANG, SERVER, DISK], [SGLANG, SERVER]),
         (f"{ROLLOUT}.val_kwargs.temperature=1", [HF], [HF, f"{ROLLOUT}.val_kwargs.do_sample=True"]),
         ("data.seed=3", [HF, "data.shuffle=False"], [HF]),
         ("data.truncation=left", [HF, "data.filter_overlong_prompts=True"], [HF]),

@@ -48,6 +48,12 @@ def test_an_old_engine_name_is_read_as_the_engine(load_valid):
     assert "sglang_async" in loaded.notices[0]
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_an_old_rollout_mode_is_read_as_the_one_on_the_trainers_devices(load_valid, mode):
+    loaded = load_valid(f"actor_rollout_ref.rollout.mode={mode}")
+    assert loaded.config.actor_rollout_ref.rollout.mode == "colocated"
+
+
 @pytest.mark.parametrize("key", WITHOUT_EFFECT)
 def test_a_key_with_nothing_left_to_decide_is_named_as_such(load_valid, key):
     loaded = load_valid(f"{key}=1")

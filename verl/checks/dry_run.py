@@ -68,12 +68,21 @@ def _setup(config: Config, plan: RunPlan) -> Section:
         )
     rows = [("model", model), ("placement", placement)]
     rows += [(f"builds {role}", why) for role, why in plan.roles.items()]
-    size = "" if plan.tensor_parallel == 1 else f" of {plan.tensor_parallel} GPUs each (tensor parallel)"
-    replicas = f"{plan.replicas} replica{'s' if plan.replicas != 1 else ''}{size}"
-    rows.append(("rollout engine", f"{plan.engine}, {replicas}, on the same devices as training"))
+    rows.append(("rollout engine", _rollout(config, plan)))
     lengths = f"{plan.max_prompt_length:,} of prompt + {plan.max_response_length:,} of response"
     rows.append(("context", f"{plan.context_length:,} tokens ({lengths} at most)"))
     return rows
+
+
+def _rollout(config: Config, plan: RunPlan) -> str:
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.mode == "server":
+        return (
+            f"{plan.engine}, on {len(rollout.server_urls)} servers elsewhere; weights by {rollout.server_weight_update}"
+        )
+    size = "" if plan.tensor_parallel == 1 else f" of {plan.tensor_parallel} GPUs each (tensor parallel)"
+    replicas = f"{plan.replicas} replica{'s' if plan.replicas != 1 else ''}{size}"
+    return f"{plan.engine}, {replicas}, on the same devices as training"
 
 
 def _step(plan: RunPlan) -> Section:

@@ -204,6 +204,41 @@ RULES = (
         f"the embedded engine ({ROLLOUT}.name=hf) runs the trainer's own model in the trainer's process",
     ),
     Rule(
+        tuple(
+            f"{ROLLOUT}.{name}"
+            for name in (
+                "tensor_model_parallel_size",
+                "gpu_memory_utilization",
+                "free_cache_engine",
+                "enforce_eager",
+                "load_format",
+                "max_num_seqs",
+                "max_num_batched_tokens",
+                "engine_kwargs.*",
+            )
+        ),
+        lambda run: run.config.actor_rollout_ref.rollout.mode == "server",
+        f"the servers ({ROLLOUT}.mode=server) are as they were started",
+    ),
+    Rule(
+        (f"{ROLLOUT}.server_*",),
+        lambda run: run.config.actor_rollout_ref.rollout.mode == "colocated",
+        f"the engine runs on the trainer's devices ({ROLLOUT}.mode=colocated)",
+    ),
+    Rule(
+        (f"{ROLLOUT}.server_weights_dir",),
+        lambda run: run.config.actor_rollout_ref.rollout.server_weight_update == "tensors",
+        f"new weights go over HTTP ({ROLLOUT}.server_weight_update=tensors)",
+    ),
+    Rule(
+        (f"{ROLLOUT}.update_weights_bucket_megabytes",),
+        lambda run: (
+            run.config.actor_rollout_ref.rollout.mode == "server"
+            and run.config.actor_rollout_ref.rollout.server_weight_update == "disk"
+        ),
+        f"new weights go through a folder ({ROLLOUT}.server_weight_update=disk)",
+    ),
+    Rule(
         tuple(f"{ROLLOUT}.val_kwargs.{name}" for name in ("temperature", "top_p", "top_k")),
         lambda run: not run.config.actor_rollout_ref.rollout.val_kwargs.do_sample,
         f"validation is greedy ({ROLLOUT}.val_kwargs.do_sample=False)",

@@ -194,7 +194,7 @@ def plan_run(config: Config, *, device: str, train_rows: int | None = None, val_
         critic_warmup=trainer.critic_warmup,
         roles=roles,
         engine=rollout.name,
-        tensor_parallel=1 if rollout.name == "hf" else rollout.tensor_model_parallel_size,
+        tensor_parallel=1 if rollout.name == "hf" or rollout.mode == "server" else rollout.tensor_model_parallel_size,
         max_prompt_length=data.max_prompt_length,
         max_response_length=data.max_response_length,
         context_length=rollout.max_model_len or data.max_prompt_length + data.max_response_length,

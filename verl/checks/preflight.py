@@ -15,6 +15,7 @@ from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_bui
 from verl.checks.models import ModelFacts, check_model, check_tokenizer, check_tokenizer_path
 from verl.checks.plan import RunPlan, plan_run
 from verl.checks.rewards import check_data_sources, check_reward_function
+from verl.checks.servers import check_servers
 from verl.checks.settings import ROLLOUT, check_context, check_settings
 from verl.rollout.sglang.arguments import OWN_KEYS, installed
 from verl.tracking import LOGGERS
@@ -49,6 +50,7 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
     check_settings(findings, config, plan)
     models = _models(findings, config, plan)
     _engine(findings, config, plan, dry_run)
+    check_servers(findings, config, dry_run)
     _devices(findings, config, plan, gpus, dry_run)
     _files(findings, config, plan, models)
     for sentence in find_inert(config, plan, loaded.set_keys):
@@ -132,7 +134,7 @@ def _engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) ->
         else:
             why = f"this version has no adapter for {name} yet ({name} {where})"
             findings.problem(key, name, why, "set it to hf, the embedded engine")
-    elif name != "hf" and not installed(name):
+    elif name != "hf" and config.actor_rollout_ref.rollout.mode == "colocated" and not installed(name):
         if dry_run:
             findings.cannot_check(f"{key}={name}: {name} is not installed here; its own settings are not checked")
         else:

@@ -45,13 +45,14 @@ WITHOUT_EFFECT = {
     "actor_rollout_ref.hybrid_engine": "rollout and training always take turns on the same devices",
     "actor_rollout_ref.actor.strategy": "models are sharded by FSDP2",
     "critic.strategy": "models are sharded by FSDP2",
-    "actor_rollout_ref.rollout.mode": "every engine is asynchronous",
     "actor_rollout_ref.rollout.calculate_log_probs": "every engine gives the log-probs of its tokens",
 }
 
 # Old values: (key, old value) -> value here.
 REVALUED = {
     ("actor_rollout_ref.rollout.name", "sglang_async"): "sglang",
+    ("actor_rollout_ref.rollout.mode", "sync"): "colocated",
+    ("actor_rollout_ref.rollout.mode", "async"): "colocated",
     ("algorithm.rollout_correction.mode", "truncate"): "clamp",
 }
 

@@ -67,3 +67,16 @@ class RolloutConfig(Section):
         256, description="Size of each of the two buffers through which new weights go to the engine."
     )
     engine_kwargs: EngineKwargsConfig = EngineKwargsConfig()
+    mode: Literal["colocated", "server"] = Field(
+        "colocated", description="colocated: the engine runs on the trainer's devices; server: on servers elsewhere."
+    )
+    server_urls: Strings = Field([], description="SGLang servers that were started for this run: http://host:port.")
+    server_api_key_env: str | None = Field(
+        None, description="Name of the environment variable that holds the servers' --api-key; null: they have none."
+    )
+    server_weight_update: Literal["tensors", "disk"] = Field(
+        "tensors", description="How servers get new weights: over HTTP, or from a folder that they see as we do."
+    )
+    server_weights_dir: str | None = Field(
+        None, description="That folder; it takes two versions of the weights for a moment."
+    )

@@ -12,6 +12,7 @@ pause would do. Stop strings are watched here, as are stop tokens that an engine
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from verl.rollout.requests import check_request
 from verl.rollout.rows import Row
 from verl.rollout.states import EngineState
 from verl.rollout.stops import StopWatch
+
+CLOSE_TIMEOUT = 20.0  # seconds
 
 
 class ClientEngine:
@@ -66,50 +69,51 @@ class ClientEngine:
     # ---- requests
 
     async def generate(self, requests: Sequence[Request]) -> list[Result]:
-        with self._lock:
-            self._state.check_generate()
-            self._check_alive()
-            rows = [self._row(request) for request in requests]
-            ids = [request.id for request in requests]
-            if taken := [id for id in ids if id in self._rows or ids.count(id) > 1]:
-                raise IllegalState(f"generate: a request with id {taken[0]!r} is already in flight")
-            self._rows.update(zip(ids, rows, strict=True))
-            if not self._state.paused:
-                self._launch(rows)
+        rows: list[Row] = []
         try:
+            with self._lock, self._order("generate"):
+                self._state.check_generate()
+                rows = [self._row(request) for request in requests]
+                ids = [request.id for request in requests]
+                if taken := [id for id in ids if id in self._rows or ids.count(id) > 1]:
+                    raise IllegalState(f"generate: a request with id {taken[0]!r} is already in flight")
+                self._rows.update(zip(ids, rows, strict=True))
+                if not self._state.paused:
+                    self._launch(rows)
             return await asyncio.gather(*(asyncio.wrap_future(row.future) for row in rows))
         finally:  # also when the caller is cancelled
-            self._forget([row for row in rows if self._rows.get(row.request.id) is row])
+            self._forget(rows)
 
     async def abort(self, ids: Sequence[str] | None = None) -> None:
         with self._lock:
             chosen = list(self._rows.values()) if ids is None else [self._rows[id] for id in ids if id in self._rows]
             ended = self._recall(chosen)
-        await _all(ended)
-        with self._lock:
-            for row in chosen:
-                self._end(row, "abort")
+        try:
+            await _all(ended)
+        finally:  # also when our own caller has no more patience: who waits for these rows is to get them
+            with self._lock:
+                self._recall(chosen)  # one may have been resumed in the meantime
+                for row in chosen:
+                    self._end(row, "abort")
 
     async def pause(self) -> None:
-        with self._lock:
+        with self._lock, self._order("pause"):
             self._state.check_pause()
-            self._check_alive()
             self._state.paused = True
             ended = self._recall(list(self._rows.values()))
         await _all(ended)
 
     async def resume(self) -> None:
-        with self._lock:
-            self._state.check_resume()
-            self._check_alive()
-            self._state.paused = False
+        with self._lock, self._order("resume"):
+            self._state.check_resume(len(self._draws))
             self._launch(list(self._rows.values()))
+            self._state.paused = False
 
     # ---- weights and memory. The backend is idle in all of them: nothing is in flight, or all of it was recalled
 
     async def update_weights(self, stream: WeightStream, version: int) -> None:
         with self._order("update_weights"):
-            self._state.check_update(len(self._rows))
+            self._state.check_update("update_weights", len(self._rows), len(self._draws))
             self._drop_cache()
             self._state.no_weights = "its last weight update did not end well"
             self.backend.update_weights(stream, version)
@@ -117,12 +121,12 @@ class ClientEngine:
 
     async def check_weights(self, stream: WeightStream) -> list[str]:
         with self._order("check_weights"):
-            self._state.check_update(len(self._rows))
+            self._state.check_update("check_weights", len(self._rows), len(self._draws))
             return self.backend.check_weights(stream)
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
         with self._order("sleep"):
-            self._state.check_sleep(tags, len(self._rows))
+            self._state.check_sleep(tags, len(self._rows), len(self._draws))
             if tags:
                 self._drop_cache()
                 self.backend.sleep(tags)
@@ -137,17 +141,19 @@ class ClientEngine:
 
     async def health(self) -> None:
         with self._order("health"):
-            self._state.check_open("health")
             self.backend.health()
 
     async def close(self) -> None:
+        """An engine that hangs is given CLOSE_TIMEOUT to hand out what it has drawn."""
         if self._state.closed:
             return
-        if self._death is None:
-            await self.abort()
-        with self._lock:
-            self._state.closed = True
-        self.backend.close()
+        self._state.closed = True
+        try:
+            if self._death is None:
+                with contextlib.suppress(EngineDied, TimeoutError):
+                    await asyncio.wait_for(self.abort(), CLOSE_TIMEOUT)
+        finally:
+            self.backend.close()
 
     # ---- what the backend reports
 
@@ -188,7 +194,7 @@ class ClientEngine:
         sampling = request.sampling
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
         watch = StopWatch(self._tokenizer, sampling.stop) if sampling.stop else None
-        return Row(request, Future(), prompt, stop_ids, watch)
+        return Row(request, _promise(), prompt, stop_ids, watch)
 
     def _launch(self, rows: Sequence[Row]) -> None:
         draws = []
@@ -204,15 +210,19 @@ class ClientEngine:
             )
             self._draws[draw.id], self._draw_of[row] = row, draw.id
             draws.append(draw)
-        if draws:
-            self.backend.draw(draws)
+        try:
+            if draws:
+                self.backend.draw(draws)
+        except BaseException:
+            for row in rows:
+                self._landed(row)
+            raise
 
     def _take(self, row: Row, report: Drawn) -> None:
-        for token, log_prob in zip(report.ids, report.log_probs, strict=True):
-            if reason := row.take(token, log_prob, self.version):
-                if not report.finish:  # the engine does not know that it is over
-                    self.backend.recall([report.id])
-                return self._end(row, reason)
+        if reason := row.take_all(report.ids, report.log_probs, self.version):
+            if not report.finish:  # the engine does not know that it is over
+                self.backend.recall([report.id])
+            return self._end(row, reason)
         if report.finish:
             self._landed(row)
             if report.id not in self._recalled:  # nobody asked for its end: the engine ran out of something
@@ -222,7 +232,7 @@ class ClientEngine:
         """Ask for the end of these rows' draws; the futures tell when they have ended."""
         ids = [self._draw_of[row] for row in rows if row in self._draw_of]
         for id in ids:
-            self._recalled.setdefault(id, Future())
+            self._recalled.setdefault(id, _promise())
         if ids:
             self.backend.recall(ids)
         return [self._recalled[id] for id in ids]
@@ -232,16 +242,19 @@ class ClientEngine:
             self._draws.pop(id, None)
 
     def _end(self, row: Row, reason: Any) -> None:
-        if self._rows.pop(row.request.id, None) is row:
+        if self._rows.get(row.request.id) is row:  # another request may have taken over the id of one that ended
+            del self._rows[row.request.id]
             self._landed(row)
             row.finish(reason)
 
     def _forget(self, rows: Sequence[Row]) -> None:
         with self._lock:
-            if self._death is None and not self._state.closed:
-                self._recall(rows)
+            rows = [row for row in rows if self._rows.get(row.request.id) is row]
+            if self._death is None:
+                with contextlib.suppress(EngineDied):  # the caller leaves for a reason of its own
+                    self._recall(rows)
             for row in rows:
-                self._rows.pop(row.request.id, None)
+                del self._rows[row.request.id]
                 self._landed(row)
 
     # ---- state
@@ -252,13 +265,22 @@ class ClientEngine:
 
     @contextmanager
     def _order(self, order: str) -> Iterator[None]:
+        """An engine that is lost in one order is lost for all: nobody waits for it any more."""
         self._state.check_open(order)
-        self._check_alive()
-        yield
-
-    def _check_alive(self) -> None:
         if self._death:
             raise EngineDied(str(self._death))
+        try:
+            yield
+        except EngineDied as error:
+            self.died(error)
+            raise
+
+
+def _promise() -> Future[Any]:
+    """A future that those who wait for it cannot cancel: the backend's thread sets it without asking."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 async def _all(futures: Sequence[Future[None]]) -> None:

@@ -5,7 +5,8 @@ is a message and not the trainer's. ``verl.rollout.serve`` is the other end.
        reader thread <── answers, reports ──┘
 
 Nobody else can connect: the socket has no name. The process leads a session of its own, so that a Ctrl-C meant for
-the trainer does not reach it, and so that all of its children end with it.
+the trainer does not reach it, and so that all of its children end with it. The end of the orders is what tells it to
+leave: that never waits for room in the socket, as an order may whose reader hangs.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -35,7 +38,8 @@ EXIT_TIMEOUT = 10.0  # from the end of the connection to that of the process
 
 
 class EngineProcess:
-    """Starts ``python -m module`` and speaks to it.
+    """Starts ``python -m module`` and speaks to it. To be made in a thread that lives as long as it shall: the system
+    ends it with the thread that started it, which is how it never outlives the trainer.
 
     name: what messages call it. log: the file that takes its output. on_report: called from the reader thread with
     each report (anything that is not an answer). on_death: called once, from that thread, unless it was closed.
@@ -56,7 +60,7 @@ class EngineProcess:
         self._answers: dict[int, tuple[str, Future[Any]]] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._closing = False
+        self._closing = self._ended = False
         self.death: EngineDied | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
@@ -70,7 +74,7 @@ class EngineProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._connection = Connection(ours.detach())
+        self._socket, self._connection = ours, Connection(os.dup(ours.fileno()))
         self._reader = threading.Thread(target=self._read, name=f"{name} reports", daemon=True)
         self._reader.start()
 
@@ -80,11 +84,13 @@ class EngineProcess:
 
     def call(self, order: str, *args: Any, timeout: float = ANSWER_TIMEOUT) -> Any:
         """The answer. Raises what the order raised there (UserErrors as they are), or EngineDied."""
+        return self.wait_for(self.ask(order, *args), order, timeout)
+
+    def wait_for(self, answer: Future[Any], order: str, timeout: float = ANSWER_TIMEOUT) -> Any:
+        """The answer to an order that was given before, as for ``call``."""
         try:
-            return self.ask(order, *args).result(timeout)
+            return answer.result(timeout)
         except TimeoutError:
-            if self.death:
-                raise EngineDied(str(self.death)) from None
             raise self._lost(f"did not answer {order!r} within {timeout:.0f} s") from None
 
     def ask(self, order: str, *args: Any) -> Future[Any]:
@@ -95,8 +101,13 @@ class EngineProcess:
                 raise EngineDied(str(self.death))
             number = next(self._numbers)
             self._answers[number] = order, future
-            with contextlib.suppress(OSError):  # it has just died: the reader says why
+            try:
                 self._connection.send((number, order, args))
+            except OSError:
+                pass  # it has just died: the reader says why
+            except BaseException:  # not sent, so never answered
+                del self._answers[number]
+                raise
         return future
 
     def alive(self) -> bool:
@@ -104,31 +115,38 @@ class EngineProcess:
 
     def close(self, timeout: float = LEAVE_TIMEOUT) -> None:
         """Ask it to leave, and see to it that it does."""
-        if not self._closing:
-            self._closing = True
-            with contextlib.suppress(EngineDied, OSError, TimeoutError):
-                if self.alive():
-                    self.ask("leave")
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout)
-        self._end()
-        self._reader.join(timeout)
+        finally:
+            self._end()
+        self._reader.join(EXIT_TIMEOUT)
+        self._socket.close()
 
     # ---- the reader
 
     def _read(self) -> None:
         try:
             while True:
-                message = self._connection.recv()
-                if message[0] == "answer":
-                    _, number, worked, value = message
-                    _, future = self._answers.pop(number)
-                    future.set_result(value) if worked else future.set_exception(value)
-                else:
-                    self._on_report(message)
+                self._take(self._connection.recv())
         except (EOFError, OSError):
             self._gone()
+        except Exception as error:  # no further message would be read: who waits for one would wait for ever
+            traceback.print_exc()
+            self._end()
+            self._gone(f"was ended, as a message of it could not be taken ({type(error).__name__}: {error})")
 
-    def _gone(self) -> None:
+    def _take(self, message: tuple) -> None:
+        if message[0] != "answer":
+            return self._on_report(message)
+        _, number, worked, value = message
+        _, future = self._answers.pop(number)
+        future.set_result(value) if worked else future.set_exception(value)
+
+    def _gone(self, why: str | None = None) -> None:
         """The process is gone or about to be, with or without our asking."""
         try:
             reason = _reason(self._process.wait(EXIT_TIMEOUT))
@@ -136,10 +154,11 @@ class EngineProcess:
             reason = "its connection closed"
         self._end()
         with self._lock:
-            doing = sorted({order for order, _ in self._answers.values()} - {"leave"})
+            doing = sorted({order for order, _ in self._answers.values()})
             orders = f" while it was asked to {', '.join(doing)}" if doing else ""
-            self.death = self._lost(f"ended with {reason}{orders}")
+            self.death = self._lost("was closed" if self._closing else why or f"ended with {reason}{orders}")
             answers, self._answers = list(self._answers.values()), {}
+            self._connection.close()
         for _, future in answers:
             future.set_exception(self.death)
         if not self._closing:
@@ -150,14 +169,20 @@ class EngineProcess:
         return EngineDied(f"{self.name} (pid {self.pid}) {what}. Its output is in {self.log}; the last of it:\n{lines}")
 
     def last_lines(self) -> list[str]:
-        with self.log.open(errors="replace") as output:
-            return [line.rstrip() for line in deque(output, maxlen=LAST_LINES)]
+        try:
+            with self.log.open(errors="replace") as output:
+                return [line.rstrip() for line in deque(output, maxlen=LAST_LINES)]
+        except OSError as error:  # the death itself has to be told all the same
+            return [str(error)]
 
     def _end(self) -> None:
-        """End the process and all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """End the process and all that it started. Once: later on, the number may be another process's."""
+        if not self._ended:
+            self._ended = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the system may take its time over a GPU's memory
+            self._process.wait(EXIT_TIMEOUT)
 
 
 def _reason(code: int) -> str:
@@ -168,7 +193,12 @@ def _reason(code: int) -> str:
 
 
 def raise_in_parent(error: BaseException) -> Exception:
-    """What of an error in the engine process goes to the trainer: user errors as they are, others as text."""
-    if isinstance(error, UserError):
-        return error
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    """What of an error in the engine process goes to the trainer: user errors as they are (or as plain ones, where
+    they do not survive the way), others as text."""
+    if not isinstance(error, UserError):
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return UserError(str(error))
+    return error

@@ -30,6 +30,7 @@ from verl.rollout.fan import Fan
 RETRY_EVERY = 10.0  # seconds between attempts at a dead member
 # A prompt's requests stay together as long as their member has at most this many of them more than the idlest.
 KEEP_TOGETHER = 8
+CHECKED = -1  # stands for the version of weights that are saved to be compared
 
 
 @dataclass(eq=False)
@@ -204,7 +205,11 @@ class Router:
 
     async def check_weights(self, stream: WeightStream) -> list[str]:
         with self._syncing, self._order("check_weights"):
-            found = self._deal(stream, self._engines(), lambda engine, weights: engine.check_weights(weights))
+            engines = self._engines()
+            source = stream if self._save is None else self._save(stream, CHECKED)
+            found = self._deal(source, engines, lambda engine, weights: engine.check_weights(weights))
+            if self._save is not None:
+                self._forget(source)
         return [f"{member.name}: {line}" for member, lines in found.items() for line in lines]
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
@@ -274,7 +279,10 @@ class Router:
     def _revive_dead(self) -> None:
         while not self._closing.wait(self._retry_every):
             for member in [member for member in self.members if member.state == "dead"]:
-                self._try(member)
+                try:
+                    self._try(member)
+                except Exception as error:  # the end of this thread would be the end of all revivals
+                    self._note(f"rollout: {member.name} could not be brought back: {type(error).__name__}: {error}")
             with self._lock:
                 if not any(member.state == "dead" for member in self.members):
                     self._reviver = None
@@ -286,8 +294,6 @@ class Router:
             fresh = self._revive(member.name)
         except UserError:  # not yet
             return
-        except Exception as error:  # the end of this thread would be the end of all revivals
-            return self._note(f"rollout: {member.name} could not be started anew: {type(error).__name__}: {error}")
         with self._syncing:
             with self._lock:
                 old, member.engine, member.state = member.engine, fresh, "unsynced"
@@ -342,7 +348,7 @@ class Router:
         order: Callable[[RolloutEngine, WeightStream], Awaitable[Any]],
     ) -> dict[Member, Any]:
         """As _in_threads, for orders that read the stream."""
-        if self._saved and stream is self._saved[0]:  # can be read many times
+        if self._save is not None:  # it can be read many times
             return self._in_threads(engines, lambda engine: order(engine, stream))
         fan = Fan(len(engines))
 

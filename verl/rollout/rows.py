@@ -45,10 +45,24 @@ class Row:
         if not self.future.done():
             self.future.set_exception(error)
 
+    def take_all(self, tokens: list[int], log_probs: list[float], version: int) -> FinishReason | None:
+        """As ``take`` of one after the other, up to the one that ends the response. Where it is plain that none but the
+        last can, they are not looked at one by one: hundreds of responses may end together."""
+        head = len(tokens) - 1
+        if head > 0 and self.watch is None and self.stop_ids.isdisjoint(tokens[:head]):
+            self._mark(version)
+            self.ids += tokens[:head]
+            self.log_probs += log_probs[:head]
+            self.length += head
+            return self.take(tokens[head], log_probs[head], version)
+        for token, log_prob in zip(tokens, log_probs, strict=True):
+            if reason := self.take(token, log_prob, version):
+                return reason
+        return None
+
     def take(self, token: int, log_prob: float, version: int) -> FinishReason | None:
         """Append a token; why the response ends with it, if it does."""
-        if not self.versions or self.versions[-1][0] != version:
-            self.versions.append((version, len(self.ids)))
+        self._mark(version)
         self.ids.append(token)
         self.length += 1
         self.log_probs.append(log_prob)
@@ -57,3 +71,7 @@ class Row:
         if token in self.stop_ids or (said_stop and len(self.ids) >= sampling.min_new_tokens):
             return "stop"
         return "length" if len(self.ids) >= sampling.max_new_tokens else None
+
+    def _mark(self, version: int) -> None:
+        if not self.versions or self.versions[-1][0] != version:
+            self.versions.append((version, len(self.ids)))

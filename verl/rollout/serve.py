@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -14,9 +14,8 @@ from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from verl.rollout import guard
 from verl.rollout.process import raise_in_parent
-
-PR_SET_PDEATHSIG = 1
 
 
 class Orders:
@@ -26,7 +25,9 @@ class Orders:
         self._connection = Connection(int(sys.argv[1]))
         self._sending = threading.Lock()
         self._reports: list[Any] = []
-        die_with(int(sys.argv[2]))
+        if not guard.die_with(int(sys.argv[2]), signal.SIGKILL):
+            os._exit(1)
+        self._guard = subprocess.Popen([sys.executable, "-IS", guard.__file__, str(os.getpid())])
 
     def first(self) -> tuple[int, str, tuple]:
         """The first order, which is taken before there is an event loop."""
@@ -48,19 +49,19 @@ class Orders:
             self._connection.send(("reports", reports))
 
     async def serve(self, handlers: dict[str, Callable[..., Awaitable[Any]]], leave: Callable[[], None]) -> None:
-        """Until the trainer says leave, or is gone. Orders that follow one another may overlap."""
+        """Until the orders end: the trainer has closed, or is gone. Orders that follow one another may overlap."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         tasks: set[asyncio.Task] = set()
 
         async def carry_out(number: int, order: str, args: tuple) -> None:
             try:
                 self.answer(number, True, await handlers[order](*args))
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
                 traceback.print_exc()
                 self.answer(number, False, raise_in_parent(error))
 
         def take(message: tuple[int, str, tuple] | None) -> None:
-            if message is None or message[1] == "leave":
+            if message is None:
                 ended.set()
             else:
                 task = loop.create_task(carry_out(*message))
@@ -68,20 +69,16 @@ class Orders:
                 task.add_done_callback(tasks.discard)
 
         def read() -> None:
-            with contextlib.suppress(EOFError, OSError):
-                while True:
-                    loop.call_soon_threadsafe(take, self._connection.recv())
-            loop.call_soon_threadsafe(take, None)
+            try:
+                with contextlib.suppress(EOFError, OSError):
+                    while True:
+                        loop.call_soon_threadsafe(take, self._connection.recv())
+            finally:  # also after an order that could not be read
+                loop.call_soon_threadsafe(take, None)
 
         threading.Thread(target=read, daemon=True).start()
         await ended.wait()
-        leave()
-        os.killpg(0, signal.SIGKILL)  # this process's group: it leads it, and it holds all that was started here
-
-
-def die_with(parent: int) -> None:
-    """End when the trainer's process does, however it ends."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+        try:
+            leave()
+        finally:
+            os.killpg(0, signal.SIGKILL)  # this process's group: it leads it, and it holds all that was started here

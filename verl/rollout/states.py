@@ -13,6 +13,8 @@ class EngineState:
     """awake: what is in the device's memory. no_weights: why there are none to generate with; None when there are.
 
     keeps_weights: whether weights are still there after they slept.
+
+    In the checks, in_flight: requests that have not been answered; under_way: those of them that are being drawn.
     """
 
     def __init__(self, capabilities: Capabilities, keeps_weights: bool, no_weights: str | None):
@@ -31,27 +33,28 @@ class EngineState:
         if self.no_weights:
             raise IllegalState(f"generate: {self.no_weights}; call update_weights first")
 
-    def check_update(self, in_flight: int) -> None:
-        self.check_open("update_weights")
-        self._check_awake("update_weights", ("weights",))
-        self._check_idle("update_weights", in_flight)
+    def check_update(self, order: str, in_flight: int, under_way: int) -> None:
+        self.check_open(order)
+        self._check_awake(order, ("weights",))
+        self._check_idle(order, in_flight, under_way)
 
     def check_pause(self) -> None:
         self.check_open("pause")
         if self.paused:
             raise IllegalState("pause: the engine is already paused")
 
-    def check_resume(self) -> None:
+    def check_resume(self, under_way: int) -> None:
         self.check_open("resume")
         if not self.paused:
             raise IllegalState("resume: the engine is not paused")
+        self._check_idle("resume", 0, under_way)
         self._check_awake("resume", TAGS)
         if self.no_weights:
             raise IllegalState(f"resume: {self.no_weights}; call update_weights first")
 
-    def check_sleep(self, tags: Sequence[MemoryTag], in_flight: int) -> None:
+    def check_sleep(self, tags: Sequence[MemoryTag], in_flight: int, under_way: int) -> None:
         self._check_tags("sleep", tags)
-        self._check_idle("sleep", in_flight)
+        self._check_idle("sleep", in_flight, under_way)
         if asleep := [tag for tag in tags if tag not in self.awake]:
             raise IllegalState(f"sleep: {', '.join(asleep)} already asleep")
 
@@ -84,6 +87,8 @@ class EngineState:
         if asleep := [tag for tag in tags if tag not in self.awake]:
             raise IllegalState(f"{order}: {', '.join(asleep)} asleep; wake first")
 
-    def _check_idle(self, order: str, in_flight: int) -> None:
+    def _check_idle(self, order: str, in_flight: int, under_way: int) -> None:
         if in_flight and not self.paused:
             raise IllegalState(f"{order}: {in_flight} requests are being generated; pause or abort them first")
+        if under_way:
+            raise IllegalState(f"{order}: {under_way} requests are still being drawn; wait until pause has returned")

@@ -21,7 +21,7 @@ ANSWER_TIMEOUT = 60.0  # of orders that do no work on weights
 Answer = TypeVar("Answer")
 
 
-class Unreachable(EngineDied):  # noqa: N818
+class Unreachable(EngineDied):
     """No answer came, or it broke off. refused: nothing listens there."""
 
     def __init__(self, text: str, refused: bool):

@@ -83,6 +83,7 @@ def arguments_of(settings: SGLangSettings) -> dict[str, Any]:
         "disable_cuda_graph": settings.enforce_eager,
         "enable_memory_saver": settings.sleeps,
         "random_seed": settings.seed,
+        "sleep_on_idle": True,  # an idle scheduler would keep a core busy that the trainer can use
         "log_level": "info",
         **backends(settings.device),
     }

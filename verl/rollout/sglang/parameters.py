@@ -24,10 +24,15 @@ Part = tuple[Any, ...]  # how a loader was called: () for the whole parameter, (
 
 @dataclass(frozen=True)
 class Slot:
-    """A named tensor's place: the parameter, and the part of it."""
+    """A named tensor's place: the parameter, and the part of it.
+
+    again: loads a whole tensor as the model's ``load_weights`` did, by the same call of the parameter's loader. None
+    where the model gave the loader something else than the tensor itself.
+    """
 
     parameter: str
     part: Part
+    again: Callable[[torch.Tensor], None] | None
 
 
 class SGLangParameters:
@@ -46,21 +51,31 @@ class SGLangParameters:
 
     # ---- Holder
 
+    def begin(self) -> None:
+        self._come.clear()
+
     def load(self, tensors: NamedTensors) -> None:
         new = [(name, tensor) for name, tensor in tensors if name not in self._slots]
         known = [(name, tensor) for name, tensor in tensors if name in self._slots]
         for name, tensor in known:
             if tuple(tensor.shape) != self._shapes[name]:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(self._shapes[name])}")
-        if known:
-            self._model.load_weights(iter(known))
+        through_model = []
+        for name, tensor in known:
+            slots = self._slots[name]
+            if all(slot.again for slot in slots):
+                for slot in slots:
+                    slot.again(tensor)  # type: ignore[misc]
+            else:
+                through_model.append((name, tensor))
+        if through_model:
+            self._model.load_weights(iter(through_model))
         for name, tensor in new:
             self._load_watched(name, tensor)
         self._come.update(name for name, _ in tensors)
 
     def finish(self) -> None:
-        come, self._come = self._come, set()
-        if missing := sorted(self._slots.keys() - come):
+        if missing := sorted(self._slots.keys() - self._come):
             raise ValueError(f"was not sent {_some(missing)}")
         filled = {
             (slot.parameter, part) for slots in self._slots.values() for slot in slots for part in self._parts(slot)
@@ -78,7 +93,7 @@ class SGLangParameters:
         return [
             piece_of(name, held, self._shapes[name], dim, start)
             for name, slots in self._slots.items()
-            for slot in slots[:1]
+            for slot in slots
             for held, dim, start in self._held(slot, self._shapes[name])
             if held.numel()  # a rank may hold nothing but padding
         ]
@@ -87,7 +102,7 @@ class SGLangParameters:
 
     def _load_watched(self, name: str, tensor: torch.Tensor) -> None:
         seen: list[Slot] = []
-        with _watched(self._parameters(), seen):
+        with _watched(self._parameters(), tensor, seen):
             try:
                 self._model.load_weights(iter([(name, tensor)]))
             except Exception as error:
@@ -147,8 +162,8 @@ class SGLangParameters:
 class _watched:  # noqa: N801
     """While it is open, every call of a parameter's loader is noted in ``seen``."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], seen: list[Slot]):
-        self._parameters, self._seen = parameters, seen
+    def __init__(self, parameters: dict[str, nn.Parameter], whole: torch.Tensor, seen: list[Slot]):
+        self._parameters, self._whole, self._seen = parameters, whole, seen
         self._had: dict[str, Any] = {}
 
     def __enter__(self) -> None:
@@ -169,7 +184,8 @@ class _watched:  # noqa: N801
             )
         else:
             part = tuple(each for each in (*args, *kwargs.values()) if each is not None)
-        self._seen.append(Slot(name, part))
+        again = partial(_load, loader, parameter, args, kwargs) if tensor is self._whole else None
+        self._seen.append(Slot(name, part, again))
         return loader(parameter, tensor, *args, **kwargs)
 
     def __exit__(self, *_: object) -> None:
@@ -178,6 +194,10 @@ class _watched:  # noqa: N801
                 del parameter.weight_loader  # type: ignore[attr-defined]
             else:
                 parameter.weight_loader = self._had[name]  # type: ignore[attr-defined]
+
+
+def _load(loader: Callable, parameter: nn.Parameter, args: tuple, kwargs: dict[str, Any], tensor: torch.Tensor) -> None:
+    loader(parameter, tensor, *args, **kwargs)
 
 
 # ---- SGLang's layers, by what they are and not by their import path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ class ReadBack:
 
         names = list(self._sent)
         held: dict[str, Any] = {}
-        for name in names[:: max(1, len(names) // SAMPLE)]:
+        for name in names[:: -(-len(names) // SAMPLE) or 1]:
             try:
                 held[name] = await server.post("/get_weights_by_name", {"name": name, "truncate_size": ROWS})
             except Refused as error:
@@ -71,8 +72,8 @@ def probe_prompt(vocab_size: int, longest: int | None) -> list[int]:
 
 def compare_scores(before: list[float], after: list[float]) -> list[str]:
     """Log-probs of the same text; what to say if they are not the same."""
-    furthest = max((abs(one - other) for one, other in zip(before, after, strict=True)), default=0.0)
-    if furthest <= SCORE_TOLERANCE:
+    furthest = max(abs(one - other) for one, other in zip(before, after, strict=True))
+    if furthest <= SCORE_TOLERANCE and all(map(math.isfinite, before + after)):
         return []
     return [
         f"the log-probs of a fixed text differ by up to {furthest:g} once all of the server's parameters were "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,15 @@ import torch
 from verl.errors import UserError
 from verl.rollout.backend import Draw, Drawn, EngineDied, Listener, WeightStream
 from verl.rollout.base import Capabilities, MemoryTag
-from verl.rollout.process import ANSWER_TIMEOUT, EngineProcess
+from verl.rollout.process import EngineProcess
 from verl.rollout.sglang.arguments import SGLangSettings, arguments_of, environment_of
 from verl.rollout.sglang.receiver import ADDRESS_VARIABLE, KEY_VARIABLE
-from verl.rollout.weights.sender import Session, WeightSender
+from verl.rollout.weights.sender import ReceiverLost, Session, WeightSender
 
 SERVER = "verl.rollout.sglang.server"
 GIB = 1 << 30
 START_TIMEOUT = 1800.0  # a first start compiles kernels, or reads a large model from a slow disk
+BREAK_TIMEOUT = 30.0  # seconds in which SGLang notices that a weight update was broken off
 
 
 class SGLangProcess:
@@ -63,8 +65,9 @@ class SGLangProcess:
         )
         try:
             self.facts: dict[str, Any] = self.process.call("start", arguments_of(settings), timeout=START_TIMEOUT)
-        except BaseException:
-            self.close()
+        except BaseException:  # it takes no leave while it starts
+            self.process.close(timeout=0)
+            self._sender.close()
             raise
         self._end_tokens = frozenset(self.facts["end_tokens"])
 
@@ -120,12 +123,14 @@ class SGLangProcess:
         try:
             with self._sender.session(lambda: self.process.alive() and not received.done()) as session:
                 yield session
-        except (OSError, EOFError) as error:  # a worker is gone: SGLang goes, too, and its output says why
-            received.result(ANSWER_TIMEOUT)
-            raise EngineDied(f"the SGLang engine broke off a weight update: {error or type(error).__name__}") from error
-        finally:
-            if self.process.alive():
-                received.result(ANSWER_TIMEOUT)
+        except ReceiverLost as error:  # a worker is gone: SGLang goes, too, and its output says why
+            self.process.wait_for(received, "receive_weights", BREAK_TIMEOUT)
+            raise EngineDied(f"the SGLang engine broke off a weight update: {error}") from error
+        except BaseException:  # ours, or names that were refused
+            with contextlib.suppress(EngineDied, RuntimeError):
+                self.process.wait_for(received, "receive_weights", BREAK_TIMEOUT)
+            raise
+        self.process.wait_for(received, "receive_weights")
 
     @property
     def update_seconds(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from multiprocessing import AuthenticationError
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,5 +28,5 @@ def receive(model: nn.Module, _: Any) -> None:
     key = bytes.fromhex(os.environ[KEY_VARIABLE])
     try:
         serve_session(os.environ[ADDRESS_VARIABLE], key, get_tensor_model_parallel_rank(), _parameters[model])
-    except (EOFError, OSError):
+    except (AuthenticationError, EOFError, OSError):
         traceback.print_exc()

@@ -1,17 +1,16 @@
-"""Memory that two processes see: CUDA memory through IPC handles, host memory through /dev/shm.
+"""Memory that two processes see: CUDA memory through IPC handles, host memory through anonymous files.
 
 A buffer is a flat uint8 tensor. Its handle, sent over an authenticated connection, opens the same bytes elsewhere.
+An anonymous file has no name that anyone would have to remove, is there only while somebody has it open or mapped,
+and does not count as part of /dev/shm, which is small in containers.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import secrets
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,31 +43,25 @@ class SharedBuffer:
     """``size`` bytes on ``device`` that other processes may open by ``handle``."""
 
     def __init__(self, size: int, device: torch.device):
-        self.file: Path | None = None
+        self._descriptor: int | None = None
         if device.type == "cuda":
             self.tensor = torch.empty(size, dtype=torch.uint8, device=device)
             self.handle: Any = share_cuda(self.tensor)
-        else:
-            folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
-            self.file = Path(folder) / f"verl-weights-{secrets.token_hex(8)}"
-            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-            try:
-                os.posix_fallocate(descriptor, 0, size)  # a full /dev/shm is an error here, not a SIGBUS later
-                self.tensor = _mapped(descriptor, size)
-            except OSError as error:
-                self.file.unlink()
-                raise OSError(
-                    error.errno, f"{size >> 20} MiB in {folder} for weight buckets: {error.strerror}"
-                ) from error
-            finally:
-                os.close(descriptor)
-            self.handle = ("file", str(self.file), size)
+            return
+        self._descriptor = os.memfd_create("verl-weights")
+        try:
+            os.posix_fallocate(self._descriptor, 0, size)  # no memory is an error here, not a SIGBUS later
+            self.tensor = _mapped(self._descriptor, size)
+        except OSError as error:
+            self.forget()
+            raise OSError(error.errno, f"{size >> 20} MiB of memory for weight buckets: {error.strerror}") from error
+        self.handle = ("file", f"/proc/{os.getpid()}/fd/{self._descriptor}", size)
 
     def forget(self) -> None:
-        """Receivers have opened it: nobody needs its name any more."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
-            self.file = None
+        """Receivers have opened it, or never will."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def opened(handle: Sequence[Any]) -> torch.Tensor:

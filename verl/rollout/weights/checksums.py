@@ -3,7 +3,7 @@
 The checksum of a tensor is the sum, modulo 2^64, of bits(i) * weight(i) over its elements, where i is an element's
 place in the whole tensor and weight(i) an odd number below 2^31 hashed from it. So ranks that hold slices sum what
 they hold, and the sums of the slices add up to that of the whole tensor. A change of one element always changes it
-(the product of an odd number and a difference below 2^32 is not 0 modulo 2^64); of many, with probability 1 - 2^-31
+(the product of an odd number and a difference below 2^32 is not 0 modulo 2^64); of many, with probability 1 - 2^-30
 or better unless made on purpose.
 """
 
@@ -49,6 +49,8 @@ def piece_of(name: str, held: torch.Tensor, shape: Sequence[int], dim: int = 0, 
 @torch.no_grad()
 def checksum(held: torch.Tensor, shape: Sequence[int], dim: int = 0, start: int = 0) -> int:
     """In [0, 2^64). ``held`` is rows start, start + 1, ... of dimension ``dim`` of a tensor of ``shape``."""
+    if not held.numel():
+        return 0
     if not held.dim():
         held, shape = held[None], (1,)
     inner = math.prod(shape[dim + 1 :])  # elements of one row of dim

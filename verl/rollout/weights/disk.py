@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -37,6 +38,15 @@ class SavedWeights:
             with safe_open(self.folder / shard, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     yield name, tensors.get_tensor(name)
+
+    def beginnings(self, rows: int, most_elements: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The first rows of tensors that are not larger than that, without a look at the rest."""
+        for shard in dict.fromkeys(self._shard_of.values()):
+            with safe_open(self.folder / shard, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    part = tensors.get_slice(name)
+                    if part.get_shape() and math.prod(part.get_shape()) <= most_elements:
+                        yield name, part[:rows]
 
 
 class WeightFolder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection
@@ -18,6 +17,10 @@ NamedTensors = Sequence[tuple[str, torch.Tensor]]
 
 class Holder(Protocol):
     """The parameters of one rank of an engine."""
+
+    def begin(self) -> None:
+        """Tensors will come; those of an update that broke off do not count."""
+        ...
 
     def load(self, tensors: NamedTensors) -> None:
         """Take (parts of) these whole tensors. Raises ValueError naming what has no place here."""
@@ -63,6 +66,7 @@ class _Session:
 
     def open(self, handles: Sequence[Any]) -> None:
         self._buckets = [opened(handle) for handle in handles]
+        self._holder.begin()
 
     def load(self, index: int, places: Sequence[Place]) -> None:
         bucket = self._buckets[index]
@@ -86,7 +90,6 @@ class _Session:
         cuda = any(bucket.is_cuda for bucket in self._buckets)
         self._buckets.clear()
         if cuda:
-            gc.collect()
             torch.cuda.ipc_collect()
 
 

@@ -9,12 +9,13 @@ merely enqueued. A tensor larger than a bucket goes by itself, without a copy wh
 
 from __future__ import annotations
 
-import contextlib
 import socket
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ from verl.rollout.weights.buckets import Place, SharedBuffer, padded, share_cuda
 from verl.rollout.weights.checksums import Piece, differences
 
 ARRIVAL_TIMEOUT = 60.0
+ANSWER_TIMEOUT = 300  # seconds; a bucket's copies, or the checksums of all that a receiver holds
 SOCKET = "weights.sock"
+
+
+class ReceiverLost(ConnectionError):  # noqa: N818
+    """A receiver did not come, has left or does not answer."""
 
 
 class WeightSender:
@@ -35,7 +41,9 @@ class WeightSender:
 
     device: where the receivers hold their weights. dtype: that they hold, which what is sent is cast to.
     key: which only processes that we started know.
-    seconds: of the last update, by what they went into: "gather" (the stream and copies into buckets), "wait".
+    seconds: of the last update, by what they went into: "arrive" (until all receivers are there), "open" (buckets, and
+        their mapping by the receivers), "gather" (the stream and copies into buckets), "wait" (for receivers to load),
+        "close".
     """
 
     def __init__(
@@ -53,31 +61,47 @@ class WeightSender:
 
     @contextmanager
     def session(self, alive: Callable[[], bool]) -> Iterator[Session]:
-        """alive: whether waiting for receivers still makes sense."""
-        connections: list[Connection] = []
+        """alive: whether waiting for receivers still makes sense. Raises ReceiverLost."""
+        connections: dict[int, Connection] = {}  # by rank
+        started = time.perf_counter()
         try:
             while len(connections) < self._receivers:
-                connections.append(self._arrival(alive))
-            connections.sort(key=lambda connection: connection.recv())  # each says its rank
-            session = Session(connections, self._device, self._dtype, self._bucket_bytes)
+                rank, connection = self._arrival(alive)
+                connections[rank] = connection
+            ordered = [connections[rank] for rank in sorted(connections)]
+            session = Session(ordered, self._device, self._dtype, self._bucket_bytes)
+            session.seconds["arrive"] = time.perf_counter() - started
             yield session
             session.end()
             self.seconds = session.seconds
         finally:
-            for connection in connections:
+            for connection in connections.values():
                 connection.close()
 
-    def _arrival(self, alive: Callable[[], bool]) -> Connection:
+    def _arrival(self, alive: Callable[[], bool]) -> tuple[int, Connection]:
         deadline = time.monotonic() + ARRIVAL_TIMEOUT
         while alive() and time.monotonic() < deadline:
-            with contextlib.suppress(TimeoutError):
+            try:
                 accepted, _ = self._socket.accept()
-                accepted.settimeout(None)
-                connection = Connection(accepted.detach())
-                deliver_challenge(connection, self._key)
-                answer_challenge(connection, self._key)
-                return connection
-        raise ConnectionError("it did not come for its weights" if alive() else "it is gone")
+            except TimeoutError:
+                continue
+            if arrived := self._greet(accepted):
+                return arrived
+        raise ReceiverLost("it did not come for its weights" if alive() else "it is gone")
+
+    def _greet(self, accepted: socket.socket) -> tuple[int, Connection] | None:
+        """None for somebody who does not know the key: the receivers may still come."""
+        accepted.settimeout(None)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # of every message: a receiver may hang
+            accepted.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", ANSWER_TIMEOUT, 0))
+        connection = Connection(accepted.detach())
+        try:
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            return connection.recv(), connection
+        except (AuthenticationError, EOFError, OSError):
+            connection.close()
+            return None
 
     def close(self) -> None:
         self._socket.close()
@@ -93,37 +117,40 @@ class Session:
         self._connections, self._device, self._dtype, self._bucket_bytes = connections, device, dtype, bucket_bytes
         self._buffers: list[SharedBuffer] = []
         self._loading: list[bool] = []  # whether receivers are still at work on this buffer
-        self.seconds = {"gather": 0.0, "wait": 0.0}
+        self.seconds = {"arrive": 0.0, "open": 0.0, "gather": 0.0, "wait": 0.0, "close": 0.0}
         self.bytes = 0
 
     def load(self, stream: WeightStream) -> None:
         """Raises UserError naming what the receivers could not place, or hold and were not sent."""
-        self._open_buckets()
-        current, places, filled = 0, list[Place](), 0
         clock = time.perf_counter()
+        self._open_buckets()
+        clock = self._spent("open", clock)
+        current, places, filled = 0, list[Place](), 0
         for name, tensor in stream:
             tensor = tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
             size = tensor.numel() * tensor.element_size()
             self.bytes += size
             if size > self._bucket_bytes:
+                clock = self._spent("gather", clock)
                 self._send_alone(name, tensor)
+                clock = self._spent("wait", clock)
                 continue
             if filled + size > self._bucket_bytes:
-                clock = self._gathered(clock)
+                clock = self._spent("gather", clock)
                 self._send(current, places)
                 current, places, filled = 1 - current, [], 0
                 self._free(current)
-                clock = self._waited(clock)
+                clock = self._spent("wait", clock)
             place = Place(name, tuple(tensor.shape), _name_of(tensor.dtype), filled)
             place.view(self._buffers[current].tensor).copy_(tensor, non_blocking=True)
             places.append(place)
             filled = padded(filled + size)
-        clock = self._gathered(clock)
+        clock = self._spent("gather", clock)
         if places:
             self._send(current, places)
         for index in range(2):
             self._free(index)
-        self._waited(clock)
+        self._spent("wait", clock)
         self._ask("loaded")
 
     def pieces(self) -> list[list[Piece]]:
@@ -134,19 +161,24 @@ class Session:
         return differences(stream, self.pieces())
 
     def end(self) -> None:
+        clock = time.perf_counter()
         self._ask("end")
         self._buffers.clear()
         if self._device.type == "cuda":
             torch.cuda.ipc_collect()
+        self._spent("close", clock)
 
     # ---- buckets
 
     def _open_buckets(self) -> None:
-        self._buffers = [SharedBuffer(self._bucket_bytes, self._device) for _ in range(2)]
-        self._loading = [False, False]
-        self._ask("open", [buffer.handle for buffer in self._buffers])
-        for buffer in self._buffers:
-            buffer.forget()
+        self._buffers, self._loading = [], [False, False]
+        try:
+            for _ in self._loading:
+                self._buffers.append(SharedBuffer(self._bucket_bytes, self._device))
+            self._ask("open", [buffer.handle for buffer in self._buffers])
+        finally:
+            for buffer in self._buffers:
+                buffer.forget()
 
     def _send(self, index: int, places: list[Place]) -> None:
         self._finish_copies()
@@ -168,23 +200,20 @@ class Session:
             self._ask("load_from", share_cuda(tensor.detach()), place, True)
         else:
             buffer = SharedBuffer(tensor.numel() * tensor.element_size(), self._device)
-            place.view(buffer.tensor).copy_(tensor)
-            self._finish_copies()
-            self._ask("load_from", buffer.handle, place, False)
-            buffer.forget()
+            try:
+                place.view(buffer.tensor).copy_(tensor)
+                self._finish_copies()
+                self._ask("load_from", buffer.handle, place, False)
+            finally:
+                buffer.forget()
 
     def _finish_copies(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _gathered(self, since: float) -> float:
+    def _spent(self, on: str, since: float) -> float:
         now = time.perf_counter()
-        self.seconds["gather"] += now - since
-        return now
-
-    def _waited(self, since: float) -> float:
-        now = time.perf_counter()
-        self.seconds["wait"] += now - since
+        self.seconds[on] += now - since
         return now
 
     # ---- messages
@@ -194,17 +223,29 @@ class Session:
         return self._answers(order)
 
     def _tell(self, order: str, *args: Any) -> None:
-        for connection in self._connections:
-            connection.send((order, args))
+        for rank, connection in enumerate(self._connections):
+            with _speaking(order, rank):
+                connection.send((order, args))
 
     def _answers(self, order: str) -> list[Any]:
         answers = []
         for rank, connection in enumerate(self._connections):
-            worked, value = connection.recv()
+            with _speaking(order, rank):
+                worked, value = connection.recv()
             if not worked:
                 raise UserError(f"weight update, rank {rank} of the engine: {value}")
             answers.append(value)
         return answers
+
+
+@contextmanager
+def _speaking(order: str, rank: int) -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError:
+        raise ReceiverLost(f"rank {rank} did not answer {order!r} within {ANSWER_TIMEOUT} s") from None
+    except (EOFError, OSError) as error:
+        raise ReceiverLost(f"rank {rank} left when it was asked to {order!r}") from error
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -22,9 +22,10 @@ from verl.rollout.client import ClientEngine
 from verl.rollout.hf import HFEngine
 from verl.rollout.sglang.arguments import SGLangSettings
 from verl.rollout.sglang.process import SGLangProcess
+from verl.rollout.sglang.servers import build_server_rollout
 
 if TYPE_CHECKING:
-    from verl.config.models import Config
+    from verl.config.models import Config, ModelConfig
     from verl.trainer.ppo.worker import PPOWorker
 
 Say = Callable[[str], None]
@@ -36,6 +37,8 @@ def start_engine(
     """The engine, if it does not need the trainer's models. folder: of the run, for its logs."""
     if plan.engine == "hf":
         return None
+    if config.actor_rollout_ref.rollout.mode == "server":
+        return _servers(config, plan, tokenizer, note)
     return _start_sglang(config, plan, tokenizer, folder, note, warn)
 
 
@@ -76,21 +79,43 @@ def _start_sglang(
         tokenizer,
         eos_token_ids=end_token_ids(tokenizer, model.path),
         max_model_len=plan.context_length,
-        vocab_size=read_config(model, "policy").get_text_config(decoder=True).vocab_size,
+        vocab_size=vocab_size_of(model),
         no_weights="it has not been given the actor's weights yet",
     )
 
 
+def _servers(config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, note: Say) -> RolloutEngine:
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    return build_server_rollout(
+        config,
+        tokenizer,
+        end_token_ids(tokenizer, model.path),
+        plan.context_length,
+        vocab_size_of(model),
+        dtype=getattr(torch, engine_dtype(config, plan)),
+        bucket_bytes=rollout.update_weights_bucket_megabytes << 20,
+        note=note,
+    )
+
+
+def vocab_size_of(model: ModelConfig) -> int:
+    return read_config(model, "policy").get_text_config(decoder=True).vocab_size
+
+
+def engine_dtype(config: Config, plan: RunPlan) -> str:
+    """As torch names it."""
+    asked, actor = config.actor_rollout_ref.rollout.dtype, config.actor_rollout_ref.actor.fsdp_config.dtype
+    return str(compute_dtype(actor, torch.device(plan.device))).removeprefix("torch.") if asked == "auto" else asked
+
+
 def sglang_settings(config: Config, plan: RunPlan) -> SGLangSettings:
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
-    computed_in = compute_dtype(config.actor_rollout_ref.actor.fsdp_config.dtype, torch.device(plan.device))
-    dtype = str(computed_in) if rollout.dtype == "auto" else rollout.dtype
     overrides = {"json_model_override_args": json.dumps(model.override_config)} if model.override_config else {}
     return SGLangSettings(
         model_path=os.path.expanduser(model.path),
         trust_remote_code=model.trust_remote_code,
         device=plan.device,
-        dtype=dtype.removeprefix("torch."),
+        dtype=engine_dtype(config, plan),
         max_model_len=plan.context_length,
         max_num_seqs=rollout.max_num_seqs,
         max_prefill_tokens=rollout.max_num_batched_tokens,

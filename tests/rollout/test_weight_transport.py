@@ -1,0 +1,459 @@
+"""Weights that go to other processes, and what is said of them there."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from weight_receivers import content, receive
+
+from verl.errors import UserError
+from verl.rollout.weights import checksums, sender
+from verl.rollout.weights.buckets import SharedBuffer, opened
+from verl.rollout.weights.checksums import Piece, checksum, differences, piece_of
+from verl.rollout.weights.sender import ReceiverLost, WeightSender
+
+CPU = torch.device("cpu")
+KEY = b"a key of the test's own"
+BUCKET = 4096
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["weight_receivers"])  # torch takes a second to import
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int16, torch.int32, torch.bool]
+
+
+class Receivers:
+    """Processes at the other end of a sender; each serves one session a ``session()``."""
+
+    def __init__(self, address: str, options: list[dict], key: bytes = KEY):
+        self.controls, self.processes = [], []
+        for rank, each in enumerate(options):
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=receive, args=(theirs, address, key, rank, each), daemon=True)
+            process.start()
+            theirs.close()
+            self.controls.append(ours)
+            self.processes.append(process)
+
+    def session(self) -> None:
+        for control in self.controls:
+            control.send("session")
+
+    def held(self) -> list:
+        """Of each: the tensors that it holds after its session, or the error that ended that."""
+        return [control.recv() if control.poll(20) else None for control in self.controls]
+
+    def close(self) -> None:
+        for process, control in zip(self.processes, self.controls, strict=True):
+            control.close()
+            process.kill()
+            process.join()
+            process.close()
+
+
+@contextmanager
+def transport(*options: dict, dtype: torch.dtype | None = None, bucket: int = BUCKET, key: bytes = KEY):
+    with ExitStack() as stack:
+        end = WeightSender(KEY, receivers=len(options), device=CPU, dtype=dtype, bucket_bytes=bucket)
+        stack.callback(end.close)
+        receivers = Receivers(end.address, list(options), key)
+        stack.callback(receivers.close)
+        yield end, receivers
+
+
+def send(end: WeightSender, receivers: Receivers, stream) -> None:
+    receivers.session()
+    with end.session(lambda: True) as session:
+        session.load(stream)
+
+
+def random_tensors(seed: int, count: int) -> dict[str, torch.Tensor]:
+    """Of every dtype and up to four dimensions, some empty, some larger than a bucket, some not contiguous."""
+    draw, numbers = random.Random(seed), torch.Generator().manual_seed(seed)
+    tensors = {}
+    for index in range(count):
+        shape = [draw.choice([0, 1, 2, 3, 5, 8, 13]) for _ in range(draw.randint(0, 4))]
+        if index % 10 == 7:
+            shape = [draw.randint(BUCKET - 2, 3 * BUCKET)]
+        values = torch.randint(-1000, 1000, shape, generator=numbers)
+        tensor = values.to(draw.choice(DTYPES))
+        tensors[f"layers.{index}.weight"] = tensor.transpose(0, -1) if tensor.dim() > 1 and index % 3 else tensor
+    return tensors
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No shared memory, no file, no thread."""
+    places = [Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp"))]
+
+    def ours() -> set[Path]:
+        return {path for place in places if place.exists() for path in place.glob("verl-weights-*")}
+
+    with FORKS.Pool(1):  # the fork server and its helper have started
+        pass
+    before, files, threads = ours(), psutil.Process().num_fds(), threading.active_count()
+    yield
+    assert ours() <= before
+    assert psutil.Process().num_fds() <= files
+    assert threading.active_count() <= threads
+
+
+# --- transport -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_every_receiver_holds_exactly_what_was_sent(ranks):
+    tensors = random_tensors(seed=ranks, count=80)
+    with transport(*[{}] * ranks) as (end, receivers):
+        for version in range(2):
+            if version:
+                tensors = {name: tensor.flip(0) if tensor.dim() else tensor for name, tensor in tensors.items()}
+            send(end, receivers, tensors.items())
+            expected = {name: content(tensor) for name, tensor in tensors.items()}
+            assert receivers.held() == [expected] * ranks
+    assert set(end.seconds) == {"open", "gather", "wait", "close"}
+
+
+def test_a_stream_may_reuse_the_memory_of_a_tensor_that_it_has_handed_out():
+    """As the gathering of shards does."""
+    scratch = torch.empty(3 * BUCKET, dtype=torch.uint8)
+
+    def stream():
+        for index in range(40):
+            size = 3 * BUCKET if index % 5 == 4 else 500
+            yield str(index), scratch[:size].fill_(index)
+            scratch.fill_(255)
+
+    with transport({}, {}) as (end, receivers):
+        send(end, receivers, stream())
+        for held in receivers.held():
+            assert {int(name): data for name, (_, _, data) in held.items()} == {
+                index: bytes([index]) * (3 * BUCKET if index % 5 == 4 else 500) for index in range(40)
+            }
+
+
+def test_an_empty_stream_is_an_update_with_nothing_in_it():
+    with transport({}) as (end, receivers):
+        send(end, receivers, [])
+        assert receivers.held() == [{}]
+
+
+def test_floating_point_tensors_are_cast_to_what_the_engine_computes_in():
+    tensors = {"a": torch.randn(1000), "b": torch.randn(7, 5, dtype=torch.float64), "c": torch.arange(9)}
+    with transport({}, dtype=torch.bfloat16) as (end, receivers):
+        send(end, receivers, tensors.items())
+        expected = {"a": tensors["a"].bfloat16(), "b": tensors["b"].bfloat16(), "c": tensors["c"]}
+        assert receivers.held() == [{name: content(tensor) for name, tensor in expected.items()}]
+
+
+def test_names_that_one_receiver_refuses_are_told_and_the_next_update_works():
+    names = ["a", "b", "large"]
+    tensors = {"a": torch.ones(3), "b": torch.ones(5), "large": torch.ones(BUCKET)}
+    with transport({}, {"names": names}) as (end, receivers):
+        for wrong, says in (
+            ({**tensors, "c": torch.ones(1)}, "rank 1 of the engine: c has no place here"),
+            ({**tensors, "larger": torch.ones(BUCKET)}, "rank 1 of the engine: larger has no place here"),
+            ({"a": torch.ones(3)}, "rank 1 of the engine: was not sent b, large"),
+        ):
+            with pytest.raises(UserError, match=says):
+                send(end, receivers, wrong.items())
+            assert all(isinstance(held, EOFError) for held in receivers.held())
+        send(end, receivers, tensors.items())
+        assert receivers.held()[1] == {name: content(tensor) for name, tensor in tensors.items()}
+
+
+def test_tensors_of_an_update_that_broke_off_do_not_count_as_those_of_the_next():
+    with transport({"names": ["a", "b"]}) as (end, receivers):
+
+        def breaks():
+            yield "a", torch.ones(BUCKET)
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            send(end, receivers, breaks())
+        assert isinstance(receivers.held()[0], EOFError)
+        with pytest.raises(UserError, match="was not sent a"):
+            send(end, receivers, [("b", torch.ones(2))])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, UserError])
+def test_an_error_of_the_stream_is_the_streams_own(error):
+    def breaks():
+        yield "a", torch.ones(10)
+        raise error("of the stream")
+
+    with transport({}, {}) as (end, receivers):
+        with pytest.raises(error, match="of the stream") as caught:
+            send(end, receivers, breaks())
+        assert not isinstance(caught.value, ReceiverLost)
+        assert all(isinstance(held, EOFError) for held in receivers.held())
+
+
+@pytest.mark.parametrize("place", ["first", "large", "last"])
+def test_a_receiver_that_dies_in_the_middle_is_noticed_at_once(place):
+    tensors = {"first": torch.ones(10), "large": torch.ones(BUCKET), "more": torch.ones(900), "last": torch.ones(900)}
+    with transport({}, {"ends_at": place}) as (end, receivers):
+        began = time.monotonic()
+        with pytest.raises(ReceiverLost, match="rank 1 left"):
+            send(end, receivers, tensors.items())
+        assert time.monotonic() - began < 5
+        assert isinstance(receivers.held()[0], EOFError)
+
+
+def test_a_receiver_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setattr(sender, "ANSWER_TIMEOUT", 1)
+    says = "rank 1 did not answer 'load' within 1 s"
+    with transport({}, {"stops_at": "a"}) as (end, receivers), pytest.raises(ReceiverLost, match=says):
+        send(end, receivers, [("a", torch.ones(3))])
+
+
+def test_a_receiver_that_never_comes_is_waited_for_as_long_as_that_makes_sense(monkeypatch):
+    with transport({}, {}) as (end, receivers):
+        receivers.controls[0].send("session")  # the other stays where it is
+        monkeypatch.setattr(sender, "ARRIVAL_TIMEOUT", 0.3)
+        with pytest.raises(ReceiverLost, match="did not come"), end.session(lambda: True):
+            raise AssertionError
+        monkeypatch.setattr(sender, "ARRIVAL_TIMEOUT", 60)
+        began = time.monotonic()
+        with pytest.raises(ReceiverLost, match="gone"), end.session(lambda: time.monotonic() < began + 0.3):
+            raise AssertionError
+        assert time.monotonic() - began < 5
+
+
+def test_who_does_not_know_the_key_is_refused_and_the_receivers_are_still_waited_for():
+    with transport({}) as (end, receivers):
+        refused: list[Exception] = []
+
+        def intrude() -> None:
+            socket.socket(socket.AF_UNIX).connect(end.address)  # and leaves
+            try:
+                Client(end.address, family="AF_UNIX", authkey=b"a guess")
+            except AuthenticationError as error:
+                refused.append(error)
+            receivers.session()
+
+        intruder = threading.Thread(target=intrude)
+        intruder.start()
+        with end.session(lambda: True) as session:
+            session.load([("a", torch.ones(3))])
+        intruder.join(5)
+        assert len(refused) == 1
+        assert receivers.held() == [{"a": content(torch.ones(3))}]
+
+
+def test_a_receiver_refuses_a_sender_that_does_not_know_the_key():
+    with transport({}, key=b"another key") as (end, receivers):
+        receivers.session()
+        deadline = time.monotonic() + 1
+        with pytest.raises(ReceiverLost), end.session(lambda: time.monotonic() < deadline):
+            raise AssertionError
+        assert isinstance(receivers.held()[0], AuthenticationError)
+
+
+def test_the_socket_is_nobody_elses():
+    end = WeightSender(KEY, receivers=1, device=CPU, dtype=None, bucket_bytes=BUCKET)
+    folder = Path(end.address).parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    end.close()
+    assert not folder.exists()
+
+
+def test_memory_that_is_not_there_is_an_error_and_not_a_crash():
+    with pytest.raises(OSError, match="MiB of memory for weight buckets"):
+        SharedBuffer(1 << 60, CPU)
+
+
+def test_a_shared_buffer_is_the_same_bytes_after_its_name_is_forgotten():
+    buffer = SharedBuffer(100, CPU)
+    other = opened(buffer.handle)
+    buffer.forget()
+    buffer.tensor.fill_(7)
+    assert other.tolist() == [7] * 100
+    with pytest.raises(FileNotFoundError):
+        opened(buffer.handle)
+
+
+def test_differences_are_found_between_the_stream_and_what_receivers_hold():
+    tensors = {name: tensor for name, tensor in random_tensors(seed=5, count=30).items() if tensor.numel()}
+    with transport({}, {}) as (end, receivers):
+        send(end, receivers, tensors.items())
+        receivers.held()
+        receivers.session()
+        changed = {name: tensor.clone() for name, tensor in tensors.items()}
+        changed["layers.7.weight"].view(torch.uint8)[5] ^= 1
+        with end.session(lambda: True) as session:
+            assert session.differences(tensors.items()) == []
+            (found,) = session.differences(changed.items())
+        assert found.startswith("layers.7.weight differs")
+
+
+# --- checksums -------------------------------------------------------------------------------------------------------
+
+
+def naive_weight(place: int) -> int:
+    """An odd number below 2^31, hashed from the place."""
+    mixed = ((place % 2**31) * 0x9E3779B1 + place // 2**31) % 2**32
+    mixed = ((mixed ^ (mixed >> 15)) % 2**31) * 0x85EBCA77 % 2**32
+    return (mixed ^ (mixed >> 13)) % 2**31 | 1
+
+
+def naive_checksum(tensor: torch.Tensor) -> int:
+    """The documented formula, element by element: the sum of bits(i) * weight(i), modulo 2^64."""
+    size = tensor.element_size()
+    _, _, data = content(tensor)
+    # As an integer of 8 bits it counts from 0; wider ones are extended with their sign to 32 bits.
+    bits = [int.from_bytes(data[at : at + size], "little", signed=size > 1) % 2**32 for at in range(0, len(data), size)]
+    return sum(value * naive_weight(place) for place, value in enumerate(bits)) % 2**64
+
+
+shapes = st.lists(st.integers(1, 6), max_size=4)
+
+
+def tensor_of(shape: list[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Random bits."""
+    data = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=torch.Generator().manual_seed(seed))
+    return data.to(torch.uint8).view(dtype).view(shape)
+
+
+@given(shapes, st.sampled_from(DTYPES[:-1]), st.integers(0, 2**32), st.sampled_from([1, 3, 7, 1 << 22]))
+def test_a_checksum_is_the_documented_sum_whatever_is_hashed_at_a_time(shape, dtype, seed, chunk):
+    tensor = tensor_of(shape, dtype, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checksums, "CHUNK", chunk)
+        assert checksum(tensor, shape) == naive_checksum(tensor)
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=50))
+def test_weights_of_places_far_into_a_tensor_are_as_documented(places):
+    assert checksums._weights(torch.tensor(places)).tolist() == [naive_weight(place) for place in places]
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 2**32), st.data())
+def test_slices_along_any_dimension_add_up_to_the_whole(shape, seed, data):
+    tensor = tensor_of(shape, torch.bfloat16, seed)
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    cuts = sorted(data.draw(st.lists(st.integers(0, shape[dim]), max_size=3)))
+    edges = [0, *cuts, shape[dim]]
+    parts = [
+        checksum(tensor.narrow(dim, start, end - start), shape, dim, start) for start, end in itertools.pairwise(edges)
+    ]
+    assert sum(parts) % 2**64 == checksum(tensor, shape)
+
+
+@given(shapes, st.sampled_from(DTYPES[:-1]), st.integers(0, 2**32), st.data())
+def test_one_flipped_bit_anywhere_is_found(shape, dtype, seed, data):
+    tensor = tensor_of(shape, dtype, seed)
+    flipped = tensor.clone()
+    raw = flipped.view(-1).view(torch.uint8)
+    raw[data.draw(st.integers(0, raw.numel() - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert checksum(flipped, shape) != checksum(tensor, shape)
+
+
+@given(st.lists(st.integers(2, 6), min_size=1, max_size=3), st.integers(0, 2**32), st.data())
+def test_swapped_elements_are_found(shape, seed, data):
+    tensor = tensor_of(shape, torch.int16, seed)
+    flat = tensor.view(-1)
+    a, b = (data.draw(st.integers(0, flat.numel() - 1)) for _ in range(2))
+    swapped = flat.clone()
+    swapped[a], swapped[b] = flat[b].item(), flat[a].item()
+    assert (checksum(swapped.view(shape), shape) == checksum(tensor, shape)) == bool(flat[a] == flat[b])
+
+
+def test_negative_zero_and_other_nans_are_other_bits():
+    assert checksum(torch.tensor([0.0]), [1]) != checksum(torch.tensor([-0.0]), [1])
+    one, other = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+    assert checksum(one[None], [1]) != checksum(other[None], [1])
+
+
+def test_few_places_share_a_weight():
+    """As with random odd numbers below 2^31: two places whose elements are swapped are then not told apart."""
+    count = 1 << 20
+    weights = checksums._weights(torch.arange(count))
+    shared = count - len(weights.unique())
+    assert shared < 2 * count**2 / 2 / 2**30
+
+
+def pieces(tensors: dict[str, torch.Tensor]) -> list[Piece]:
+    return [piece_of(name, tensor, tensor.shape) for name, tensor in tensors.items()]
+
+
+def halves(name: str, tensor: torch.Tensor) -> list[list[Piece]]:
+    half = tensor.shape[0] // 2
+    return [[piece_of(name, tensor[half * r : half * (r + 1)], tensor.shape, 0, half * r)] for r in range(2)]
+
+
+def describe(expected: dict[str, torch.Tensor], *ranks: list[Piece]) -> list[str]:
+    return differences(expected.items(), ranks)
+
+
+def test_differences_are_named_with_how():
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(8.0)
+    held = pieces({"a": a, "b": b})
+    assert describe({"a": a, "b": b}, held) == []
+    assert describe({"a": a}, held) == ["b is held by the engine only"]
+    assert describe({"a": a, "b": b, "c": b}, held) == ["c is not held by the engine"]
+    assert describe({"a": a.view(3, 2), "b": b}, held) == ["a has shape [2, 3], not [3, 2]"]
+    (found,) = describe({"a": a, "b": b + 1}, held)
+    assert found.startswith("b differs (checksum ")
+
+
+def test_what_the_engine_holds_in_another_type_is_compared_in_that_type():
+    tensor = torch.randn(50)
+    assert describe({"a": tensor}, pieces({"a": tensor.bfloat16()})) == []
+    (found,) = describe({"a": tensor + 1}, pieces({"a": tensor.bfloat16()}))
+    assert found.startswith("a differs")
+
+
+def test_parts_of_several_ranks_and_copies_make_one_tensor():
+    tensor = torch.randn(8, 3)
+    first, second = halves("a", tensor)
+    assert describe({"a": tensor}, first, second) == []
+    assert describe({"a": tensor}, first, second, first, second) == []
+    assert describe({"a": tensor}, first, first) == ["a is held in parts that do not add up to the whole"]
+    stale = halves("a", tensor + 1)
+    (found,) = describe({"a": tensor}, first, stale[1])
+    assert found.startswith("a differs (checksum")
+    assert describe({"a": tensor}, first, second, first, stale[1]) == [
+        "a differs between the engine's ranks 1 and 3, which hold the same part of it"
+    ]
+
+
+def test_tensors_of_no_dimension_and_of_no_element_have_checksums_too():
+    tensors = {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4), "hollow": torch.empty(4, 0)}
+    assert describe(tensors, pieces(tensors)) == []
+    assert checksum(tensors["scalar"], ()) == naive_checksum(tensors["scalar"])
+    (found,) = describe({**tensors, "scalar": torch.tensor(4.0)}, pieces(tensors))
+    assert found.startswith("scalar differs")
+
+
+def test_no_more_memory_is_taken_than_a_chunk_needs():
+    """A tensor of many chunks is hashed a chunk at a time, in both directions."""
+    seen: list[int] = []
+    weights: Callable[[torch.Tensor], torch.Tensor] = checksums._weights
+
+    def note(places: torch.Tensor) -> torch.Tensor:
+        seen.append(places.numel())
+        return weights(places)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checksums, "CHUNK", 100)
+        patch.setattr(checksums, "_weights", note)
+        checksum(torch.zeros(3, 1000), (3, 1000))
+        checksum(torch.zeros(1000, 3), (1000, 3))
+    assert max(seen) <= 100
+    assert sum(seen) == 6000
