@@ -261,6 +261,7 @@ def timed_updates(engine: ClientEngine, backend: SGLangProcess, stream: Any, opt
     figures = {"ms": 1e3 * statistics.median(seconds[kept]), "first_ms": 1e3 * seconds[0], "extra_gib": peak / GIB}
     for name in splits[-1]:
         figures[f"{name}_ms"] = 1e3 * statistics.median(split[name] for split in splits[kept])
+    print("  ", json.dumps(figures), flush=True)
     return figures
 
 

@@ -667,6 +667,24 @@ def test_an_engine_that_does_not_answer_an_order_is_dead_for_all(order):
     asyncio.run(run())
 
 
+def test_an_engine_that_hangs_while_it_draws_is_found_out_by_one_look_for_all(monkeypatch):
+    monkeypatch.setattr(client, "LOOK_EVERY", 0.05)
+    backend = FakeBackend()
+    engine = build(backend)
+
+    async def run() -> None:
+        calls = [start(engine, one(name)) for name in "abc"]
+        while "health" not in backend.log:  # it is well, and slow
+            await asyncio.sleep(0.01)
+        assert not any(call.done() for call in calls)
+        backend.fails = {"health": EngineDied("killed: no answer")}
+        for call in calls:
+            with pytest.raises(EngineDied, match="no answer"):
+                await within(5, call)
+
+    asyncio.run(run())
+
+
 def test_a_caller_that_leaves_a_dying_engine_leaves_for_its_own_reason():
     backend = FakeBackend()
     engine = build(backend)

@@ -15,7 +15,6 @@ from torch import nn
 from verl.errors import UserError
 from verl.rollout.base import Request, Result, SamplingParams
 from verl.rollout.hf import HFEngine
-from verl.rollout.registry import build_engine
 
 SHAPE = {
     "vocab_size": 100,
@@ -258,11 +257,6 @@ def test_a_model_that_cannot_be_decoded_is_refused_at_once(arch, overrides, reas
     with pytest.raises(UserError, match=reason) as caught:
         make_engine(make_model(arch, **overrides))
     assert "sglang" in str(caught.value)
-
-
-def test_an_unknown_engine_is_named_with_those_there_are():
-    with pytest.raises(UserError, match=r"rollout\.name=vlm is not a rollout engine; there are: hf"):
-        build_engine("vlm")
 
 
 # --- the trainer's module --------------------------------------------------------------------------------------------

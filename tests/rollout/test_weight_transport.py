@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import multiprocessing
-import os
 import random
 import socket
 import threading
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 import psutil
@@ -30,10 +30,11 @@ from verl.rollout.weights.checksums import Piece, checksum, differences, piece_o
 from verl.rollout.weights.sender import ReceiverLost, WeightSender
 
 CPU = torch.device("cpu")
+GONE = (EOFError, ConnectionError)  # what a receiver makes of a sender that is
 KEY = b"a key of the test's own"
 BUCKET = 4096
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["weight_receivers"])  # torch takes a second to import
+FORKS.set_forkserver_preload(["verl.rollout.weights.receiver"])  # torch takes a second to import
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int16, torch.int32, torch.bool]
 
 
@@ -56,7 +57,13 @@ class Receivers:
 
     def held(self) -> list:
         """Of each: the tensors that it holds after its session, or the error that ended that."""
-        return [control.recv() if control.poll(20) else None for control in self.controls]
+        return [self._held(control) for control in self.controls]
+
+    def _held(self, control: Connection):
+        try:
+            return control.recv() if control.poll(20) else None
+        except EOFError:
+            return None  # it is no more
 
     def close(self) -> None:
         for process, control in zip(self.processes, self.controls, strict=True):
@@ -98,16 +105,17 @@ def random_tensors(seed: int, count: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """No shared memory, no file, no thread."""
-    places = [Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp"))]
+    """No shared memory, no open file, no thread."""
+    shared = Path("/dev/shm")
 
     def ours() -> set[Path]:
-        return {path for place in places if place.exists() for path in place.glob("verl-weights-*")}
+        return set(shared.glob("verl-*"))
 
     with FORKS.Pool(1):  # the fork server and its helper have started
         pass
     before, files, threads = ours(), psutil.Process().num_fds(), threading.active_count()
     yield
+    gc.collect()  # errors that were caught refer to what was open
     assert ours() <= before
     assert psutil.Process().num_fds() <= files
     assert threading.active_count() <= threads
@@ -126,7 +134,7 @@ def test_every_receiver_holds_exactly_what_was_sent(ranks):
             send(end, receivers, tensors.items())
             expected = {name: content(tensor) for name, tensor in tensors.items()}
             assert receivers.held() == [expected] * ranks
-    assert set(end.seconds) == {"open", "gather", "wait", "close"}
+    assert {"gather", "wait"} <= end.seconds.keys()
 
 
 def test_a_stream_may_reuse_the_memory_of_a_tensor_that_it_has_handed_out():
@@ -172,7 +180,7 @@ def test_names_that_one_receiver_refuses_are_told_and_the_next_update_works():
         ):
             with pytest.raises(UserError, match=says):
                 send(end, receivers, wrong.items())
-            assert all(isinstance(held, EOFError) for held in receivers.held())
+            assert all(isinstance(held, GONE) for held in receivers.held())
         send(end, receivers, tensors.items())
         assert receivers.held()[1] == {name: content(tensor) for name, tensor in tensors.items()}
 
@@ -186,7 +194,7 @@ def test_tensors_of_an_update_that_broke_off_do_not_count_as_those_of_the_next()
 
         with pytest.raises(ZeroDivisionError):
             send(end, receivers, breaks())
-        assert isinstance(receivers.held()[0], EOFError)
+        assert isinstance(receivers.held()[0], GONE)
         with pytest.raises(UserError, match="was not sent a"):
             send(end, receivers, [("b", torch.ones(2))])
 
@@ -201,7 +209,7 @@ def test_an_error_of_the_stream_is_the_streams_own(error):
         with pytest.raises(error, match="of the stream") as caught:
             send(end, receivers, breaks())
         assert not isinstance(caught.value, ReceiverLost)
-        assert all(isinstance(held, EOFError) for held in receivers.held())
+        assert all(isinstance(held, GONE) for held in receivers.held())
 
 
 @pytest.mark.parametrize("place", ["first", "large", "last"])
@@ -212,7 +220,7 @@ def test_a_receiver_that_dies_in_the_middle_is_noticed_at_once(place):
         with pytest.raises(ReceiverLost, match="rank 1 left"):
             send(end, receivers, tensors.items())
         assert time.monotonic() - began < 5
-        assert isinstance(receivers.held()[0], EOFError)
+        assert isinstance(receivers.held()[0], GONE)
 
 
 def test_a_receiver_that_hangs_is_given_up(monkeypatch):
@@ -259,8 +267,7 @@ def test_who_does_not_know_the_key_is_refused_and_the_receivers_are_still_waited
 def test_a_receiver_refuses_a_sender_that_does_not_know_the_key():
     with transport({}, key=b"another key") as (end, receivers):
         receivers.session()
-        deadline = time.monotonic() + 1
-        with pytest.raises(ReceiverLost), end.session(lambda: time.monotonic() < deadline):
+        with pytest.raises(ReceiverLost), end.session(lambda: not receivers.controls[0].poll()):
             raise AssertionError
         assert isinstance(receivers.held()[0], AuthenticationError)
 

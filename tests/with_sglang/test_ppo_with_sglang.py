@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from helpers import ROOT, arguments, command, metrics_of
+from live_server import Server
 
 from verl.rollout.sglang.arguments import installed
 
@@ -20,7 +21,9 @@ SGLANG = {"actor_rollout_ref__rollout__name": "sglang", "actor_rollout_ref__roll
 
 
 def descendants_named(process: subprocess.Popen, name: str) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if name in " ".join(child.cmdline())]
+    return [
+        child for child in psutil.Process(process.pid).children(recursive=True) if name in " ".join(child.cmdline())
+    ]
 
 
 def test_ppo_learns_with_sglang_and_its_weights_are_the_actors_at_every_step(small, tmp_path):
@@ -39,6 +42,34 @@ def test_ppo_learns_with_sglang_and_its_weights_are_the_actors_at_every_step(sma
     assert max(step["training/rollout_log_probs_diff_max"] for step in steps) < 1e-3
     assert all(step["timing_s/check_weights"] > 0 for step in steps)
     assert "SGLang 0.5" in done.stdout
+
+
+def test_ppo_learns_with_a_server_that_was_started_elsewhere(small, tmp_path):
+    server = Server(small / "model", key="a key of this test", log=tmp_path / "server.log")
+    try:
+        server.wait()
+        keys = {
+            **SGLANG,
+            "actor_rollout_ref__rollout__mode": "server",
+            "actor_rollout_ref__rollout__server_urls": f"[{server.url}]",
+            "actor_rollout_ref__rollout__server_api_key_env": "TEST_SERVER_KEY",
+            "trainer__total_training_steps": 15,
+            "trainer__check_weights": "always",
+            "actor_rollout_ref__actor__optim__lr": 5e-3,
+        }
+        done = subprocess.run(
+            command(arguments(small, tmp_path / "run", **keys)),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "TEST_SERVER_KEY": "a key of this test"},
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        scores = [step["critic/score/mean"] for step in metrics_of(tmp_path / "run") if step["step"] > 0]
+        assert np.mean(scores[-3:]) > 3 * np.mean(scores[:3])
+        assert "a key of this test" not in (tmp_path / "run" / "config.yaml").read_text() + done.stdout + done.stderr
+    finally:
+        server.kill()
 
 
 @pytest.mark.parametrize("victim", ["scheduler", "engine"])
@@ -70,5 +101,5 @@ def test_the_death_of_sglang_ends_the_run_with_a_message_and_leaves_no_process(s
     assert "error: the SGLang engine (pid" in stderr
     assert "Its output is in" in stderr
     assert "Traceback" not in stderr
-    gone, alive = psutil.wait_procs(started, timeout=10)
+    _, alive = psutil.wait_procs(started, timeout=10)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

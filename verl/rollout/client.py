@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from verl.rollout.states import EngineState
 from verl.rollout.stops import StopWatch
 
 CLOSE_TIMEOUT = 20.0  # seconds
+LOOK_EVERY = 30.0  # seconds between looks at an engine that is drawing
 
 
 class ClientEngine:
@@ -64,6 +66,7 @@ class ClientEngine:
         self._recalled: dict[str, Future[None]] = {}  # ended once the draw has
         self._numbers = itertools.count()
         self._death: EngineDied | None = None
+        self._looked = time.monotonic()
         backend.listen(self)
 
     # ---- requests
@@ -80,9 +83,27 @@ class ClientEngine:
                 self._rows.update(zip(ids, rows, strict=True))
                 if not self._state.paused:
                     self._launch(rows)
-            return await asyncio.gather(*(asyncio.wrap_future(row.future) for row in rows))
+            return await self._results(rows)
         finally:  # also when the caller is cancelled
             self._forget(rows)
+
+    async def _results(self, rows: Sequence[Row]) -> list[Result]:
+        """An engine that hangs is found out by its health: that is its end, and the rows', as for any other death."""
+        results = asyncio.gather(*(asyncio.wrap_future(row.future) for row in rows))
+        try:
+            while True:
+                await asyncio.wait([results], timeout=LOOK_EVERY)
+                if results.done():
+                    return results.result()
+                if time.monotonic() - self._looked > LOOK_EVERY:
+                    self._looked = time.monotonic()  # one of many callers looks
+                    await asyncio.to_thread(self._look)
+        finally:
+            results.cancel()
+
+    def _look(self) -> None:
+        with contextlib.suppress(EngineDied), self._order("health"):
+            self.backend.health()
 
     async def abort(self, ids: Sequence[str] | None = None) -> None:
         with self._lock:

@@ -42,7 +42,10 @@ class SGLangParameters:
         self._model = model
         self._slots: dict[str, list[Slot]] = {}  # by checkpoint name
         self._shapes: dict[str, tuple[int, ...]] = {}
+        # A model that computes further tensors from its weights has to see them come.
+        self._replays = not hasattr(model, "post_load_weights")
         self._come: set[str] = set()
+        self._covered = False  # the names known so far fill all parameters
         self._owners = {
             f"{path}.{name}" if path else name: (module, name)
             for path, module in model.named_modules(remove_duplicate=False)
@@ -63,7 +66,7 @@ class SGLangParameters:
         through_model = []
         for name, tensor in known:
             slots = self._slots[name]
-            if all(slot.again for slot in slots):
+            if self._replays and all(slot.again for slot in slots):
                 for slot in slots:
                     slot.again(tensor)  # type: ignore[misc]
             else:
@@ -77,6 +80,8 @@ class SGLangParameters:
     def finish(self) -> None:
         if missing := sorted(self._slots.keys() - self._come):
             raise ValueError(f"was not sent {_some(missing)}")
+        if self._covered:
+            return
         filled = {
             (slot.parameter, part) for slots in self._slots.values() for slot in slots for part in self._parts(slot)
         }
@@ -88,6 +93,7 @@ class SGLangParameters:
         ]
         if absent:
             raise ValueError(f"was not sent anything for {_some(absent)}")
+        self._covered = True
 
     def pieces(self) -> list[Piece]:
         return [

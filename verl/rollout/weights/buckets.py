@@ -50,7 +50,7 @@ class SharedBuffer:
             return
         self._descriptor = os.memfd_create("verl-weights")
         try:
-            os.posix_fallocate(self._descriptor, 0, size)  # no memory is an error here, not a SIGBUS later
+            os.ftruncate(self._descriptor, size)  # takes memory as it is filled, like any tensor
             self.tensor = _mapped(self._descriptor, size)
         except OSError as error:
             self.forget()

@@ -53,6 +53,9 @@ def checksum(held: torch.Tensor, shape: Sequence[int], dim: int = 0, start: int 
         return 0
     if not held.dim():
         held, shape = held[None], (1,)
+    if held.element_size() == 8:  # as two halves each
+        held, last = held.contiguous().view(torch.int32), len(shape) - 1
+        start, shape = start * 2 if dim == last else start, (*shape[:-1], 2 * shape[-1])
     inner = math.prod(shape[dim + 1 :])  # elements of one row of dim
     rows = held.contiguous().view(_INT_OF_SIZE[held.element_size()]).view(-1, held.shape[dim] * inner)
     total = 0

@@ -13,8 +13,10 @@ import socket
 import struct
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
@@ -71,7 +73,11 @@ class WeightSender:
             ordered = [connections[rank] for rank in sorted(connections)]
             session = Session(ordered, self._device, self._dtype, self._bucket_bytes)
             session.seconds["arrive"] = time.perf_counter() - started
-            yield session
+            try:
+                yield session
+            except BaseException:  # whoever keeps the error keeps its session, too, but not the memory
+                session.drop_buckets()
+                raise
             session.end()
             self.seconds = session.seconds
         finally:
@@ -108,6 +114,21 @@ class WeightSender:
         self._folder.cleanup()
 
 
+@dataclass
+class _Due:
+    """An order that receivers have not answered. bucket: that it is about. keep: what they read until then."""
+
+    order: str
+    bucket: int | None = None
+    keep: list[SharedBuffer | torch.Tensor] = field(default_factory=list)
+
+    def drop(self) -> None:
+        for kept in self.keep:
+            if isinstance(kept, SharedBuffer):
+                kept.forget()
+        self.keep.clear()
+
+
 class Session:
     """One conversation with all receivers of an engine."""
 
@@ -116,7 +137,7 @@ class Session:
     ):
         self._connections, self._device, self._dtype, self._bucket_bytes = connections, device, dtype, bucket_bytes
         self._buffers: list[SharedBuffer] = []
-        self._loading: list[bool] = []  # whether receivers are still at work on this buffer
+        self._due: deque[_Due] = deque()  # what receivers are still to answer
         self.seconds = {"arrive": 0.0, "open": 0.0, "gather": 0.0, "wait": 0.0, "close": 0.0}
         self.bytes = 0
 
@@ -131,27 +152,24 @@ class Session:
             size = tensor.numel() * tensor.element_size()
             self.bytes += size
             if size > self._bucket_bytes:
-                clock = self._spent("gather", clock)
                 self._send_alone(name, tensor)
-                clock = self._spent("wait", clock)
                 continue
             if filled + size > self._bucket_bytes:
-                clock = self._spent("gather", clock)
                 self._send(current, places)
                 current, places, filled = 1 - current, [], 0
-                self._free(current)
+                clock = self._spent("gather", clock)
+                self._await_bucket(current)
                 clock = self._spent("wait", clock)
             place = Place(name, tuple(tensor.shape), _name_of(tensor.dtype), filled)
             place.view(self._buffers[current].tensor).copy_(tensor, non_blocking=True)
             places.append(place)
             filled = padded(filled + size)
-        clock = self._spent("gather", clock)
         if places:
             self._send(current, places)
-        for index in range(2):
-            self._free(index)
-        self._spent("wait", clock)
+        clock = self._spent("gather", clock)
+        self._await_all()
         self._ask("loaded")
+        self._spent("wait", clock)
 
     def pieces(self) -> list[list[Piece]]:
         """What each receiver holds, with checksums."""
@@ -163,53 +181,73 @@ class Session:
     def end(self) -> None:
         clock = time.perf_counter()
         self._ask("end")
-        self._buffers.clear()
-        if self._device.type == "cuda":
-            torch.cuda.ipc_collect()
+        self.drop_buckets()
         self._spent("close", clock)
 
     # ---- buckets
 
+    def drop_buckets(self) -> None:
+        for buffer in self._buffers:
+            buffer.forget()
+        self._buffers.clear()
+        while self._due:
+            self._due.pop().drop()
+        if self._device.type == "cuda":
+            torch.cuda.ipc_collect()
+
     def _open_buckets(self) -> None:
-        self._buffers, self._loading = [], [False, False]
-        try:
-            for _ in self._loading:
-                self._buffers.append(SharedBuffer(self._bucket_bytes, self._device))
-            self._ask("open", [buffer.handle for buffer in self._buffers])
-        finally:
-            for buffer in self._buffers:
-                buffer.forget()
+        """The receivers map them while the first is being filled."""
+        for _ in range(2):
+            self._buffers.append(SharedBuffer(self._bucket_bytes, self._device))
+        self._send_order(_Due("open", keep=list(self._buffers)), [buffer.handle for buffer in self._buffers])
 
     def _send(self, index: int, places: list[Place]) -> None:
         self._finish_copies()
-        self._tell("load", index, places)
-        self._loading[index] = True
-
-    def _free(self, index: int) -> None:
-        if self._loading[index]:
-            self._loading[index] = False
-            self._answers("load")
+        self._send_order(_Due("load", bucket=index), index, places)
 
     def _send_alone(self, name: str, tensor: torch.Tensor) -> None:
-        """A tensor that no bucket holds. What is in the buckets is loaded in its turn."""
-        for index in range(2):
-            self._free(index)
+        """A tensor that no bucket holds; one at a time is under way."""
+        while any(due.order == "load_from" for due in self._due):
+            self._await_next()
         place = Place(name, tuple(tensor.shape), _name_of(tensor.dtype), 0)
         if self._device.type == "cuda" and tensor.is_cuda and tensor.is_contiguous():
             self._finish_copies()
-            self._ask("load_from", share_cuda(tensor.detach()), place, True)
+            self._send_order(_Due("load_from", keep=[tensor]), share_cuda(tensor.detach()), place, True)
         else:
             buffer = SharedBuffer(tensor.numel() * tensor.element_size(), self._device)
+            due = _Due("load_from", keep=[buffer])
             try:
                 place.view(buffer.tensor).copy_(tensor)
                 self._finish_copies()
-                self._ask("load_from", buffer.handle, place, False)
-            finally:
-                buffer.forget()
+                self._send_order(due, buffer.handle, place, False)
+            except BaseException:
+                due.drop()
+                raise
+
+    def _send_order(self, due: _Due, *args: Any) -> None:
+        self._due.append(due)
+        self._tell(due.order, *args)
+
+    def _await_bucket(self, index: int) -> None:
+        """Until receivers are done with what this bucket holds, if anything."""
+        while any(due.bucket == index for due in self._due):
+            self._await_next()
+
+    def _await_all(self) -> None:
+        while self._due:
+            self._await_next()
+
+    def _await_next(self) -> None:
+        """Receivers carry out orders one after the other."""
+        due = self._due.popleft()
+        try:
+            self._answers(due.order)
+        finally:
+            due.drop()
 
     def _finish_copies(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _spent(self, on: str, since: float) -> float:
         now = time.perf_counter()

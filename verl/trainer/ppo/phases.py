@@ -14,12 +14,18 @@ from collections.abc import Callable
 from verl.rollout.base import MemoryTag, RolloutEngine
 
 
+def put_to_sleep(rollout: RolloutEngine) -> None:
+    """A new engine, which has measured the memory that it found free: now the models may have it."""
+    if tags := sorted(rollout.capabilities.sleep):
+        asyncio.run(rollout.sleep(tags))
+
+
 class Phases:
-    """free_memory: gives what the trainer's allocator holds unused back to the device."""
+    """rollout: put to sleep. free_memory: gives what the trainer's allocator holds unused back to the device."""
 
     def __init__(self, rollout: RolloutEngine, free_memory: Callable[[], object]):
         self._rollout, self._free_memory = rollout, free_memory
-        self._asleep: set[MemoryTag] = set()
+        self._asleep: set[MemoryTag] = set(rollout.capabilities.sleep)
 
     def train(self) -> None:
         """Nothing of the engine's is on the device; its weights are lost and have to come again."""
@@ -36,11 +42,11 @@ class Phases:
 
     def _sleep(self, tags: set[MemoryTag]) -> None:
         if tags := (tags & self._rollout.capabilities.sleep) - self._asleep:
-            asyncio.run(self._rollout.sleep(list(tags)))
+            asyncio.run(self._rollout.sleep(sorted(tags)))
             self._asleep |= tags
 
     def _wake(self, tags: set[MemoryTag]) -> None:
         if tags := tags & self._asleep:
             self._free_memory()
-            asyncio.run(self._rollout.wake(list(tags)))
+            asyncio.run(self._rollout.wake(sorted(tags)))
             self._asleep -= tags

@@ -20,7 +20,7 @@ from verl.tracking import Trackers, build_trackers
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.interrupt import STOPPING, StopRequest
 from verl.trainer.ppo.engines import embedded_engine, start_engine
-from verl.trainer.ppo.phases import Phases
+from verl.trainer.ppo.phases import put_to_sleep
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.trainer.ppo.worker import PPOWorker
 from verl.trainer.runs import close_run, finishes, folder_of, run_folder, run_info, say, where_to_start
@@ -94,7 +94,7 @@ def build_parts(
     started = start_engine(config, plan, tokenizer, checkpoints.folder, progress.note, progress.warn)
     if started:
         stack.callback(lambda: asyncio.run(started.close()))
-        Phases(started, lambda: None).train()  # it has measured the memory; now the models may have it
+        put_to_sleep(started)
     worker = PPOWorker(config, plan)
     workers = LocalWorkerGroup(worker)
     stack.callback(workers.close)

@@ -1,0 +1,205 @@
+"""Who has the device's memory when, over a whole run of the trainer's own loop. The engine is a client's, which refuses
+orders that make no sense; its backend, the workers and the stages only note what they are asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from verl.rollout.base import Capabilities, MemoryTag
+from verl.rollout.client import ClientEngine
+from verl.trainer.ppo.phases import Phases, put_to_sleep
+from verl.trainer.ppo.trainer import PPOTrainer
+
+BOTH: list[MemoryTag] = ["weights", "kv_cache"]
+
+
+class Backend:
+    """See ``verl.rollout.backend.Backend``."""
+
+    keeps_weights = False
+
+    def __init__(self, log: list[str], sleep: Sequence[MemoryTag]):
+        self.capabilities, self.log = Capabilities(sleep=frozenset(sleep)), log
+
+    def listen(self, listener: object) -> None:
+        pass
+
+    def update_weights(self, stream: object, version: int) -> None:
+        self.log.append(f"weights {version}")
+
+    def check_weights(self, stream: object) -> list[str]:
+        self.log.append("check")
+        return []
+
+    def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        self.log.append("sleep " + " ".join(tags))
+
+    def wake(self, tags: Sequence[MemoryTag]) -> None:
+        self.log.append("wake " + " ".join(tags))
+
+    def drop_cache(self) -> None:
+        pass
+
+
+class Workers:
+    def __init__(self, log: list[str]):
+        self.log = log
+
+    def call(self, method: str, role: str = "", *_: Any) -> Future:
+        if method != "weights":
+            self.log.append(f"{method} {role}".strip())
+        answer: Future = Future()
+        answer.set_result([[("weight", torch.zeros(1))]])
+        return answer
+
+
+class Trainer(PPOTrainer):
+    """The loop, with a generation that draws nothing and a training that loads the actor."""
+
+    def __init__(self, rollout: ClientEngine, log: list[str], validates: Sequence[int] = (), steps: int = 2):
+        super().__init__(
+            config=SimpleNamespace(
+                data=SimpleNamespace(shuffle=False, seed=0, max_response_length=4),
+                algorithm=SimpleNamespace(adv_estimator="gae", kl_ctrl=SimpleNamespace(type="fixed", kl_coef=0.0)),
+                trainer=SimpleNamespace(check_log_probs=False, check_weights="first", save_freq=-1),
+            ),
+            plan=SimpleNamespace(
+                prompts=2, last_step=steps, validates=lambda step: step in validates, saves=lambda step: False
+            ),
+            parts=SimpleNamespace(
+                rollout=rollout,
+                workers=Workers(log),
+                train_prompts=SimpleNamespace(num_rows=4, take=lambda rows: rows),
+                trackers=SimpleNamespace(progress=SimpleNamespace(stage=stage), log=lambda *_: None),
+            ),
+        )
+        self.log = log
+
+    def _generate(self) -> None:
+        with self.generating():
+            self.parts.rollout._state.check_generate()
+            self.log.append("generate")
+
+    def roll_out(self, prompts: Any) -> None:
+        self._generate()
+        self.make_room_for_training()
+
+    def validate(self) -> None:
+        self._generate()
+
+    def old_log_probs(self, table: None) -> None:
+        with self.loaded("actor"):
+            self.log.append("train")
+
+    def nothing(self, *_: object) -> None:
+        pass
+
+    rollout_correction = ref_log_probs = values = advantages = update_critic = update_actor = report = nothing
+
+
+@contextmanager
+def stage(name: str, total: int | None):
+    yield None
+
+
+def run(sleep: Sequence[MemoryTag], **options: Any) -> list[str]:
+    """What is noted from the start of the engine to the end of the run."""
+    log: list[str] = []
+    engine = ClientEngine(
+        Backend(log, sleep), eos_token_ids=[1], max_model_len=10, vocab_size=10, no_weights="none have come"
+    )
+    put_to_sleep(engine)
+    trainer = Trainer(engine, log, **options)
+    assert trainer.fit()
+    return log
+
+
+UPDATE = ["free_memory", "wake weights", "load actor", "weights {}", "unload actor"]
+CHECKED_UPDATE = [*UPDATE[:4], "check", "unload actor"]
+TRAIN = ["sleep kv_cache weights", "load actor", "train", "unload actor"]
+FULL = ["free_memory", "wake kv_cache"]
+
+
+def test_engine_and_models_take_turns():
+    assert run(BOTH) == [
+        *["sleep kv_cache weights", *(order.format(0) for order in CHECKED_UPDATE)],
+        *[*FULL, "generate", *TRAIN, *(order.format(1) for order in UPDATE)],
+        *[*FULL, "generate", *TRAIN, *(order.format(2) for order in UPDATE)],
+    ]
+
+
+def test_validation_draws_before_the_engine_makes_room():
+    assert run(BOTH, validates=[0, 1, 2]) == [
+        *["sleep kv_cache weights", *(order.format(0) for order in CHECKED_UPDATE)],
+        *[*FULL, "generate", "generate", *TRAIN, *(order.format(1) for order in UPDATE)],
+        *[*FULL, "generate", "generate", *TRAIN, *(order.format(2) for order in UPDATE)],
+        *[*FULL, "generate"],
+    ]
+
+
+@pytest.mark.parametrize("validates", [[], [0], [0, 1, 2], [1], [2]])
+def test_no_model_is_loaded_beside_the_cache_and_none_is_trained_beside_the_engines_weights(validates):
+    awake = set(BOTH)
+    for order in run(BOTH, validates=validates, steps=3):
+        name, *tags = order.split()
+        if name == "sleep":
+            awake -= set(tags)
+        elif name == "wake":
+            awake |= set(tags)
+        elif name == "load":
+            assert "kv_cache" not in awake
+        elif name == "train":
+            assert not awake
+        elif name == "generate":
+            assert awake == set(BOTH)
+
+
+def test_an_engine_that_gives_up_only_its_cache_keeps_its_weights():
+    log = run(["kv_cache"], steps=1)
+    assert [order for order in log if order.split()[0] in ("sleep", "wake", "free_memory")] == [
+        *["sleep kv_cache", "free_memory", "wake kv_cache", "sleep kv_cache"],
+    ]
+
+
+def test_an_engine_that_cannot_sleep_is_left_alone():
+    update = ["load actor", "weights {}", "unload actor"]
+    assert run([], validates=[1], steps=1) == [
+        *["load actor", "weights 0", "check", "unload actor", "generate", "load actor", "train", "unload actor"],
+        *[*(order.format(1) for order in update), "generate"],
+    ]
+
+
+def test_memory_is_freed_only_where_the_engine_is_about_to_take_some():
+    freed: list[str] = []
+    engine = ClientEngine(Backend(freed, BOTH), eos_token_ids=[1], max_model_len=10, vocab_size=10)
+    put_to_sleep(engine)
+    phases = Phases(engine, lambda: freed.append("free_memory"))
+    for phase in (phases.train, phases.generate, phases.generate, phases.train, phases.update, phases.update):
+        phase()
+    assert freed == [
+        *["sleep kv_cache weights", "free_memory", "wake kv_cache weights"],
+        *["sleep kv_cache weights", "free_memory", "wake weights"],
+    ]
+
+
+def test_a_phase_that_did_not_come_about_is_tried_again():
+    """The models hold the memory that the engine needs: once some is given back, it wakes."""
+    log: list[str] = []
+    backend = Backend(log, BOTH)
+    engine = ClientEngine(backend, eos_token_ids=[1], max_model_len=10, vocab_size=10)
+    put_to_sleep(engine)
+    phases = Phases(engine, lambda: None)
+    wake = backend.wake
+    backend.wake = lambda tags: (_ for _ in ()).throw(MemoryError("the GPU is full"))
+    with pytest.raises(MemoryError):
+        phases.generate()
+    backend.wake = wake
+    phases.generate()
+    assert log[-1] == "wake kv_cache weights"

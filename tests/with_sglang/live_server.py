@@ -1,0 +1,63 @@
+"""A real SGLang server on the CPU, in a process group of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+START_TIMEOUT = 300.0
+
+
+class Server:
+    """One SGLang server, which may be killed and started again at the same port."""
+
+    def __init__(self, model: Path, key: str, log: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._model, self._key, self._log = model, key, log
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        options = {
+            "model-path": self._model,
+            "host": "127.0.0.1",
+            "port": self.port,
+            "api-key": self._key,
+            "device": "cpu",
+            "dtype": "float32",
+            "attention-backend": "torch_native",
+            "sampling-backend": "pytorch",
+            "grammar-backend": "none",
+            "max-total-tokens": 8192,
+            "max-running-requests": 8,
+        }
+        command = [sys.executable, "-m", "sglang.launch_server", "--skip-tokenizer-init"]
+        command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "passive"}
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while "The server is fired up" not in self._log.read_text().rpartition("server_args=")[2]:
+            assert self._process.poll() is None, self._log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self._log.read_text()[-3000:]
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
