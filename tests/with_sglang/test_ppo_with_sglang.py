@@ -10,7 +10,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from helpers import ROOT, arguments, command, metrics_of
+from helpers import ROOT, arguments, command, metrics_of, start
 from live_server import Server
 
 from verl.rollout.sglang.arguments import installed
@@ -42,6 +42,30 @@ def test_ppo_learns_with_sglang_and_its_weights_are_the_actors_at_every_step(sma
     assert max(step["training/rollout_log_probs_diff_max"] for step in steps) < 1e-3
     assert all(step["timing_s/check_weights"] > 0 for step in steps)
     assert "SGLang 0.5" in done.stdout
+
+
+def test_a_tensor_that_the_engine_got_wrong_ends_the_run_by_its_name(small, tmp_path):
+    script = tmp_path / "with_one_stale_tensor.py"
+    script.write_text(
+        "import itertools, sys\n"
+        "from verl.trainer.main_ppo import main\n"
+        "from verl.trainer.ppo.worker import PPOWorker\n"
+        "weights, calls = PPOWorker.weights, itertools.count()\n"
+        "def stale(self):\n"
+        "    number = next(calls)  # update, check, update, ...\n"
+        "    for name, tensor in weights(self):\n"
+        "        yield name, tensor + (number == 2 and name == 'model.layers.1.mlp.up_proj.weight')\n"
+        "PPOWorker.weights = stale\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(main())\n"
+    )
+    keys = {**SGLANG, "trainer__check_weights": "always", "trainer__val_before_train": False}
+    done = start(arguments(small, tmp_path / "run", **keys), script=script)
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "after the weight update of step 1" in done.stderr
+    assert "model.layers.1.mlp.up_proj.weight differs" in done.stderr
+    assert done.stderr.count(" differs ") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_ppo_learns_with_a_server_that_was_started_elsewhere(small, tmp_path):
