@@ -44,6 +44,32 @@ def test_ppo_learns_with_sglang_and_its_weights_are_the_actors_at_every_step(sma
     assert "SGLang 0.5" in done.stdout
 
 
+def test_sglang_is_put_to_sleep_and_woken_in_an_order_that_it_stands(small, tmp_path):
+    """On a CPU SGLang has no memory to give back, but it keeps account: an order that makes no sense crashes it."""
+    script = tmp_path / "with_sleep.py"
+    script.write_text(
+        "import dataclasses, sys\n"
+        "import torch\n"
+        "from verl.rollout.sglang.process import SGLangProcess\n"
+        "from verl.trainer.main_ppo import main\n"
+        "start = SGLangProcess.__init__\n"
+        "def sleeping(self, *args, **kwargs):\n"
+        "    start(self, *args, **kwargs)\n"
+        "    tags = frozenset({'weights', 'kv_cache'})\n"
+        "    self.capabilities = dataclasses.replace(self.capabilities, sleep=tags)\n"
+        "SGLangProcess.__init__ = sleeping\n"
+        "torch.cuda.mem_get_info = lambda device: (1 << 40, 1 << 40)\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(main())\n"
+    )
+    keys = {**SGLANG, "trainer__check_weights": "always", "trainer__test_freq": 2, "trainer__save_freq": 2}
+    done = start(arguments(small, tmp_path / "run", **keys), script=script)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    steps = metrics_of(tmp_path / "run")
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert all(step["timing_s/sleep"] > 0 and step["timing_s/wake"] > 0 for step in steps[1:])
+
+
 def test_a_tensor_that_the_engine_got_wrong_ends_the_run_by_its_name(small, tmp_path):
     script = tmp_path / "with_one_stale_tensor.py"
     script.write_text(
