@@ -85,6 +85,8 @@ MANY = "trainer.n_gpus_per_node=4"
         (f"{ROLLOUT}.engine_kwargs.sglang={{x:1}}", [SGLANG, SERVER], [SGLANG]),
         (f"{ROLLOUT}.max_num_seqs=8", [SGLANG, SERVER], [SGLANG]),
         (f"{ROLLOUT}.server_urls=[http://127.0.0.1:1]", [SGLANG], [SGLANG, SERVER]),
+        (f"{ROLLOUT}.engine_kwargs.vllm={{seed:1}}", [SGLANG], [f"{ROLLOUT}.name=vllm"]),
+        (f"{ROLLOUT}.engine_kwargs.sglang={{log_level:info}}", [f"{ROLLOUT}.name=vllm"], [SGLANG]),
         (f"{ROLLOUT}.server_weight_update=disk", [SGLANG], [SGLANG, SERVER]),
         (f"{ROLLOUT}.server_weights_dir=/w", [SGLANG, SERVER], [SGLANG, SERVER, DISK]),
         (f"{ROLLOUT}.update_weights_bucket_megabytes=9", [SGLANG, SERVER, DISK], [SGLANG, SERVER]),

@@ -298,6 +298,7 @@ def test_the_responses_of_the_check_are_short():
         (["rollout.name=sglang", "actor.fsdp_config.dtype=float32"], "cuda", FLOAT32_LIMIT),
         (["rollout.name=sglang", "actor.fsdp_config.dtype=float32", "rollout.dtype=bfloat16"], "cuda", HALF_LIMIT),
         (["rollout.name=sglang", "actor.fsdp_config.dtype=bfloat16"], "cpu", HALF_LIMIT),
+        (["rollout.name=sglang", "rollout.mode=server"], "cpu", HALF_LIMIT),
     ],
 )
 def test_the_limit_is_that_of_the_coarser_side(settings, device, limit):

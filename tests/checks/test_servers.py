@@ -46,8 +46,9 @@ def test_other_machines_need_one(problems, checked):
         ("ftp://10.0.0.5", "not the URL of a server"),
         ("'http://127.0.0.1:port'", "not a URL"),
         ("http://user:secret@127.0.0.1:30000", "a password has no place in it"),
-        ("'http://127.0.0.1:30000/?x=1'", "no query"),
-        (f"[{NEAR},{NEAR}]", "named twice"),
+        ("'http://127.0.0.1:30000/?key=secret'", "no query"),
+        (f"[{NEAR},{NEAR}/]", "named twice"),
+        ("['http://user:secret@127.0.0.1:1','http://user:secret@127.0.0.1:1']", "a password has no place in it"),
     ],
 )
 def test_urls_that_are_none_are_named(problems, urls, says):
@@ -85,4 +86,4 @@ def test_the_plan_says_where_the_engine_is(checked):
 
     plan, _ = checked(*SERVER, f"{ROLLOUT}.server_urls={NEAR}", f"{ROLLOUT}.tensor_model_parallel_size=3")
     config = load([*SERVER, f"{ROLLOUT}.server_urls={NEAR}", "actor_rollout_ref.model.path=m"]).config
-    assert ("rollout engine", "sglang, on 1 servers elsewhere; weights by tensors") in _setup(config, plan)
+    assert ("rollout engine", "sglang, on 1 server elsewhere; weights by tensors") in _setup(config, plan)

@@ -213,3 +213,19 @@ def test_everything_wrong_is_reported_at_once(checked, tmp_path):
             "trainer.logger",
         ]
     )
+
+
+def test_what_sglang_cannot_do_is_said_before_it_starts(checked, monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    rollout = "actor_rollout_ref.rollout"
+    _, findings = checked(
+        f"{rollout}.name=sglang",
+        f"{rollout}.min_new_tokens=4",
+        f"+{rollout}.engine_kwargs.sglang.dp_size=2",
+        dry_run=True,
+    )
+    assert {problem.key for problem in findings.problems} == {
+        f"{rollout}.min_new_tokens",
+        f"{rollout}.engine_kwargs.sglang.dp_size",
+    }
+    assert any("expandable_segments" in warning for warning in findings.warnings)

@@ -48,6 +48,7 @@ class FakeSGLang:
         self.readable = True
         self.say: dict[str, Any] = {}
         self.calls: list[tuple[str, Any]] = []
+        self.asleep: set[str] = set()
         self.running: dict[str, asyncio.Event] = {}
         self.most_running = 0
         self.stops_at: int | None = None
@@ -182,11 +183,16 @@ class FakeSGLang:
         return 200, {"success": True, "message": ""}
 
     def release_memory_occupation(self, body: Any) -> tuple[int, Any]:
+        assert self.asleep.isdisjoint(body["tags"])  # the real one would end
+        self.asleep |= set(body["tags"])
         return 200, None
 
-    resume_memory_occupation = release_memory_occupation
+    def resume_memory_occupation(self, body: Any) -> tuple[int, Any]:
+        self.asleep.difference_update(body["tags"])
+        return 200, None
 
     async def _generate(self, body: Any, writer: asyncio.StreamWriter) -> None:
+        assert not self.asleep
         prompt, sampling = body["input_ids"], body["sampling_params"]
         stops = () if sampling["ignore_eos"] else (sampling.get("stop_token_ids") or ())
         self.running[body["rid"]] = aborted = asyncio.Event()

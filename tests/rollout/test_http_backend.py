@@ -246,6 +246,12 @@ def test_a_key_is_sent_and_a_wrong_one_is_named_and_not_shown(start, connect):
         assert "secret" not in str(caught.value)
 
 
+def test_a_server_that_obeys_everybody_is_refused_where_it_should_have_a_key(start, connect):
+    with pytest.raises(UserError, match=r"has no key.*--api-key") as caught:
+        connect(start(), key="a-secret")
+    assert "secret" not in str(caught.value)
+
+
 def test_an_error_of_the_server_is_passed_on_with_url_and_status(start, connect):
     server = start()
     engine = connect(server)
@@ -540,6 +546,26 @@ def test_a_server_sleeps_only_if_it_was_started_for_that(start, connect):
     asyncio.run(engine.health())
     assert len(server.bodies("/health")) == 1
     assert server.bodies("/release_memory_occupation") == [{"tags": ["kv_cache"]}]
+
+
+def test_weights_are_checked_with_the_cache_asleep_which_it_is_again_afterwards(start, connect):
+    server = start(enable_memory_saver=True)
+    engine = connect(server)
+    update(engine)
+    asyncio.run(engine.sleep(["kv_cache"]))
+    assert asyncio.run(engine.check_weights(iter(WEIGHTS.items()))) == []
+    assert server.asleep == {"kv_cache"}
+    asyncio.run(engine.wake(["kv_cache"]))
+    check(generate(engine, request())[0], request())
+
+
+def test_a_server_is_left_awake_for_the_next_run(start, connect):
+    server = start(enable_memory_saver=True)
+    for _ in range(2):
+        engine = connect(server)
+        asyncio.run(engine.sleep(["weights", "kv_cache"]))
+        asyncio.run(engine.close())
+        assert server.asleep == set()
 
 
 def test_the_cache_is_dropped_again_and_again_until_the_server_is_idle(start, connect):

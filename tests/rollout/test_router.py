@@ -431,6 +431,41 @@ def test_when_the_only_engine_left_has_no_weights_yet_the_error_says_so():
     asyncio.run(router.close())
 
 
+def test_an_engine_that_dies_as_it_joins_the_others_costs_nothing_but_itself():
+    machine = Machine(sleeps=("weights", "kv_cache"))
+    engines = [Scripted(number, sleeps=("weights", "kv_cache")) for number in range(2)]
+    router = route(engines, revive=machine, retry_every=0.005)
+    kill(router, engines[0])
+    machine.up = True
+    until(lambda: router.members[0].state == "unsynced")
+    machine.up = False
+    asyncio.run(router.sleep(["kv_cache"]))
+
+    async def die(tags: Sequence[MemoryTag]) -> None:
+        raise EngineDied("gone in the middle of it")
+
+    machine.made[0].sleep = die
+    asyncio.run(router.update_weights(weights(1.0), version=1))
+    assert [member.state for member in router.members] == ["dead", "used"]
+    assert router.members[0].death == "gone in the middle of it"
+    asyncio.run(router.close())
+
+
+def test_why_an_engine_that_answers_again_cannot_be_used_is_said_once():
+    tried, notes = [], []
+
+    def revive(name: str) -> Scripted:
+        tried.append(name)
+        raise UserError("it serves another model" if len(tried) < 5 else "it wants a key")
+
+    engines = [Scripted(0), Scripted(1)]
+    router = route(engines, revive=revive, retry_every=0.005, note=notes.append)
+    kill(router, engines[0])
+    until(lambda: len(tried) > 9)
+    asyncio.run(router.close())
+    assert [note.rpartition(": ")[2] for note in notes[1:]] == ["it serves another model", "it wants a key"]
+
+
 def test_an_engine_that_dies_again_is_revived_again():
     machine, engines = Machine(), [Scripted(0), Scripted(1)]
     router = route(engines, revive=machine, retry_every=0.005)

@@ -77,9 +77,9 @@ def _setup(config: Config, plan: RunPlan) -> Section:
 def _rollout(config: Config, plan: RunPlan) -> str:
     rollout = config.actor_rollout_ref.rollout
     if rollout.mode == "server":
-        return (
-            f"{plan.engine}, on {len(rollout.server_urls)} servers elsewhere; weights by {rollout.server_weight_update}"
-        )
+        count = len(rollout.server_urls)
+        servers = f"{count} server{'s' if count != 1 else ''} elsewhere"
+        return f"{plan.engine}, on {servers}; weights by {rollout.server_weight_update}"
     size = "" if plan.tensor_parallel == 1 else f" of {plan.tensor_parallel} GPUs each (tensor parallel)"
     replicas = f"{plan.replicas} replica{'s' if plan.replicas != 1 else ''}{size}"
     return f"{plan.engine}, {replicas}, on the same devices as training"

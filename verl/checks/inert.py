@@ -221,6 +221,21 @@ RULES = (
         f"the servers ({ROLLOUT}.mode=server) are as they were started",
     ),
     Rule(
+        tuple(f"{ROLLOUT}.{name}" for name in ("gpu_memory_utilization", "free_cache_engine", "enforce_eager")),
+        lambda run: run.plan.device == "cpu",
+        "on a CPU the engine has no GPU memory to share and no CUDA graphs",
+    ),
+    Rule(
+        (f"{ROLLOUT}.engine_kwargs.vllm*",),
+        lambda run: run.plan.engine == "sglang",
+        f"they are vLLM's ({ROLLOUT}.name=sglang)",
+    ),
+    Rule(
+        (f"{ROLLOUT}.engine_kwargs.sglang*",),
+        lambda run: run.plan.engine == "vllm",
+        f"they are SGLang's ({ROLLOUT}.name=vllm)",
+    ),
+    Rule(
         (f"{ROLLOUT}.server_*",),
         lambda run: run.config.actor_rollout_ref.rollout.mode == "colocated",
         f"the engine runs on the trainer's devices ({ROLLOUT}.mode=colocated)",

@@ -124,6 +124,8 @@ def rounding_limit(config: Config, device: str) -> float:
     if trainer == "auto":
         trainer = "float32" if device == "cpu" else "bfloat16"
     rollout = config.actor_rollout_ref.rollout
+    if rollout.mode == "server":  # what a server computes in is its own affair
+        return HALF_LIMIT
     engine = trainer if rollout.name == "hf" or rollout.dtype == "auto" else rollout.dtype
     return FLOAT32_LIMIT if trainer == engine == "float32" else HALF_LIMIT
 

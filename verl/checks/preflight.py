@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -140,11 +141,8 @@ def _engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) ->
         else:
             why = f"{name} is not installed in this environment"
             findings.problem(key, name, why, f'run pip install -e ".[{name}]", or set it to hf, the embedded engine')
-    for argument in config.actor_rollout_ref.rollout.engine_kwargs.sglang:
-        if argument in OWN_KEYS:
-            own = f"{ROLLOUT}.engine_kwargs.sglang.{argument}"
-            value = config.actor_rollout_ref.rollout.engine_kwargs.sglang[argument]
-            findings.problem(own, value, "another key decides this argument of SGLang", f"set {OWN_KEYS[argument]}")
+    if name == "sglang":
+        _sglang(findings, config)
     if plan.world_size % plan.tensor_parallel:
         working = [size for size in range(1, plan.world_size + 1) if plan.world_size % size == 0]
         findings.problem(
@@ -153,6 +151,24 @@ def _engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) ->
             f"{plan.world_size} devices cannot be split into groups of {plan.tensor_parallel}",
             f"set it to one of {', '.join(map(str, working))}",
         )
+
+
+def _sglang(findings: Findings, config: Config) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    for argument, value in rollout.engine_kwargs.sglang.items():
+        if argument in OWN_KEYS:
+            key = f"{ROLLOUT}.engine_kwargs.sglang.{argument}"
+            findings.problem(key, value, "another key decides this argument of SGLang", f"set {OWN_KEYS[argument]}")
+    if rollout.min_new_tokens:
+        why = "SGLang needs a tokenizer of its own for it, and runs without one here"
+        fix = f"set it to 0, or {ROLLOUT}.name=hf"
+        findings.problem(f"{ROLLOUT}.min_new_tokens", rollout.min_new_tokens, why, fix)
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if rollout.mode == "colocated" and "expandable_segments:true" in os.environ.get(variable, "").lower():
+            findings.warn(
+                f"{variable} has expandable_segments on: new weights go to SGLang through CUDA IPC, which such memory "
+                "often refuses. Leave it out if the first weight update fails."
+            )
 
 
 def _devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, dry_run: bool) -> None:

@@ -34,11 +34,13 @@ def _urls(findings: Findings, urls: list[str], has_key: bool) -> None:
     key = f"{ROLLOUT}.server_urls"
     if not urls:
         findings.problem(key, urls, f"{ROLLOUT}.mode=server needs to know its servers", f"set it to [{EXAMPLE}]")
-    if twice := sorted({url for url in urls if urls.count(url) > 1}):
-        findings.problem(key, urls, f"{', '.join(twice)} is named twice", "name each server once")
+    plain = [url.rstrip("/") for url in urls]
+    if twice := sorted({url for url in plain if plain.count(url) > 1}):
+        shown = list(map(_presentable, urls))
+        findings.problem(key, shown, f"{', '.join(map(_presentable, twice))} is named twice", "name each server once")
     for url in dict.fromkeys(urls):
         if problem := _malformed(url):
-            findings.problem(key, _without_password(url), problem, f"write it as {EXAMPLE}")
+            findings.problem(key, _presentable(url), problem, f"write it as {EXAMPLE}")
         elif _loopback(urlsplit(url).hostname or ""):
             continue
         elif not has_key:
@@ -70,10 +72,10 @@ def _malformed(url: str) -> str | None:
     return None
 
 
-def _without_password(url: str) -> str:
-    """What of a malformed URL may be shown."""
+def _presentable(url: str) -> str:
+    """What of a URL may be shown: no password, and no query, which may be a key."""
     before, at, after = url.rpartition("@")
-    return f"{before.partition('//')[0]}//...@{after}" if at else url
+    return (f"{before.partition('//')[0]}//...@{after}" if at else url).partition("?")[0]
 
 
 def _loopback(host: str) -> bool:

@@ -6,7 +6,7 @@ responses or of which order makes sense when: the client does, once for all of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,6 +103,3 @@ class Backend(Protocol):
     def health(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-Start = Callable[[], Backend]

@@ -35,13 +35,15 @@ CHECKED = -1  # stands for the version of weights that are saved to be compared
 
 @dataclass(eq=False)
 class Member:
-    """One engine of several. tokens: of its requests in flight, prompt and longest response. death: what it died of."""
+    """One engine of several. tokens: of its requests in flight, prompt and longest response. death: what it died of.
+    refusal: why it cannot be brought back, as far as it has been said."""
 
     name: str
     engine: RolloutEngine
     state: Literal["used", "dead", "unsynced"] = "used"
     tokens: int = 0
     death: str = ""
+    refusal: str = ""
 
 
 @dataclass(eq=False)
@@ -66,7 +68,8 @@ class _Home:
 class Router:
     """See ``verl.rollout.base.RolloutEngine``.
 
-    revive: builds a fresh engine for the member of this name; raises UserError while that is not possible.
+    revive: builds a fresh engine for the member of this name; raises EngineDied while there is none, and another
+        UserError where what is there cannot be used.
     save: stores a stream and returns it as one that can be read many times; None: members share the one stream.
     forget: called with what ``save`` returned once newer weights are everywhere. note: takes what the user should know.
     """
@@ -199,7 +202,10 @@ class Router:
             self._deal(source, engines, lambda engine, weights: engine.update_weights(weights, version))
             for engine, member in engines.items():
                 if member.state == "unsynced" and member.engine is engine:
-                    self._join(member)
+                    try:
+                        self._join(member)
+                    except EngineDied as error:
+                        self._lost(member, engine, error)
             if before:
                 self._forget(before[0])
 
@@ -230,7 +236,8 @@ class Router:
     async def close(self) -> None:
         if self._closed:
             return
-        await self.abort()
+        with contextlib.suppress(EngineDied):
+            await self.abort()
         with self._lock:
             self._closed = True
             self._closing.set()
@@ -292,7 +299,12 @@ class Router:
         assert self._revive is not None
         try:
             fresh = self._revive(member.name)
-        except UserError:  # not yet
+        except EngineDied:  # not yet
+            return
+        except UserError as error:  # it answers, but not as it should: said once
+            if str(error) != member.refusal:
+                member.refusal = str(error)
+                self._note(f"rollout: {member.name} cannot be brought back: {error}")
             return
         with self._syncing:
             with self._lock:

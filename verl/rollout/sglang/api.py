@@ -7,7 +7,6 @@ import json
 import ssl
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import httpx
@@ -41,7 +40,7 @@ class ServerAPI:
     """key: sent as a bearer token; never part of a message. key_setting: the setting that says where it is from."""
 
     def __init__(self, url: str, key: str | None, key_setting: str):
-        self.url, self._key_setting, self._has_key = url.rstrip("/"), key_setting, key is not None
+        self.url, self._key_setting, self.has_key = url.rstrip("/"), key_setting, key is not None
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name=f"SGLang server {self.url}", daemon=True)
         self._thread.start()
@@ -57,13 +56,18 @@ class ServerAPI:
 
     def call(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         """From any other thread: the result."""
-        return self.spawn(work).result()
-
-    def spawn(self, work: Coroutine[Any, Any, Answer]) -> Future[Answer]:
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     async def get(self, path: str, timeout: float = ANSWER_TIMEOUT) -> Any:
         return await self._ask("GET", path, timeout)
+
+    async def open_to_anybody(self, path: str) -> bool:
+        """Whether it answers without the key."""
+        try:
+            await self._ask("GET", path, ANSWER_TIMEOUT, headers={"Authorization": ""})
+        except Refused:
+            return False
+        return True
 
     async def post(self, path: str, body: Any, timeout: float | None = ANSWER_TIMEOUT) -> Any:
         """body: something for JSON, or its bytes."""
@@ -91,7 +95,7 @@ class ServerAPI:
         if status < 300:
             return
         if status in (401, 403):
-            sent = "refuses the key" if self._has_key else "wants a key"
+            sent = "refuses the key" if self.has_key else "wants a key"
             raise Refused(
                 f"the SGLang server {sent}: {self.url}{path} answered {status}. Set {self._key_setting} to the name "
                 "of an environment variable that holds what the server was started with as --api-key",

@@ -28,6 +28,10 @@ OWN_KEYS = {
     "random_seed": "trainer.seed",
     "device": "trainer.device",
     "nnodes": "trainer.nnodes",
+    "json_model_override_args": "actor_rollout_ref.model.override_config",
+    "base_gpu_id": "the environment variable CUDA_VISIBLE_DEVICES (the weight updates go to its first GPUs)",
+    "dp_size": "nothing (one replica is one tensor-parallel group)",
+    "pp_size": "nothing (one replica is one tensor-parallel group)",
     "custom_weight_loader": "nothing (the weight updates need it)",
     "skip_tokenizer_init": "nothing (token ids go in and come out)",
 }
@@ -59,7 +63,6 @@ class SGLangSettings:
     load_format: str = "dummy"
     trust_remote_code: bool = False
     seed: int = 1
-    first_gpu: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,7 +79,6 @@ def arguments_of(settings: SGLangSettings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "load_format": settings.load_format,
         "tp_size": settings.tensor_parallel,
-        "base_gpu_id": settings.first_gpu,
         "context_length": settings.max_model_len + CONTEXT_MARGIN,
         "max_running_requests": settings.max_num_seqs,
         "chunked_prefill_size": settings.max_prefill_tokens,

@@ -10,10 +10,12 @@ restarted in between, or was given weights by somebody else, is taken for dead a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +80,11 @@ class SGLangServer:
         server = await self._api.get("/server_info")
         if not (isinstance(model, dict) and isinstance(server, dict) and "version" in server):
             raise UserError(f"{self.url} answers, but not as an SGLang server does: is the URL right?")
+        if self._api.has_key and await self._api.open_to_anybody("/server_info"):
+            raise UserError(
+                f"the SGLang server at {self.url} has no key: whoever reaches it can read its samples and replace its "
+                f"weights. Start it with --api-key and what the variable of {KEY_SETTING} holds"
+            )
         return {**server, **model}
 
     def _check_context(self, max_model_len: int) -> None:
@@ -164,6 +171,22 @@ class SGLangServer:
         stream fills every parameter that has a say, and if the server held the same before. Which tensor it is that
         differs cannot be told: SGLang gives no checksums by the names of a checkpoint."""
         name, self._draws.weights = self._draws.weights or f"{self._run}-check", None
+        with self._cache_awake():
+            different = self._overwritten_and_sent_again(stream, name)
+        self._draws.weights = name
+        return different
+
+    @contextmanager
+    def _cache_awake(self) -> Iterator[None]:
+        """For a forward while the client has the server's cache asleep, which the server would not survive."""
+        slept: list[MemoryTag] = ["kv_cache"] if "kv_cache" in self._asleep else []
+        if slept:
+            self.wake(slept)
+        yield
+        if slept:
+            self.sleep(slept)
+
+    def _overwritten_and_sent_again(self, stream: WeightStream, name: str) -> list[str]:
         before = self._order(self._scores())
         try:
             self._order(self._api.post("/weights_checker", {"action": "reset_tensors"}, self._times.bucket))
@@ -173,9 +196,7 @@ class SGLangServer:
                 "can be told of them; set trainer.check_weights=never"
             ) from error
         self._send(stream, -1, name)
-        after = self._order(self._scores())
-        self._draws.weights = name
-        return compare_scores(before, after)
+        return compare_scores(before, self._order(self._scores()))
 
     async def _scores(self) -> list[float]:
         """Log-probs of the probe's tokens but the first."""
@@ -221,7 +242,11 @@ class SGLangServer:
         self._order(self._api.get(path, self._times.probe_timeout))
 
     def close(self) -> None:
-        """The server stays, with the weights that it has."""
+        """The server stays, with the weights that it has, and awake, as the next run will take it to be."""
+        asleep, self._asleep = sorted(self._asleep), set()
+        if asleep:
+            with contextlib.suppress(UserError):
+                self._order(self._api.post("/resume_memory_occupation", {"tags": asleep}))
         self._api.close()
 
     def _order(self, work: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import nn
 from verl.rollout.weights.checksums import Piece, piece_of
 from verl.rollout.weights.receiver import NamedTensors
 
+SKIP = "set trainer.check_weights=never for this model"
 Part = tuple[Any, ...]  # how a loader was called: () for the whole parameter, ("q",), (0,), ("w1", expert)
 
 
@@ -243,7 +244,7 @@ def _expert(module: Any, parameter: torch.Tensor, part: Part) -> tuple[torch.Ten
     role, expert = part
     rank, local = module.moe_tp_rank, module.intermediate_size_per_partition
     if getattr(module, "moe_ep_size", 1) != 1 or getattr(module, "use_triton_kernels", False):
-        raise NotImplementedError("checksums of experts that are spread over ranks, or laid out transposed")
+        raise NotImplementedError(f"no checksums of experts that are spread over ranks, or laid out transposed; {SKIP}")
     if role == "w2":
         return parameter[expert], 1, rank * local
     first = 0 if role == "w1" else local
@@ -259,7 +260,9 @@ def _sliced(module: Any, parameter: torch.Tensor, shape: Sequence[int], name: st
     if dim is not None:
         return parameter, dim, module.tp_rank * parameter.shape[dim]
     if tuple(parameter.shape) != tuple(shape):
-        raise NotImplementedError(f"{name}: shape {list(parameter.shape)} as a part of {list(shape)}")
+        raise NotImplementedError(
+            f"no checksum of {name}: it is not known how {list(parameter.shape)} are a part of {list(shape)}; {SKIP}"
+        )
     return parameter, 0, 0
 
 

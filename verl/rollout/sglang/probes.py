@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+
+from verl.rollout.sglang.api import Refused, ServerAPI
 
 ROWS = 4  # of a tensor, from its beginning
 SAMPLE = 16  # tensors that are read back
@@ -16,10 +18,6 @@ MOST_ELEMENTS = 1 << 21
 PROBE_TOKENS = 256
 # Between two passes over the same text on the same device.
 SCORE_TOLERANCE = 1e-3
-
-
-class Posts(Protocol):
-    async def post(self, path: str, body: Any) -> Any: ...
 
 
 class ReadBack:
@@ -35,10 +33,8 @@ class ReadBack:
         if tensor.dim() and tensor.numel() <= MOST_ELEMENTS:
             self._sent[name] = tensor[:ROWS].clone()
 
-    async def differences(self, server: Posts) -> list[str]:
+    async def differences(self, server: ServerAPI) -> list[str]:
         """Of a sample. Empty if the server gives no parameters at all."""
-        from verl.rollout.sglang.api import Refused
-
         names = list(self._sent)
         held: dict[str, Any] = {}
         for name in names[:: -(-len(names) // SAMPLE) or 1]:

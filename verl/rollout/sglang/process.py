@@ -43,7 +43,7 @@ class SGLangProcess:
             min_new_tokens=False,  # needs SGLang's own tokenizer
             seeded=False,
         )
-        self._device = torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", settings.first_gpu)
+        self._device = torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", 0)
         self._slept: dict[MemoryTag, int] = {}  # bytes that each tag gave back
         key = secrets.token_bytes(32)
         self._sender = WeightSender(

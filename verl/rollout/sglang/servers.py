@@ -30,9 +30,11 @@ class ServerRouter(Router):
     folder: WeightFolder | None = None
 
     async def close(self) -> None:
-        await super().close()
-        if self.folder is not None:
-            self.folder.close()
+        try:
+            await super().close()
+        finally:
+            if self.folder is not None:
+                self.folder.close()
 
 
 def build_server_rollout(

@@ -139,7 +139,6 @@ class Session:
         self._buffers: list[SharedBuffer] = []
         self._due: deque[_Due] = deque()  # what receivers are still to answer
         self.seconds = {"arrive": 0.0, "open": 0.0, "gather": 0.0, "wait": 0.0, "close": 0.0}
-        self.bytes = 0
 
     def load(self, stream: WeightStream) -> None:
         """Raises UserError naming what the receivers could not place, or hold and were not sent."""
@@ -150,7 +149,6 @@ class Session:
         for name, tensor in stream:
             tensor = tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
             size = tensor.numel() * tensor.element_size()
-            self.bytes += size
             if size > self._bucket_bytes:
                 self._send_alone(name, tensor)
                 continue
