@@ -14,13 +14,21 @@ from pathlib import Path
 START_TIMEOUT = 300.0
 
 
+def free_port() -> int:
+    """SGLang also wants the port that is 10000 further on."""
+    with contextlib.ExitStack() as tried:
+        while True:
+            free = tried.enter_context(socket.socket())
+            free.bind(("127.0.0.1", 0))
+            if (port := free.getsockname()[1]) <= 55535:
+                return port
+
+
 class Server:
     """One SGLang server, which may be killed and started again at the same port."""
 
     def __init__(self, model: Path, key: str, log: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self._model, self._key, self._log = model, key, log
         self.start()
 
