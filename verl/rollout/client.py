@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from verl.rollout.backend import Backend, Draw, Drawn, EngineDied, WeightStream
-from verl.rollout.base import IllegalState, MemoryTag, Request, Result
-from verl.rollout.requests import check_request
+from verl.rollout.base import MemoryTag, Request, Result
+from verl.rollout.requests import check_ids, check_request
 from verl.rollout.rows import Row
 from verl.rollout.states import EngineState
 from verl.rollout.stops import StopWatch
@@ -78,8 +78,7 @@ class ClientEngine:
                 self._state.check_generate()
                 rows = [self._row(request) for request in requests]
                 ids = [request.id for request in requests]
-                if taken := [id for id in ids if id in self._rows or ids.count(id) > 1]:
-                    raise IllegalState(f"generate: a request with id {taken[0]!r} is already in flight")
+                check_ids(ids, self._rows)
                 self._rows.update(zip(ids, rows, strict=True))
                 if not self._state.paused:
                     self._launch(rows)

@@ -24,7 +24,7 @@ from verl.rollout.base import Capabilities, IllegalState, MemoryTag, Request, Re
 from verl.rollout.decoder import Decoder
 from verl.rollout.fsdp import UnshardedForward
 from verl.rollout.kv_cache import slots_attending
-from verl.rollout.requests import check_request
+from verl.rollout.requests import check_ids, check_request
 from verl.rollout.rows import Row
 from verl.rollout.stops import StopWatch
 
@@ -74,12 +74,9 @@ class HFEngine:
     async def generate(self, requests: Sequence[Request]) -> list[Result]:
         self._check_open("generate")
         rows = [self._row(request) for request in requests]
-        accepted: dict[str, Row] = {}
-        for row in rows:
-            if row.request.id in self._in_flight or row.request.id in accepted:
-                raise IllegalState(f"generate: a request with id {row.request.id!r} is already in flight")
-            accepted[row.request.id] = row
-        self._in_flight.update(accepted)
+        ids = [request.id for request in requests]
+        check_ids(ids, self._in_flight)
+        self._in_flight.update(zip(ids, rows, strict=True))
         self._waiting.extend(rows)
         self._start()
         try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
+
 import numpy as np
 
 from verl.errors import UserError
-from verl.rollout.base import Capabilities, Request, SamplingParams, Unsupported
+from verl.rollout.base import Capabilities, IllegalState, Request, SamplingParams, Unsupported
 
 
 def check_request(
@@ -39,6 +41,15 @@ def check_request(
         raise Unsupported(f"{where}: this engine has no tokenizer, so it cannot watch for stop strings {sampling.stop}")
     if sampling.min_new_tokens and not capabilities.min_new_tokens:
         raise Unsupported(f"{where}: this engine does not support min_new_tokens")
+
+
+def check_ids(ids: Sequence[str], in_flight: Container[str]) -> None:
+    """Raises IllegalState for one that is in flight, or comes twice."""
+    seen: set[str] = set()
+    for id in ids:
+        if id in in_flight or id in seen:
+            raise IllegalState(f"generate: a request with id {id!r} is already in flight")
+        seen.add(id)
 
 
 def _sampling_problems(sampling: SamplingParams) -> list[str]:

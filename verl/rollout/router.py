@@ -26,6 +26,7 @@ from verl.errors import UserError
 from verl.rollout.backend import EngineDied, WeightStream
 from verl.rollout.base import Capabilities, IllegalState, MemoryTag, Request, Result, RolloutEngine
 from verl.rollout.fan import Fan
+from verl.rollout.requests import check_ids
 
 RETRY_EVERY = 10.0  # seconds between attempts at a dead member
 # A prompt's requests stay together as long as their member has at most this many of them more than the idlest.
@@ -106,8 +107,7 @@ class Router:
         with self._lock:
             self._check_open("generate")
             ids = [request.id for request in requests]
-            if taken := [id for id in ids if id in self._flights or ids.count(id) > 1]:
-                raise IllegalState(f"generate: a request with id {taken[0]!r} is already in flight")
+            check_ids(ids, self._flights)
             flights = {request.id: _flight(request) for request in requests}
             self._flights.update(flights)
         tasks = [asyncio.create_task(self._draw(flight)) for flight in flights.values()]

@@ -25,9 +25,9 @@ from verl.rollout.backend import Draw, EngineDied, Listener, WeightStream
 from verl.rollout.base import Capabilities, MemoryTag
 from verl.rollout.sglang.api import Refused, ServerAPI, Unreachable
 from verl.rollout.sglang.draws import ServerDraws, Times
-from verl.rollout.sglang.payload import buckets, update_body
+from verl.rollout.sglang.payload import update_body
 from verl.rollout.sglang.probes import MOST_ELEMENTS, ROWS, ReadBack, compare_scores, probe_prompt
-from verl.rollout.weights.disk import SavedWeights, WeightFolder
+from verl.rollout.weights.disk import SavedWeights, WeightFolder, host_buckets
 
 KEY_SETTING = "actor_rollout_ref.rollout.server_api_key_env"
 
@@ -146,7 +146,7 @@ class SGLangServer:
             if saved is not stream:
                 self._folder.forget(saved)
             return read_back
-        for bucket in buckets(stream, self._bucket_bytes, self._dtype):
+        for bucket in host_buckets(stream, self._bucket_bytes, self._dtype):
             for tensor_name, tensor in bucket:
                 read_back.note(tensor_name, tensor)
             body_bytes = update_body(bucket, self.facts.get("tp_size", 1), name)

@@ -9,30 +9,10 @@ from __future__ import annotations
 import base64
 import json
 import pickle
-from collections.abc import Iterator
 
 import torch
 
-from verl.rollout.backend import WeightStream
-from verl.rollout.weights.disk import host_copy
-
 Bucket = list[tuple[str, torch.Tensor]]
-
-
-def buckets(stream: WeightStream, size: int, dtype: torch.dtype | None) -> Iterator[Bucket]:
-    """Of at most ``size`` bytes, except for single tensors that are larger; on the CPU. dtype: of floating point
-    tensors; None: their own."""
-    bucket: Bucket = []
-    filled = 0
-    for name, tensor in stream:
-        copied = host_copy(tensor, dtype)
-        if bucket and filled + copied.nbytes > size:
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append((name, copied))
-        filled += copied.nbytes
-    if bucket:
-        yield bucket
 
 
 def update_body(bucket: Bucket, ranks: int, weight_version: str | None) -> bytes:

@@ -91,7 +91,8 @@ class WeightFolder:
                     shutil.copyfile(path, folder / path.name)
         shard_of: dict[str, str] = {}
         total = 0
-        for number, shard in enumerate(self._shards(stream), start=1):
+        for number, bucket in enumerate(host_buckets(stream, SHARD_BYTES, self._dtype), start=1):
+            shard = dict(bucket)
             name = f"model-{number:05d}.safetensors"
             save_file(shard, folder / name, metadata={"format": "pt"})
             _flush(folder / name)
@@ -102,18 +103,23 @@ class WeightFolder:
         _flush(folder / INDEX)
         return shard_of
 
-    def _shards(self, stream: WeightStream) -> Iterator[dict[str, torch.Tensor]]:
-        shard: dict[str, torch.Tensor] = {}
-        filled = 0
-        for name, tensor in stream:
-            copied = host_copy(tensor, self._dtype)
-            if shard and filled + copied.nbytes > SHARD_BYTES:
-                yield shard
-                shard, filled = {}, 0
-            shard[name] = copied
-            filled += copied.nbytes
-        if shard:
-            yield shard
+
+def host_buckets(
+    stream: WeightStream, size: int, dtype: torch.dtype | None
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Of at most ``size`` bytes, except for single tensors that are larger; copies on the CPU, as ``host_copy`` makes
+    them."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    filled = 0
+    for name, tensor in stream:
+        copied = host_copy(tensor, dtype)
+        if bucket and filled + copied.nbytes > size:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append((name, copied))
+        filled += copied.nbytes
+    if bucket:
+        yield bucket
 
 
 def host_copy(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
