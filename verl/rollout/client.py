@@ -29,7 +29,6 @@ from verl.rollout.base import MemoryTag, Request, Result
 from verl.rollout.requests import check_ids, check_request
 from verl.rollout.rows import Row
 from verl.rollout.states import EngineState
-from verl.rollout.stops import StopWatch
 
 CLOSE_TIMEOUT = 20.0  # seconds
 LOOK_EVERY = 30.0  # seconds between looks at an engine that is drawing
@@ -211,10 +210,7 @@ class ClientEngine:
     def _row(self, request: Request) -> Row:
         prompt = np.array(request.prompt_ids, np.int64)
         check_request(request, prompt, self.capabilities, self._max_model_len, self._vocab_size)
-        sampling = request.sampling
-        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
-        watch = StopWatch(self._tokenizer, sampling.stop) if sampling.stop else None
-        return Row(request, _promise(), prompt, stop_ids, watch)
+        return Row.of(request, _promise(), prompt, self._eos, self._tokenizer)
 
     def _launch(self, rows: Sequence[Row]) -> None:
         draws = []

@@ -26,7 +26,6 @@ from verl.rollout.fsdp import UnshardedForward
 from verl.rollout.kv_cache import slots_attending
 from verl.rollout.requests import check_ids, check_request
 from verl.rollout.rows import Row
-from verl.rollout.stops import StopWatch
 
 
 class HFEngine:
@@ -150,10 +149,7 @@ class HFEngine:
     def _row(self, request: Request) -> Row:
         prompt = np.array(request.prompt_ids, np.int64)
         check_request(request, prompt, self.capabilities, self._max_model_len, self._vocab_size)
-        sampling = request.sampling
-        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
-        watch = StopWatch(self._tokenizer, sampling.stop) if sampling.stop else None
-        return Row(request, asyncio.get_running_loop().create_future(), prompt, stop_ids, watch)
+        return Row.of(request, asyncio.get_running_loop().create_future(), prompt, self._eos, self._tokenizer)
 
     def _start(self) -> None:
         if self._in_flight and not self._paused and (self._task is None or self._task.done()):

@@ -28,6 +28,14 @@ class Row:
     log_probs: list[float] = field(default_factory=list)
     versions: list[tuple[int, int]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, request: Request, future: Any, prompt: np.ndarray, eos: frozenset[int], tokenizer: Any) -> Row:
+        """eos: the model's own end tokens. tokenizer: for stop strings."""
+        sampling = request.sampling
+        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
+        watch = StopWatch(tokenizer, sampling.stop) if sampling.stop else None
+        return cls(request, future, prompt, stop_ids, watch)
+
     def __post_init__(self) -> None:
         self.length = len(self.prompt)
         self.prompt_key = self.prompt.tobytes()  # bytes keep their hash

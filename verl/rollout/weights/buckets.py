@@ -35,6 +35,10 @@ class Place:
         return buffer[self.offset : self.offset + count * dtype.itemsize].view(dtype).view(self.shape)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from verl.rollout.weights.buckets import dtype_name
+
 # Elements hashed at a time: bounds the extra memory to about 8 int64 tensors of this many.
 CHUNK = 1 << 22
 
@@ -42,8 +44,7 @@ class Piece:
 def piece_of(name: str, held: torch.Tensor, shape: Sequence[int], dim: int = 0, start: int = 0) -> Piece:
     """held: the slice, any device; its shape is ``shape`` except in ``dim``."""
     size = held.shape[dim] if held.dim() else 1
-    dtype = str(held.dtype).removeprefix("torch.")
-    return Piece(name, tuple(shape), dim, start, size, dtype, checksum(held, shape, dim, start))
+    return Piece(name, tuple(shape), dim, start, size, dtype_name(held.dtype), checksum(held, shape, dim, start))
 
 
 @torch.no_grad()

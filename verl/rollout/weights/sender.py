@@ -26,7 +26,7 @@ import torch
 
 from verl.errors import UserError
 from verl.rollout.backend import WeightStream
-from verl.rollout.weights.buckets import Place, SharedBuffer, padded, share_cuda
+from verl.rollout.weights.buckets import Place, SharedBuffer, dtype_name, padded, share_cuda
 from verl.rollout.weights.checksums import Piece, differences
 
 ARRIVAL_TIMEOUT = 60.0
@@ -158,7 +158,7 @@ class Session:
                 clock = self._spent("gather", clock)
                 self._await_bucket(current)
                 clock = self._spent("wait", clock)
-            place = Place(name, tuple(tensor.shape), _name_of(tensor.dtype), filled)
+            place = Place(name, tuple(tensor.shape), dtype_name(tensor.dtype), filled)
             place.view(self._buffers[current].tensor).copy_(tensor, non_blocking=True)
             places.append(place)
             filled = padded(filled + size)
@@ -207,7 +207,7 @@ class Session:
         """A tensor that no bucket holds; one at a time is under way."""
         while any(due.order == "load_from" for due in self._due):
             self._await_next()
-        place = Place(name, tuple(tensor.shape), _name_of(tensor.dtype), 0)
+        place = Place(name, tuple(tensor.shape), dtype_name(tensor.dtype), 0)
         if self._device.type == "cuda" and tensor.is_cuda and tensor.is_contiguous():
             self._finish_copies()
             self._send_order(_Due("load_from", keep=[tensor]), share_cuda(tensor.detach()), place, True)
@@ -282,7 +282,3 @@ def _speaking(order: str, rank: int) -> Iterator[None]:
         raise ReceiverLost(f"rank {rank} did not answer {order!r} within {ANSWER_TIMEOUT} s") from None
     except (EOFError, OSError) as error:
         raise ReceiverLost(f"rank {rank} left when it was asked to {order!r}") from error
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
