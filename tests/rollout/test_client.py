@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Awaitable, Callable
 
@@ -699,6 +700,26 @@ def test_a_caller_that_leaves_a_dying_engine_leaves_for_its_own_reason():
 
     asyncio.run(run())
     assert not engine._rows
+
+
+def test_an_engines_death_that_callers_learn_of_as_they_are_cancelled_is_printed_by_nobody():
+    """As when one episode's failure ends a run, and asyncio cancels the others."""
+    backend, printed = FakeBackend(), []
+    engine = build(backend)
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: printed.append(context))
+        calls = [start(engine, one(name)) for name in "abc"]
+        await turns()
+        backend.die()
+        for turn in range(4):  # the results fail in one of these turns of the loop, their callers wake in the next
+            calls[min(turn, 2)].cancel()
+            await asyncio.sleep(0)
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    asyncio.run(run())
+    gc.collect()
+    assert not printed
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

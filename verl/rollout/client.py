@@ -88,6 +88,7 @@ class ClientEngine:
     async def _results(self, rows: Sequence[Row]) -> list[Result]:
         """An engine that hangs is found out by its health: that is its end, and the rows', as for any other death."""
         results = asyncio.gather(*(asyncio.wrap_future(row.future) for row in rows))
+        results.add_done_callback(_seen)
         try:
             while True:
                 await asyncio.wait([results], timeout=LOOK_EVERY)
@@ -290,6 +291,12 @@ class ClientEngine:
         except EngineDied as error:
             self.died(error)
             raise
+
+
+def _seen(results: asyncio.Future[Any]) -> None:
+    """A caller that is cancelled as the results fail has no use for the error: asyncio is not to print it."""
+    if not results.cancelled():
+        results.exception()
 
 
 def _promise() -> Future[Any]:
