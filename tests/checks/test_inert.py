@@ -103,7 +103,10 @@ MANY = "trainer.n_gpus_per_node=4"
         (f"{ACTOR}.optim.min_lr_ratio=0.1", [HF], [HF, f"{ACTOR}.optim.lr_scheduler_type=cosine"]),
         (f"{ACTOR}.fsdp_config.fsdp_size=2", [HF], [HF, MANY]),
         ("trainer.balance_batch=True", [HF], [HF, MANY]),
-        ("ray_init.num_cpus=8", [HF], [HF, MANY]),
+        ("ray_kwargs.ray_init={num_cpus:8}", [HF], [HF, MANY]),
+        ("ray_kwargs.ray_init={num_cpus:8}", [HF, "trainer.executor=local"], [HF, "trainer.executor=ray"]),
+        ("trainer.worker_timeout=9", [HF], [HF, MANY]),
+        ("trainer.rollout_restarts=1", [HF], [HF, MANY]),
     ],
 )
 def test_a_key_is_named_where_it_does_nothing_and_only_there(override, inert_with, effective_with):

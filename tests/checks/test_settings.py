@@ -112,7 +112,8 @@ def test_lengths_must_fit_the_model_and_the_engine(checked):
         (["custom_reward_function.path=/no/reward.py"], "custom_reward_function.path"),
         ([f"{ROLLOUT}.name=vlm"], f"{ROLLOUT}.name"),
         ([f"{ROLLOUT}.name=sglang"], f"{ROLLOUT}.name"),
-        (["trainer.n_gpus_per_node=2"], "trainer.n_gpus_per_node"),
+        (["trainer.n_gpus_per_node=2", "trainer.executor=local"], "trainer.executor"),
+        (["trainer.n_gpus_per_node=2", f"{ROLLOUT}.mode=server"], f"{ROLLOUT}.mode"),
         (["data.prompt_key=question"], "data.train_files"),
     ],
 )
@@ -150,7 +151,7 @@ def test_what_only_another_machine_could_tell_is_unchecked_in_a_dry_run(checked)
     overrides = [f"{ROLLOUT}.name=sglang", "trainer.n_gpus_per_node=4", "trainer.device=cuda"]
     _, dry = checked(*overrides, dry_run=True)
     assert dry.problems == []
-    assert len(dry.unchecked) == 3
+    assert len(dry.unchecked) == 2
     _, real = checked(*overrides)
     assert {"trainer.n_gpus_per_node", f"{ROLLOUT}.name"} <= set(keys(real))
 

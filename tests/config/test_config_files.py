@@ -17,7 +17,7 @@ data.train_batch_size: 64
 trainer:
   experiment_name: 2024
   default_local_dir: runs/${trainer.experiment_name}
-ray_init:
+ray_kwargs:
 """
 
 

@@ -8,7 +8,7 @@ from verl.config.aliases import RENAMED, WITHOUT_EFFECT
 @pytest.mark.parametrize(
     ("given", "key", "value"),
     [
-        ("ray_kwargs.ray_init.num_cpus=4", "ray_init.num_cpus", 4),
+        ("ray_init.num_cpus=4", "ray_kwargs.ray_init", {"num_cpus": 4}),
         (
             "actor_rollout_ref.actor.optim.warmup_style=cosine",
             "actor_rollout_ref.actor.optim.lr_scheduler_type",

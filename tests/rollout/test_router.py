@@ -17,6 +17,9 @@ from verl.errors import UserError
 from verl.rollout.backend import EngineDied
 from verl.rollout.base import Capabilities, IllegalState, MemoryTag, Request, Result, SamplingParams
 from verl.rollout.router import KEEP_TOGETHER, Member, Router
+from verl.rollout.states import EngineState
+
+pytestmark = pytest.mark.timeout(120)  # of a deadlock
 
 
 class Scripted:
@@ -477,6 +480,438 @@ def test_an_engine_that_dies_again_is_revived_again():
         kill(router, machine.made[-1])
     until(lambda: len(machine.made) == 3)
     asyncio.run(router.close())
+
+
+# --- restarts: a bound on revivals -----------------------------------------------------------------------------------
+
+
+class Restarts:
+    """What the attempts at dead engines come to, in order: the script of the one that comes up, or an error. After
+    those, engines that live. No attempt ends before ``may_end`` is set, as it is at first."""
+
+    def __init__(self, *outcomes: dict | Exception, of: type[Scripted] = Scripted):
+        self.outcomes, self.of = list(outcomes), of
+        self.made: list[Scripted] = []
+        self.tried = 0
+        self.may_end = threading.Event()
+        self.may_end.set()
+
+    def __call__(self, name: str) -> Scripted:
+        self.tried += 1
+        assert self.may_end.wait(20)
+        outcome = self.outcomes.pop(0) if self.outcomes else {}
+        if isinstance(outcome, Exception):
+            raise outcome
+        self.made.append(self.of(int(name.split()[1]), **outcome))
+        return self.made[-1]
+
+
+def restarting(engines: Sequence[Scripted], restarts: Restarts, revivals: int = 1, **options) -> Router:
+    options = {"save": lambda stream, version: list(stream), "retry_every": 0.005} | options
+    return route(engines, revive=restarts, revivals=revivals, **options)
+
+
+def update(router: Router, value: float, version: int) -> None:
+    asyncio.run(router.update_weights(weights(value), version))
+
+
+def requests(count: int) -> list[Request]:
+    return [request(index, prompt=[index]) for index in range(count)]
+
+
+def served(*engines: Scripted) -> list[str]:
+    return sorted((id for engine in engines for id in engine.served), key=int)
+
+
+def close(router: Router) -> None:
+    asyncio.run(router.close())
+
+
+def test_the_only_engine_dies_while_it_draws_and_draws_the_rest_when_it_is_back():
+    restarts, engine = Restarts(), Scripted(0, dies_after=3, turns=2)
+    router = restarting([engine], restarts, retry_every=60)  # the first attempt does not wait for that
+    update(router, 1.0, version=7)
+    results = generate(router, requests(8))
+    assert [(result.id, result.finish_reason) for result in results] == [(str(index), "stop") for index in range(8)]
+    assert served(engine, *restarts.made) == [str(index) for index in range(8)]
+    assert len(engine.served) == 3
+    assert all(result.weight_versions == [(7, 0)] for result in results)
+    close(router)
+
+
+@given(
+    deaths=st.lists(st.none() | st.integers(0, 8), min_size=1, max_size=3),
+    later=st.lists(st.integers(0, 8), max_size=4),
+    turns=st.integers(1, 4),
+    count=st.integers(0, 30),
+)
+def test_every_request_is_answered_once_as_long_as_one_engine_comes_back(deaths, later, turns, count):
+    engines = [Scripted(number, turns=turns, dies_after=death) for number, death in enumerate(deaths)]
+    restarts = Restarts(*({"dies_after": death, "turns": turns} for death in later))
+    router = restarting(engines, restarts, revivals=len(later) + 1)
+    update(router, 1.0, version=1)
+    results = generate(router, requests(count))
+    assert [result.id for result in results] == [str(index) for index in range(count)]
+    assert {result.finish_reason for result in results} <= {"stop"}
+    assert served(*engines, *restarts.made) == [str(index) for index in range(count)]
+    assert all(member.tokens == 0 for member in router.members)
+    close(router)
+
+
+def test_an_engine_that_dies_more_often_than_it_may_stays_dead_and_is_said_so_once():
+    notes: list[str] = []
+    restarts = Restarts({"dies_after": 2}, {"dies_after": 2})
+    router = restarting([Scripted(0, dies_after=2)], restarts, revivals=2, note=notes.append)
+    update(router, 1.0, version=1)
+    for _ in range(2):
+        with pytest.raises(EngineDied, match="engine 0: engine 0 is gone"):
+            generate(router, requests(9))
+    assert restarts.tried == 2
+    assert [note for note in notes if "again:" in note] == [
+        "rollout: engine 0 was restarted 2 times and is not restarted again: engine 0 is gone"
+    ]
+    for order in (router.health(), router.sleep(["kv_cache"]), router.update_weights(weights(2.0), 2), router.pause()):
+        with pytest.raises(EngineDied, match="no rollout engine is left"):
+            asyncio.run(order)
+    close(router)
+
+
+def test_a_start_that_fails_counts_as_one():
+    failures = [EngineDied("out of memory"), EngineDied("no such device")]
+    for revivals in (2, 3):
+        notes: list[str] = []
+        restarts = Restarts(*failures)
+        router = restarting([Scripted(0, dies_after=2)], restarts, revivals, note=notes.append)
+        update(router, 1.0, version=1)
+        if revivals == 2:
+            with pytest.raises(EngineDied, match="engine 0: no such device"):
+                generate(router, requests(5))
+            assert notes[-1] == "rollout: engine 0 was restarted 2 times and is not restarted again: no such device"
+        else:
+            assert len(generate(router, requests(5))) == 5
+        assert restarts.tried == revivals
+        assert "rollout: engine 0 could not be brought back: out of memory" in notes
+        close(router)
+
+
+def test_an_engine_that_is_refused_is_given_up_at_once():
+    notes: list[str] = []
+    restarts = Restarts(UserError("rank 3 is gone"))
+    router = restarting([Scripted(0, dies_after=2)], restarts, revivals=5, note=notes.append)
+    update(router, 1.0, version=1)
+    with pytest.raises(EngineDied, match="engine 0: engine 0 is gone; it cannot be used: rank 3 is gone"):
+        generate(router, requests(5))
+    assert restarts.tried == 1
+    assert [note for note in notes if "rank 3" in note] == ["rollout: engine 0 cannot be brought back: rank 3 is gone"]
+    close(router)
+
+
+def test_weights_that_a_restarted_engine_refuses_end_the_wait_with_the_reason():
+    class Refuses(Scripted):
+        async def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+            raise UserError("no such tensor: w3")
+
+    router = restarting([Scripted(0, dies_after=2)], Restarts(of=Refuses))
+    update(router, 1.0, version=1)
+    with pytest.raises(EngineDied, match="has not been given weights yet; it cannot be used: no such tensor: w3"):
+        generate(router, requests(5))
+    close(router)
+
+
+def test_one_of_two_is_restarted_while_the_other_draws():
+    restarts, engines = Restarts(), [Scripted(0, dies_after=2), Scripted(1, turns=2)]
+    router = restarting(engines, restarts)
+    update(router, 1.0, version=1)
+
+    async def run() -> list[Result]:
+        first = await router.generate(requests(12))
+        while router.members[0].state != "used":
+            first += await router.generate([request(f"1{len(first):05}")])
+        return first + await router.generate([request(f"2{index:05}", prompt=[index]) for index in range(12)])
+
+    results = asyncio.run(run())
+    assert {result.finish_reason for result in results} == {"stop"}
+    assert served(*engines, *restarts.made) == sorted((result.id for result in results), key=int)
+    assert len(restarts.made[0].served) > 0
+    close(router)
+
+
+def test_requests_that_wait_for_an_engine_can_be_aborted():
+    restarts, engine = Restarts(), Scripted(0, dies_after=0)
+    router = restarting([engine], restarts)
+    update(router, 1.0, version=1)
+    restarts.may_end.clear()
+
+    async def run() -> tuple[Result, list[Result]]:
+        first = asyncio.create_task(router.generate([request("first")]))
+        others = asyncio.create_task(router.generate(requests(3)))
+        while not restarts.tried:
+            await asyncio.sleep(0)
+        await router.abort(["first"])
+        (aborted,) = await asyncio.wait_for(first, 5)
+        assert not others.done()
+        restarts.may_end.set()
+        return aborted, await others
+
+    aborted, others = asyncio.run(run())
+    assert (aborted.finish_reason, aborted.response_ids) == ("abort", [])
+    assert [result.finish_reason for result in others] == ["stop"] * 3
+    assert "first" not in restarts.made[0].served
+    close(router)
+
+
+def test_close_ends_requests_and_orders_that_wait_and_closes_an_engine_that_comes_late():
+    restarts, engine = Restarts(), Scripted(0, dies_after=0)
+    router = restarting([engine], restarts)
+    update(router, 1.0, version=1)
+    restarts.may_end.clear()
+
+    async def run() -> list[Result]:
+        call = asyncio.create_task(router.generate(requests(3)))
+        while not restarts.tried:
+            await asyncio.sleep(0)
+        order = asyncio.create_task(asyncio.to_thread(asyncio.run, router.wake(["kv_cache"])))
+        closing = asyncio.create_task(asyncio.to_thread(close, router))
+        results = await asyncio.wait_for(call, 5)
+        with pytest.raises((EngineDied, IllegalState)):
+            await asyncio.wait_for(order, 5)
+        assert not closing.done()
+        restarts.may_end.set()
+        await closing
+        return results
+
+    assert [result.finish_reason for result in asyncio.run(run())] == ["abort"] * 3
+    assert restarts.made[0].orders == ["close"]
+    assert restarts.made[0].version == 0
+
+
+def test_to_wait_for_an_engine_costs_no_work():
+    restarts = Restarts()
+    router = restarting([Scripted(0, dies_after=0)], restarts)
+    update(router, 1.0, version=1)
+    restarts.may_end.clear()
+
+    async def run() -> float:
+        call = asyncio.create_task(router.generate(requests(500)))
+        await asyncio.sleep(0.3)
+        before = time.process_time()
+        await asyncio.sleep(0.5)
+        taken = time.process_time() - before
+        restarts.may_end.set()
+        await call
+        return taken
+
+    assert asyncio.run(run()) < 0.25
+    close(router)
+
+
+def test_a_request_is_drawn_again_where_its_dead_engine_never_said_so():
+    class Hangs(Scripted):
+        """Answers nothing until it is closed."""
+
+        async def one(self, request: Request) -> Result:
+            while "close" not in self.orders:
+                await asyncio.sleep(0.001)
+            return Result(request.id, [9], [-1.0], "abort")
+
+        async def health(self) -> None:
+            raise EngineDied("it hangs")
+
+    restarts = Restarts()
+    router = restarting([Hangs(0)], restarts)
+    update(router, 1.0, version=1)
+
+    async def run() -> list[Result]:
+        call = asyncio.create_task(router.generate(requests(3)))
+        await asyncio.sleep(0.01)
+        await asyncio.to_thread(asyncio.run, router.health())
+        return await call
+
+    assert [result.finish_reason for result in asyncio.run(run())] == ["stop"] * 3
+    assert served(*restarts.made) == ["0", "1", "2"]
+    close(router)
+
+
+def test_an_update_goes_on_with_the_only_engine_once_it_is_back():
+    engine, saved = Scripted(0), []
+    restarts = Restarts({"dies_after": 1}, {})
+    save = {"save": lambda stream, version: saved.append(version) or list(stream)}
+    router = restarting([engine], restarts, revivals=2, **save)
+    update(router, 1.0, version=1)
+    engine.update_error = EngineDied("engine 0 is gone")
+    update(router, 2.0, version=2)
+    assert saved == [1, 2]
+    assert restarts.made[0].weights["w0"] == 2.0
+    assert {result.weight_versions[0][0] for result in generate(router, requests(4))} == {2}
+    assert restarts.tried == 2
+    close(router)
+
+
+def test_an_update_whose_stream_cannot_be_read_twice_fails_with_the_last_engine():
+    engine, restarts = Scripted(0), Restarts()
+    router = restarting([engine], restarts, save=None)
+    engine.update_error = EngineDied("engine 0 is gone")
+    with pytest.raises(EngineDied, match="no rollout engine is left"):
+        update(router, 1.0, version=1)
+    update(router, 2.0, version=2)
+    assert restarts.made[0].weights["w0"] == 2.0
+    assert len(generate(router, requests(2))) == 2
+    close(router)
+
+
+class Strict(Scripted):
+    """Refuses what a real engine would: its weights are lost in sleep, and it starts without any. It dies at its order
+    number ``dies_at``."""
+
+    def __init__(self, number: int, *, dies_at: int | None = None, **script):
+        super().__init__(number, sleeps=("weights", "kv_cache"), **script)
+        self.state = EngineState(self.capabilities, keeps_weights=False, no_weights="it has none")
+        self.left = dies_at
+
+    def order(self) -> None:
+        self.dead = self.dead or self.left == 0
+        self.left = None if self.left is None else self.left - 1
+        self.check()
+
+    async def generate(self, requests: Sequence[Request]) -> list[Result]:
+        self.order()
+        self.state.check_generate()
+        return await super().generate(requests)
+
+    async def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        self.order()
+        self.state.check_update("update_weights", len(self.open), 0)
+        await super().update_weights(stream, version)
+        self.state.no_weights = None
+
+    async def check_weights(self, stream: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+        self.order()
+        self.state.check_update("check_weights", len(self.open), 0)
+        return await super().check_weights(stream)
+
+    async def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        self.order()
+        self.state.check_sleep(tags, len(self.open), 0)
+        self.state.slept(tags)
+
+    async def wake(self, tags: Sequence[MemoryTag]) -> None:
+        self.order()
+        self.state.check_wake(tags)
+        self.state.woke(tags)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("dies_at", range(16))
+@pytest.mark.parametrize("again_at", [None, 0, 1, 2])
+def test_an_engine_may_die_at_any_point_of_a_step(others, dies_at, again_at):
+    """As the trainer does it: an engine and the models in training take turns."""
+    restarts = Restarts({"dies_at": again_at}, of=Strict)
+    engines = [Strict(0, dies_at=dies_at)] + [Strict(1 + number) for number in range(others)]
+    router = restarting(engines, restarts, revivals=2)
+    asyncio.run(router.sleep(["kv_cache", "weights"]))
+    for step in range(1, 3):
+        asyncio.run(router.wake(["weights"]))
+        update(router, float(step), version=step)
+        assert asyncio.run(router.check_weights(weights(float(step)))) == []
+        asyncio.run(router.wake(["kv_cache"]))
+        results = generate(router, requests(4))
+        assert [result.finish_reason for result in results] == ["stop"] * 4
+        assert {result.weight_versions[0] for result in results} == {(step, 0)}
+        asyncio.run(router.sleep(["kv_cache", "weights"]))
+    until(lambda: all(member.reviver is None for member in router.members))
+    assert all(member.engine.state.awake == set() for member in router.members)  # the models have all of the memory
+    close(router)
+
+
+def test_an_engine_that_came_back_while_others_slept_gets_saved_weights_when_all_is_awake():
+    restarts, engines = Restarts(of=Strict), [Strict(0), Strict(1)]
+    router = restarting(engines, restarts)
+    update(router, 1.0, version=1)
+    asyncio.run(router.sleep(["kv_cache"]))
+    kill(router, engines[0])
+    until(lambda: router.members[0].state == "unsynced")
+    asyncio.run(router.wake(["kv_cache"]))
+    assert router.members[0].state == "used"
+    assert restarts.made[0].weights == engines[1].weights
+    assert {result.response_ids[0] for result in generate(router, requests(10))} == {0, 1}
+    close(router)
+
+
+@pytest.mark.parametrize("order", ["health", "sleep", "wake", "check_weights", "update_weights"])
+def test_an_order_waits_for_the_only_engine(order):
+    restarts, engine = Restarts({"turns": 1}, of=Strict), Strict(0)
+    router = restarting([engine], restarts)
+    update(router, 1.0, version=1)
+    if order == "wake":
+        asyncio.run(router.sleep(["kv_cache"]))
+    engine.dead = True
+    restarts.may_end.clear()
+    threading.Thread(target=lambda: (until(lambda: restarts.tried > 0), restarts.may_end.set())).start()
+    orders = {
+        "health": lambda: router.health(),
+        "sleep": lambda: router.sleep(["kv_cache"]),
+        "wake": lambda: router.wake(["kv_cache"]),
+        "check_weights": lambda: router.check_weights(weights(1.0)),
+        "update_weights": lambda: router.update_weights(weights(1.0), 2),
+    }
+    assert not asyncio.run(orders[order]())
+    assert router.members[0].engine is restarts.made[0]
+    assert router.members[0].state == "used"
+    close(router)
+
+
+def test_an_engine_that_is_back_waits_with_the_others_where_they_are_paused():
+    restarts, engine = Restarts(), Scripted(0, turns=5)
+    router = restarting([engine], restarts)
+    update(router, 1.0, version=1)
+
+    async def run() -> list[Result]:
+        call = asyncio.create_task(router.generate(requests(3)))
+        await asyncio.sleep(0)
+        await router.pause()
+        engine.dead = True
+        while router.members[0].engine is engine or router.members[0].state != "used":
+            await asyncio.sleep(0.001)
+        await router.update_weights(weights(2.0), version=2)
+        await asyncio.sleep(0.02)
+        assert not restarts.made[0].served
+        await router.resume()
+        return await call
+
+    assert {result.weight_versions[0] for result in asyncio.run(run())} == {(2, 0)}
+    assert restarts.made[0].orders == ["pause", "resume"]
+    close(router)
+
+
+def test_deaths_and_orders_from_several_threads_end_in_no_deadlock():
+    restarts = Restarts(*({"dies_after": 3 + index % 5, "turns": 3} for index in range(200)))
+    engines = [Scripted(number, dies_after=4, turns=3) for number in range(3)]
+    router = restarting(engines, restarts, revivals=1000, retry_every=0.001)
+    update(router, 1.0, version=1)
+    results: list[Result] = []
+
+    async def draw(caller: int) -> None:
+        for turn in range(5):
+            asked = [request(f"{caller}{turn:02}{index:02}", prompt=[caller, index]) for index in range(20)]
+            results.extend(await router.generate(asked))
+
+    async def order() -> None:
+        for version in range(2, 12):
+            await router.pause()
+            await router.update_weights(weights(float(version)), version)
+            await router.resume()
+            await router.health()
+
+    threads = [threading.Thread(target=lambda work=work: asyncio.run(work)) for work in (draw(1), draw(2), order())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert {result.finish_reason for result in results} == {"stop"}
+    assert served(*engines, *restarts.made) == sorted((result.id for result in results), key=int)
+    assert len(results) == 200
+    close(router)
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------

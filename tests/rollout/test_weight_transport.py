@@ -31,7 +31,6 @@ from verl.rollout.weights.sender import ReceiverLost, WeightSender
 
 CPU = torch.device("cpu")
 GONE = (EOFError, ConnectionError)  # what a receiver makes of a sender that is
-KEY = b"a key of the test's own"
 BUCKET = 4096
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["verl.rollout.weights.receiver"])  # torch takes a second to import
@@ -41,7 +40,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8,
 class Receivers:
     """Processes at the other end of a sender; each serves one session a ``session()``."""
 
-    def __init__(self, address: str, options: list[dict], key: bytes = KEY):
+    def __init__(self, address: str, options: list[dict], key: bytes):
         self.controls, self.processes = [], []
         for rank, each in enumerate(options):
             ours, theirs = FORKS.Pipe()
@@ -74,11 +73,11 @@ class Receivers:
 
 
 @contextmanager
-def transport(*options: dict, dtype: torch.dtype | None = None, bucket: int = BUCKET, key: bytes = KEY):
+def transport(*options: dict, dtype: torch.dtype | None = None, bucket: int = BUCKET, key: bytes | None = None):
     with ExitStack() as stack:
-        end = WeightSender(KEY, receivers=len(options), device=CPU, dtype=dtype, bucket_bytes=bucket)
+        end = WeightSender(receivers=len(options), device=CPU, dtype=dtype, bucket_bytes=bucket)
         stack.callback(end.close)
-        receivers = Receivers(end.address, list(options), key)
+        receivers = Receivers(end.endpoint.address, list(options), key or bytes.fromhex(end.endpoint.key))
         stack.callback(receivers.close)
         yield end, receivers
 
@@ -248,9 +247,9 @@ def test_who_does_not_know_the_key_is_refused_and_the_receivers_are_still_waited
         refused: list[Exception] = []
 
         def intrude() -> None:
-            socket.socket(socket.AF_UNIX).connect(end.address)  # and leaves
+            socket.socket(socket.AF_UNIX).connect(end.endpoint.address)  # and leaves
             try:
-                Client(end.address, family="AF_UNIX", authkey=b"a guess")
+                Client(end.endpoint.address, family="AF_UNIX", authkey=b"a guess")
             except AuthenticationError as error:
                 refused.append(error)
             receivers.session()
@@ -273,8 +272,8 @@ def test_a_receiver_refuses_a_sender_that_does_not_know_the_key():
 
 
 def test_the_socket_is_nobody_elses():
-    end = WeightSender(KEY, receivers=1, device=CPU, dtype=None, bucket_bytes=BUCKET)
-    folder = Path(end.address).parent
+    end = WeightSender(receivers=1, device=CPU, dtype=None, bucket_bytes=BUCKET)
+    folder = Path(end.endpoint.address).parent
     assert folder.stat().st_mode & 0o777 == 0o700
     end.close()
     assert not folder.exists()
@@ -304,8 +303,8 @@ def test_differences_are_found_between_the_stream_and_what_receivers_hold():
         changed = {name: tensor.clone() for name, tensor in tensors.items()}
         changed["layers.7.weight"].view(torch.uint8)[5] ^= 1
         with end.session(lambda: True) as session:
-            assert session.differences(tensors.items()) == []
-            (found,) = session.differences(changed.items())
+            assert differences(tensors.items(), session.pieces()) == []
+            (found,) = differences(changed.items(), session.pieces())
         assert found.startswith("layers.7.weight differs")
 
 

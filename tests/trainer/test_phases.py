@@ -53,10 +53,9 @@ class Workers:
         self.log = log
 
     def call(self, method: str, role: str = "", *_: Any) -> Future:
-        if method != "weights":
-            self.log.append(f"{method} {role}".strip())
+        self.log.append(f"{method} {role}".strip())
         answer: Future = Future()
-        answer.set_result([[("weight", torch.zeros(1))]])
+        answer.set_result([None])
         return answer
 
 
@@ -76,6 +75,7 @@ class Trainer(PPOTrainer):
             parts=SimpleNamespace(
                 rollout=rollout,
                 workers=Workers(log),
+                weights=lambda: [("weight", torch.zeros(1))],
                 train_prompts=SimpleNamespace(num_rows=4, take=lambda rows: rows),
                 trackers=SimpleNamespace(progress=SimpleNamespace(stage=stage), log=lambda *_: None),
             ),

@@ -88,7 +88,7 @@ def connect(servers, model, tmp_path) -> Iterator[Callable[..., Router]]:
         router = build_server_rollout(
             config, None, [EOS], CONTEXT, VOCABULARY, dtype=None, bucket_bytes=50_000, note=note, times=times
         )
-        router._retry_every = retry_every
+        router._roster.retry_every = retry_every
         routers.append(router)
         return router
 

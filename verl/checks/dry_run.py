@@ -60,8 +60,10 @@ def findings_text(findings: Findings) -> str:
 def _setup(config: Config, plan: RunPlan) -> Section:
     model = config.actor_rollout_ref.model.path
     device = "CPU" if plan.device == "cpu" else "GPU"
-    if plan.world_size == 1:
+    if not plan.uses_ray:
         placement = f"one {device}, everything in this process"
+    elif plan.world_size == 1:
+        placement = f"one {device}, its rank a process under Ray"
     else:
         placement = (
             f"{plan.world_size} {device}s ({plan.nnodes} × {plan.devices_per_node} a node), one rank each, under Ray"

@@ -49,8 +49,9 @@ class GPUReading:
     processes: tuple[GPUProcess, ...] = ()
 
 
-def read_gpus(indices: Sequence[int] | None) -> list[GPUReading]:
+def read_gpus(indices: Sequence[int] | None, chosen: str | None = None) -> list[GPUReading]:
     """The GPUs at these positions among those that CUDA_VISIBLE_DEVICES shows this process, in that order; None: all.
+    chosen: takes the variable's place.
 
     Empty where nvidia-smi does not answer, and on slices of a GPU (MIG), whose memory it does not list. Numbers are
     nvidia-smi's, by PCI bus; on a machine with GPUs of several models CUDA agrees with them under
@@ -62,7 +63,7 @@ def read_gpus(indices: Sequence[int] | None) -> list[GPUReading]:
         for index, uuid, free, total in _nvidia_smi("gpu=index,uuid,memory.free,memory.total")
         if free.isdigit() and total.isdigit()
     }
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES") if chosen is None else chosen
     if not installed or (chosen or "").startswith("MIG-"):
         return []
     visible = list(installed.values()) if chosen is None else _visible(installed, chosen)

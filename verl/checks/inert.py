@@ -307,5 +307,9 @@ RULES = (
     Rule(("*.fsdp_size", "*.reshard_after_forward"), _one_rank, "one device holds the whole model"),
     Rule((f"{REF}.fsdp_config.optimizer_offload",), lambda run: True, "the reference model has no optimizer"),
     Rule(("trainer.balance_batch",), _one_rank, "there is one rank"),
-    Rule(("ray_init.*",), _one_rank, "one device needs no Ray: everything runs in this process"),
+    Rule(
+        ("ray_kwargs.*", "trainer.worker_timeout", "trainer.rollout_restarts"),
+        lambda run: not run.plan.uses_ray,
+        "everything runs in this process, without Ray (trainer.executor)",
+    ),
 )

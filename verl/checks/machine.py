@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
+from typing import Literal
 
 
 def installed_gpus() -> int:
@@ -27,7 +28,7 @@ def torch_is_cpu_build() -> bool:
     return importlib.metadata.version("torch").endswith("+cpu")
 
 
-def resolve_device(asked: str, world_size: int, gpus: int) -> str:
+def resolve_device(asked: Literal["auto", "cpu", "cuda"], world_size: int, gpus: int) -> Literal["cpu", "cuda"]:
     """The device kind, cpu or cuda. ``auto``: cuda where there is a GPU, and for a job of several devices anyway."""
     if asked != "auto":
         return asked

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from verl.errors import UserError
 from verl.trainer.ppo.advantages import resolve
@@ -72,7 +72,7 @@ class UpdatePlan:
 class RunPlan:
     """Sizes, counts and roles of a run. ``None`` marks what the (missing) data would tell.
 
-    device: "cpu" or "cuda".
+    executor: where ranks live, as trainer.executor says.
     prompts, samples: prompts a step and responses to each.
     forwards: how a rank cuts each forward over the step's trajectories: "old_log_probs", "ref_log_probs", "values".
     roles: models built for training or scoring ("actor", "critic", "reference") -> why.
@@ -80,7 +80,8 @@ class RunPlan:
     context_length: prompt and response tokens that the rollout engine must hold.
     """
 
-    device: str
+    device: Literal["cpu", "cuda"]
+    executor: Literal["auto", "local", "ray"]
     nnodes: int
     devices_per_node: int
     prompts: int
@@ -107,6 +108,11 @@ class RunPlan:
     @property
     def world_size(self) -> int:
         return self.nnodes * self.devices_per_node
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether ranks are processes of their own."""
+        return self.executor == "ray" or (self.executor == "auto" and self.world_size > 1)
 
     @property
     def replicas(self) -> int:
@@ -167,7 +173,9 @@ class RunPlan:
         return [step for step in range((self.total_steps or 0) + 1) if due(step)]
 
 
-def plan_run(config: Config, *, device: str, train_rows: int | None = None, val_rows: int | None = None) -> RunPlan:
+def plan_run(
+    config: Config, *, device: Literal["cpu", "cuda"], train_rows: int | None = None, val_rows: int | None = None
+) -> RunPlan:
     """``train_rows``, ``val_rows``: rows of the data sets, as far as known."""
     data, trainer = config.data, config.trainer
     model, rollout = config.actor_rollout_ref, config.actor_rollout_ref.rollout
@@ -176,6 +184,7 @@ def plan_run(config: Config, *, device: str, train_rows: int | None = None, val_
     share = data.train_batch_size * rollout.n // world
     return RunPlan(
         device=device,
+        executor=trainer.executor,
         nnodes=trainer.nnodes,
         devices_per_node=trainer.n_gpus_per_node,
         prompts=data.train_batch_size,

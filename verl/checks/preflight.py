@@ -143,14 +143,20 @@ def _engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) ->
             findings.problem(key, name, why, f'run pip install -e ".[{name}]", or set it to hf, the embedded engine')
     if name == "sglang":
         _sglang(findings, config)
-    if plan.world_size % plan.tensor_parallel:
-        working = [size for size in range(1, plan.world_size + 1) if plan.world_size % size == 0]
+    working = [size for size in range(1, plan.world_size + 1) if _splits(plan, size)]
+    if plan.tensor_parallel not in working:
+        nodes = f" ({plan.nnodes} nodes of {plan.devices_per_node})" if plan.nnodes > 1 else ""
         findings.problem(
             f"{ROLLOUT}.tensor_model_parallel_size",
             plan.tensor_parallel,
-            f"{plan.world_size} devices cannot be split into groups of {plan.tensor_parallel}",
+            f"{plan.world_size} devices{nodes} cannot be split into groups of {plan.tensor_parallel}",
             f"set it to one of {', '.join(map(str, working))}",
         )
+
+
+def _splits(plan: RunPlan, size: int) -> bool:
+    """Into tensor-parallel groups, each within a node or on all devices of several."""
+    return plan.world_size % size == 0 and (plan.devices_per_node % size == 0 or size % plan.devices_per_node == 0)
 
 
 def _sglang(findings: Findings, config: Config) -> None:
@@ -180,19 +186,27 @@ def _devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, dry_r
         have = f"this machine has {gpus or 'no'} GPU{'s' if gpus != 1 else ''}"
     if plan.device == "cpu" and config.trainer.device == "auto" and installed_gpus():
         findings.warn(f"the run uses the CPU and not this machine's GPU: {have}. Install a CUDA build of torch.")
-    if plan.device == "cuda" and gpus < asked and dry_run:
+    if plan.uses_ray:
+        if plan.device == "cuda" and torch_is_cpu_build() and not dry_run:
+            findings.problem(
+                key, asked, f"{have}, and the ranks' is the same", "install a CUDA build, or set trainer.device=cpu"
+            )
+        elif dry_run:
+            findings.cannot_check(f"{key}={asked}: whether the Ray cluster has them; a run asks it before it starts")
+    elif plan.device == "cuda" and gpus < asked and dry_run:
         findings.cannot_check(f"{key}={asked}: {have}; the plan takes them as given, and their memory is not checked")
     elif config.trainer.device == "cuda" and gpus < asked:
         fix = f"set it to {gpus}" if gpus else f"set trainer.device=cpu and {key}=1"
         findings.problem(key, asked, have, fix)
-    if plan.world_size > 1:
-        what = f"{plan.nnodes} nodes × {asked} devices" if plan.nnodes > 1 else f"{asked} devices"
-        if dry_run:
-            text = f"{what} need the Ray executor, which is not in this version: the plan is for one that has it"
-            findings.cannot_check(text)
-        else:
-            why = f"{what} need the Ray executor; this version trains on one device"
-            findings.problem(key, asked, why, "set trainer.n_gpus_per_node=1 and trainer.nnodes=1")
+    if plan.executor == "local" and plan.world_size > 1:
+        why = f"it is one process, and the run asks for {plan.world_size} devices"
+        findings.problem("trainer.executor", plan.executor, why, "leave it out, or set it to ray")
+    if plan.uses_ray and config.actor_rollout_ref.rollout.mode == "server":
+        why = (
+            "weights go to servers from a trainer that is one process, and this run's ranks are processes of their own"
+        )
+        fix = f"set {key}=1, trainer.nnodes=1 and trainer.executor=auto, or {ROLLOUT}.mode=colocated"
+        findings.problem(f"{ROLLOUT}.mode", "server", why, fix)
 
 
 def check_loggers(findings: Findings, names: Sequence[str]) -> None:

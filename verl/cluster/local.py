@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 
@@ -24,6 +25,9 @@ class LocalWorkerGroup:
 
     def reduce(self, method: str, table: pa.Table, **kwargs: Any) -> Future[dict[str, float]]:
         return _finished(lambda: getattr(self._worker, method)(table, **kwargs))
+
+    def shares(self, table: pa.Table) -> list[np.ndarray]:
+        return [np.arange(table.num_rows)]
 
     def close(self) -> None:
         close = getattr(self._worker, "close", None)

@@ -7,7 +7,6 @@ from typing import Any
 
 # Old name (of a key or of a whole section) -> name here.
 RENAMED = {
-    "ray_kwargs.ray_init": "ray_init",
     "algorithm.rollout_correction.rollout_is": "algorithm.rollout_correction.level",
     "algorithm.rollout_correction.rollout_is_threshold": "algorithm.rollout_correction.threshold",
     "data.tokenizer": "actor_rollout_ref.model.tokenizer_path",
@@ -20,6 +19,7 @@ RENAMED = {
     "critic.fsdp": "critic.model.fsdp_config",
     "critic.fsdp_config": "critic.model.fsdp_config",
     "optim.warmup_style": "optim.lr_scheduler_type",
+    "ray_init": "ray_kwargs.ray_init",
     "reward.custom_reward_function": "custom_reward_function",
     "reward.reward_model": "reward_model",
     "reward.reward_manager.name": "reward_model.reward_manager",

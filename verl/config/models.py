@@ -16,7 +16,7 @@ from verl.config.parts import CheckpointConfig, FSDPConfig, ModelConfig, OptimCo
 from verl.config.reward import CustomRewardFunctionConfig, RewardConfig, RewardModelConfig
 from verl.config.rollout import RolloutConfig, ValidationSamplingConfig
 from verl.config.schema import ABSENT, get, keys_of, plain, put
-from verl.config.trainer import RayInitConfig, SFTTrainerConfig, TrainerConfig
+from verl.config.trainer import RayKwargsConfig, SFTTrainerConfig, TrainerConfig
 
 __all__ = [
     "ActorConfig",
@@ -33,7 +33,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PolicyModelConfig",
-    "RayInitConfig",
+    "RayKwargsConfig",
     "RefConfig",
     "RewardConfig",
     "RewardModelConfig",
@@ -133,7 +133,7 @@ class Config(Root):
     custom_reward_function: CustomRewardFunctionConfig = CustomRewardFunctionConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
     trainer: TrainerConfig = TrainerConfig()
-    ray_init: RayInitConfig = RayInitConfig()
+    ray_kwargs: RayKwargsConfig = RayKwargsConfig()
 
 
 class SFTConfig(Root):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 from pydantic import Field
@@ -41,6 +41,13 @@ class RunConfig(Section):
 class TrainerConfig(RunConfig):
     nnodes: PositiveInt = Field(1, description="Machines.")
     n_gpus_per_node: PositiveInt = Field(1, description="GPUs (or CPU ranks) of each machine.")
+    executor: Literal["auto", "local", "ray"] = Field(
+        "auto", description="Where ranks live; auto: in this process for one device, else under Ray."
+    )
+    worker_timeout: float = Field(
+        1800.0, gt=0, description="Seconds that one call to the ranks may take; then the run ends, with their stacks."
+    )
+    rollout_restarts: int = Field(2, ge=0, description="Times that a rollout replica which died is started again.")
     critic_warmup: int = Field(0, ge=0, description="The actor is trained from this step on; before, only the critic.")
     balance_batch: bool = Field(
         True, description="Share a mini-batch's responses over the ranks so that tokens even out."
@@ -72,5 +79,8 @@ class SFTTrainerConfig(RunConfig):
     )
 
 
-class RayInitConfig(Section):
-    num_cpus: PositiveInt | None = Field(None, description="CPU cores that Ray may use; null: all.")
+class RayKwargsConfig(Section):
+    ray_init: dict[str, Any] = Field(
+        {},
+        description="Arguments of ray.init: address, num_cpus, ... (where Ray runs already: only those of joining it).",
+    )

@@ -54,7 +54,7 @@ class TrainEngine:
     number, none included).
 
     module: the transformers model (its parameters sharded, with several ranks). root: the module around it that is the
-    root of sharding. compute_dtype: of the forward.
+    root of sharding. compute_dtype: of the forward. params_loaded: whether the parameters are on the device.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TrainEngine:
             self.optimizer = Optimizer(self.masters.by_name, optim_config, grad_clip, total_steps)
             if model_config.enable_gradient_checkpointing:
                 self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._params_loaded = self._optimizer_loaded = True
+        self.params_loaded = self._optimizer_loaded = True
 
     def _build(self, model_config: ModelConfig, fsdp_config: FSDPConfig, seed: int) -> Any:
         stored = torch.float32 if self.trainable else self.compute_dtype
@@ -246,18 +246,18 @@ class TrainEngine:
 
     def offload(self, *, params: bool = False, optimizer: bool = False) -> None:
         """Move parameters, and optimizer state with separate masters, to the host. What is there already stays."""
-        if params and self._params_loaded:
+        if params and self.params_loaded:
             offload.move_module(self.root, CPU)
-            self._params_loaded = False
+            self.params_loaded = False
         if optimizer and self._optimizer_loaded:
             offload.move_tensors(self._optimizer_tensors(), CPU)
             self._optimizer_loaded = False
         self._free_cache()
 
     def onload(self, *, params: bool = False, optimizer: bool = False) -> None:
-        if params and not self._params_loaded:
+        if params and not self.params_loaded:
             offload.move_module(self.root, self.device)
-            self._params_loaded = True
+            self.params_loaded = True
         if optimizer and not self._optimizer_loaded:
             offload.move_tensors(self._optimizer_tensors(), self.device)
             self._optimizer_loaded = True
@@ -269,7 +269,7 @@ class TrainEngine:
         return [*masters, *self.optimizer.tensors().values()]
 
     def _need(self, params: bool = False, optimizer: bool = False) -> None:
-        if params and not self._params_loaded:
+        if params and not self.params_loaded:
             raise OffloadedError("the parameters are on the host: call onload(params=True) first")
         if optimizer and not self._optimizer_loaded:
             raise OffloadedError("the optimizer is on the host: call onload(optimizer=True) first")
@@ -308,7 +308,7 @@ class TrainEngine:
         self.__dict__.pop("module", None)
         self.__dict__.pop("_checkpoint_names", None)
         self.root = nn.Module()
-        self._params_loaded = self._optimizer_loaded = False
+        self.params_loaded = self._optimizer_loaded = False
         self._free_cache()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -15,6 +15,15 @@ Answer = TypeVar("Answer")
 AHEAD = 2  # tensors that a reader may be behind the stream
 LOOK_AGAIN = 0.1  # seconds after which the feeder looks whether a reader is still there
 _END = object()
+
+
+@runtime_checkable
+class OwnFan(Protocol):
+    """A stream that goes to several readers in a way of its own."""
+
+    def fan(self, readers: int) -> Any:
+        """What does as ``Fan``."""
+        ...
 
 
 class Fan:

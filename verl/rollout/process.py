@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -28,7 +27,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from verl.errors import UserError
 from verl.rollout.backend import EngineDied
 
 LAST_LINES = 20
@@ -190,15 +188,3 @@ def _reason(code: int) -> str:
         name = signal.Signals(-code).name
         return f"signal {name}" + (" (out of memory, perhaps)" if name == "SIGKILL" else "")
     return f"exit code {code}"
-
-
-def raise_in_parent(error: BaseException) -> Exception:
-    """What of an error in the engine process goes to the trainer: user errors as they are (or as plain ones, where
-    they do not survive the way), others as text."""
-    if not isinstance(error, UserError):
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return UserError(str(error))
-    return error

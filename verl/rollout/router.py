@@ -1,50 +1,35 @@
-"""Several rollout engines as one: requests are spread over them, and a dead one's are drawn again by the others.
+"""Several rollout engines as one: requests are spread over them, and a dead one's are drawn again by the others, or by
+itself once it is back (``verl.rollout.revival``).
 
-                        ┌────────────── revived and given the current weights ─────────────┐
-                        v                                                                  │
-    used ──(EngineDied)──> dead ──(revive() builds it anew)──> unsynced ──(update_weights)──┘
+    generate ──> flights ──board──> the member with the prompt's other requests, or the idlest ──> result
+                    ^                                    │
+                    └────────── EngineDied ──────────────┘
 
-An unsynced member takes no requests: its weights are whatever its server started with. Where weights are saved to a
-folder, it gets the last ones at once; where they come as a stream, it waits for the next.
+    weights, sleep, wake, health ──> all members, a thread each; given again to one that is back, where all died of it
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from functools import cache
+from typing import Any
 
 import numpy as np
 
-from verl.errors import UserError
 from verl.rollout.backend import EngineDied, WeightStream
 from verl.rollout.base import Capabilities, IllegalState, MemoryTag, Request, Result, RolloutEngine
-from verl.rollout.fan import Fan
+from verl.rollout.fan import OwnFan
+from verl.rollout.orders import deal, in_threads
 from verl.rollout.requests import check_ids
+from verl.rollout.revival import Answers, Engines, Member, Roster, State
 
 RETRY_EVERY = 10.0  # seconds between attempts at a dead member
 # A prompt's requests stay together as long as their member has at most this many of them more than the idlest.
 KEEP_TOGETHER = 8
 CHECKED = -1  # stands for the version of weights that are saved to be compared
-
-
-@dataclass(eq=False)
-class Member:
-    """One engine of several. tokens: of its requests in flight, prompt and longest response. death: what it died of.
-    refusal: why it cannot be brought back, as far as it has been said."""
-
-    name: str
-    engine: RolloutEngine
-    state: Literal["used", "dead", "unsynced"] = "used"
-    tokens: int = 0
-    death: str = ""
-    refusal: str = ""
 
 
 @dataclass(eq=False)
@@ -69,8 +54,12 @@ class _Home:
 class Router:
     """See ``verl.rollout.base.RolloutEngine``.
 
-    revive: builds a fresh engine for the member of this name; raises EngineDied while there is none, and another
-        UserError where what is there cannot be used.
+    revive: builds a fresh engine for the member of this name, whose last one has been closed; called in a thread of the
+        member's own. Raises EngineDied where there is none (yet), and another UserError where what is there cannot be
+        used.
+    revivals: how many times in all one member may be brought back, failed attempts included. As long as one may,
+        requests and orders that find no member in use wait for it; a refusal (UserError) is final. None: any number of
+        times, and nobody waits.
     save: stores a stream and returns it as one that can be read many times; None: members share the one stream.
     forget: called with what ``save`` returned once newer weights are everywhere. note: takes what the user should know.
     """
@@ -80,6 +69,7 @@ class Router:
         members: Sequence[Member],
         *,
         revive: Callable[[str], RolloutEngine] | None = None,
+        revivals: int | None = None,
         save: Callable[[WeightStream, int], WeightStream] | None = None,
         forget: Callable[[WeightStream], None] = lambda saved: None,
         note: Callable[[str], None] = lambda text: None,
@@ -87,25 +77,20 @@ class Router:
     ):
         if not members:
             raise ValueError("a router needs at least one member")
-        self.members = list(members)
         self.capabilities = _common([member.engine.capabilities for member in members])
-        self._revive, self._save, self._forget, self._note = revive, save, forget, note
-        self._retry_every = retry_every
-        self._lock = threading.RLock()  # of all that follows; held for moments only
+        self._roster = Roster(members, revive=revive, revivals=revivals, retry_every=retry_every, note=note)
+        self.members = self._roster.members
+        self._save, self._forget = save, forget
+        self._lock = self._roster.lock  # of all that follows, too
         self._flights: dict[str, _Flight] = {}
         self._homes: dict[bytes, _Home] = {}
-        self._saved: tuple[WeightStream, int] | None = None
-        self._asleep: set[MemoryTag] = set()
-        self._paused = self._closed = False
-        self._reviver: threading.Thread | None = None
-        self._closing = threading.Event()
-        self._syncing = threading.Lock()  # held while members get weights
+        self._closed = False
 
     # ---- requests
 
     async def generate(self, requests: Sequence[Request]) -> list[Result]:
         with self._lock:
-            self._check_open("generate")
+            self._check("generate")
             ids = [request.id for request in requests]
             check_ids(ids, self._flights)
             flights = {request.id: _flight(request) for request in requests}
@@ -122,20 +107,30 @@ class Router:
                     del self._flights[id]
 
     async def _draw(self, flight: _Flight) -> Result:
-        while not flight.aborted:
-            member, engine = self._board(flight)
+        while True:
+            news = self._roster.news  # before any look: it is done by whatever changes after that
+            if flight.aborted:
+                return Result(flight.request.id, [], [], "abort")
+            if (boarded := self._board(flight)) is None:
+                await asyncio.wrap_future(news)
+                continue
+            member, engine = boarded
             try:
-                return (await engine.generate([flight.request]))[0]
+                (result,) = await engine.generate([flight.request])
+                taken_out = member.engine is not engine or member.state != "used"
+                if flight.aborted or not (taken_out and result.finish_reason == "abort"):
+                    return result  # otherwise it was closed as dead, and nobody asked for the request's end
             except EngineDied as error:
-                self._lost(member, engine, error)
+                self._roster.lost(member, engine, error)
             finally:
                 self._leave(flight)
-        return Result(flight.request.id, [], [], "abort")
 
-    def _board(self, flight: _Flight) -> tuple[Member, RolloutEngine]:
-        """Give the request to its prompt's member, or to the one with the fewest tokens in flight."""
+    def _board(self, flight: _Flight) -> tuple[Member, RolloutEngine] | None:
+        """Give the request to its prompt's member, or to the one with the fewest tokens in flight. None: nobody can
+        take it now."""
         with self._lock:
-            used = self._used()
+            if flight.aborted or not (used := self._roster.find("used").values()):
+                return None
             idlest = min(used, key=lambda member: member.tokens)
             home = self._homes.setdefault(flight.prompt, _Home(idlest))
             if home.member.state != "used":
@@ -162,258 +157,157 @@ class Router:
             chosen = [self._flights[id] for id in (self._flights if ids is None else ids) if id in self._flights]
             for flight in chosen:
                 flight.aborted = True
+            self._roster.changed()  # for those that wait
             engines = {flight.member.engine: flight.member for flight in chosen if flight.member}
         names = [flight.request.id for flight in chosen]
         await self._tell(engines, lambda engine: engine.abort(names))
 
     async def pause(self) -> None:
         with self._lock:
-            self._check_open("pause")
-            if self._paused:
+            self._check("pause")
+            if self._roster.paused:
                 raise IllegalState("pause: the engine is already paused")
-            self._paused = True
-            engines = self._engines()
+            self._roster.paused = True
+            engines = self._roster.find("used")
         await self._tell(engines, lambda engine: engine.pause())
 
     async def resume(self) -> None:
         with self._lock:
-            self._check_open("resume")
-            if not self._paused:
+            self._check("resume")
+            if not self._roster.paused:
                 raise IllegalState("resume: the engine is not paused")
-            self._paused = False
-            engines = self._engines()
+            self._roster.paused = False
+            engines = self._roster.find("used")
         try:
             await self._tell(engines, lambda engine: engine.resume())
         except IllegalState:
-            self._paused = True
+            self._roster.paused = True
             raise
 
     # ---- weights and memory: orders that block, each member's in a thread of its own
 
     async def update_weights(self, stream: WeightStream, version: int) -> None:
-        """Unsynced members take part, and are used from then on."""
-        with self._syncing, self._order("update_weights"):
-            engines = self._engines("used", "unsynced")
-            before = self._saved
-            if self._save is not None:
-                self._saved = None  # if writing fails, the old ones are nobody's any more
-                self._saved = self._save(stream, version), version
-            source = self._saved[0] if self._saved else stream
-            self._deal(source, engines, lambda engine, weights: engine.update_weights(weights, version))
-            for engine, member in engines.items():
-                if member.state == "unsynced" and member.engine is engine:
-                    try:
-                        self._join(member)
-                    except EngineDied as error:
-                        self._lost(member, engine, error)
-            if before:
-                self._forget(before[0])
+        """Unsynced members take part, and are used from then on. Returns once a member holds these weights."""
+        before, stored = self._roster.saved, cache(lambda: self._stored(stream, version))
+
+        def give(engines: Engines) -> Answers:
+            taken = self._deal(stored(), engines, lambda engine, weights: engine.update_weights(weights, version))
+            for member in taken:
+                if member.state == "unsynced":
+                    self._roster.join(member)
+            return {member: None for member in taken if member.state == "used"}
+
+        self._until_answered("update_weights", give, "used", "unsynced", twice=self._save is not None)
+        if before:
+            self._forget(before[0])
+
+    def _stored(self, stream: WeightStream, version: int) -> WeightStream:
+        if self._save is None:
+            return stream
+        self._roster.saved = None  # if writing fails, the old ones are nobody's any more
+        stream = self._save(stream, version)
+        self._roster.saved = stream, version
+        return stream
 
     async def check_weights(self, stream: WeightStream) -> list[str]:
-        with self._syncing, self._order("check_weights"):
-            engines = self._engines()
-            source = stream if self._save is None else self._save(stream, CHECKED)
-            found = self._deal(source, engines, lambda engine, weights: engine.check_weights(weights))
-            if self._save is not None:
-                self._forget(source)
+        """Members that came back while others slept get their weights now, at the latest."""
+        stored = cache(lambda: stream if self._save is None else self._save(stream, CHECKED))
+
+        def compare(engines: Engines) -> Answers:
+            self._roster.catch_up(engines.values())
+            used = {engine: member for engine, member in engines.items() if member.state == "used"}
+            return self._deal(stored(), used, lambda engine, weights: engine.check_weights(weights))
+
+        states = self._roster.obeying if self._roster.saved else ("used",)
+        found = self._until_answered("check_weights", compare, *states, twice=self._save is not None)
+        if self._save is not None:
+            self._forget(stored())
         return [f"{member.name}: {line}" for member, lines in found.items() for line in lines]
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
-        with self._syncing, self._order("sleep"):
-            self._in_threads(self._engines(), lambda engine: engine.sleep(tags))
-            self._asleep |= set(tags)
+        def order(engines: Engines) -> Answers:
+            if answers := self._in_threads(engines, lambda engine: engine.sleep(tags)):
+                self._roster.asleep |= set(tags)
+            return answers
+
+        self._until_answered("sleep", order, *self._roster.obeying)
 
     async def wake(self, tags: Sequence[MemoryTag]) -> None:
-        with self._syncing, self._order("wake", idle=False):
-            self._in_threads(self._engines(), lambda engine: engine.wake(tags))
-            self._asleep -= set(tags)
+        """Members that came back while others slept get the saved weights as soon as nothing sleeps."""
+
+        def order(engines: Engines) -> Answers:
+            if answers := self._in_threads(engines, lambda engine: engine.wake(tags)):
+                self._roster.asleep -= set(tags)
+                if not self._roster.asleep:
+                    self._roster.catch_up(answers)
+            return answers
+
+        self._until_answered("wake", order, *self._roster.obeying, idle=False)
 
     async def health(self) -> None:
-        """Of the members in use: those that do not answer are taken out. Raises when none is left."""
-        with self._order("health", idle=False):
-            self._in_threads(self._engines(), lambda engine: engine.health())
+        """Those that do not answer are taken out. Raises when none is left."""
+
+        def order(engines: Engines) -> Answers:
+            return self._in_threads(engines, lambda engine: engine.health())
+
+        self._until_answered("health", order, *self._roster.obeying, idle=False)
 
     async def close(self) -> None:
-        if self._closed:
-            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         with contextlib.suppress(EngineDied):
             await self.abort()
-        with self._lock:
-            self._closed = True
-            self._closing.set()
-            reviver, engines = self._reviver, {member.engine: member for member in self.members}
-        if reviver:
-            reviver.join()
+        self._roster.stop()
         with contextlib.suppress(EngineDied):
-            self._in_threads(engines, lambda engine: engine.close())
-        if self._saved:
-            self._forget(self._saved[0])
-
-    # ---- members
-
-    def _used(self) -> list[Member]:
-        """Raises EngineDied naming all when there are none."""
-        if used := [member for member in self.members if member.state == "used"]:
-            return used
-        states = "\n".join(
-            f"  {member.name}: "
-            + ("is back, but has not been given weights yet" if member.state == "unsynced" else member.death)
-            for member in self.members
-        )
-        raise EngineDied(f"no rollout engine is left:\n{states}")
-
-    def _engines(self, *states: str) -> dict[RolloutEngine, Member]:
-        with self._lock:
-            wanted = states or ("used",)
-            if found := {member.engine: member for member in self.members if member.state in wanted}:
-                return found
-            self._used()
-            raise AssertionError
-
-    def _lost(self, member: Member, engine: RolloutEngine, error: EngineDied) -> None:
-        """Take it out, unless this was noticed before."""
-        with self._lock:
-            if member.engine is not engine or member.state == "dead":
-                return
-            member.state, member.death = "dead", str(error)
-            left = sum(other.state == "used" for other in self.members)
-            rest = f"; its unfinished requests are drawn again by the {left} left" if left else ""
-            self._note(f"rollout: {member.name} is taken out{rest}: {error}")
-            if self._revive and self._reviver is None and not self._closed:
-                self._reviver = threading.Thread(target=self._revive_dead, name="rollout reviver", daemon=True)
-                self._reviver.start()
-
-    def _revive_dead(self) -> None:
-        while not self._closing.wait(self._retry_every):
-            for member in [member for member in self.members if member.state == "dead"]:
-                try:
-                    self._try(member)
-                except Exception as error:  # the end of this thread would be the end of all revivals
-                    self._note(f"rollout: {member.name} could not be brought back: {type(error).__name__}: {error}")
-            with self._lock:
-                if not any(member.state == "dead" for member in self.members):
-                    self._reviver = None
-                    return
-
-    def _try(self, member: Member) -> None:
-        assert self._revive is not None
-        try:
-            fresh = self._revive(member.name)
-        except EngineDied:  # not yet
-            return
-        except UserError as error:  # it answers, but not as it should: said once
-            if str(error) != member.refusal:
-                member.refusal = str(error)
-                self._note(f"rollout: {member.name} cannot be brought back: {error}")
-            return
-        with self._syncing:
-            with self._lock:
-                old, member.engine, member.state = member.engine, fresh, "unsynced"
-                saved = None if self._asleep else self._saved
-            with contextlib.suppress(EngineDied):
-                asyncio.run(old.close())
-            if saved is None:
-                return self._note(f"rollout: {member.name} is back; it is used after the next weight update")
-            try:
-                asyncio.run(fresh.update_weights(*saved))
-                self._join(member)
-                self._note(f"rollout: {member.name} is back, and has the weights of version {saved[1]}")
-            except EngineDied as error:
-                self._lost(member, fresh, error)
-            except UserError as error:
-                self._note(f"rollout: {member.name} is back, but could not be given weights: {error}")
-
-    def _join(self, member: Member) -> None:
-        """It has the current weights: bring it into the state of the others, and use it."""
-        paused = False
-        while True:
-            with self._lock:
-                if self._paused == paused:
-                    member.state = "used"
-                    break
-                paused = self._paused
-            asyncio_run(member.engine.pause() if paused else member.engine.resume())
-        if self._asleep:
-            asyncio_run(member.engine.sleep(sorted(self._asleep)))
+            self._in_threads({member.engine: member for member in self.members}, lambda engine: engine.close())
+        if self._roster.saved:
+            self._forget(self._roster.saved[0])
 
     # ---- orders to members
 
-    async def _tell(
-        self, engines: dict[RolloutEngine, Member], order: Callable[[RolloutEngine], Awaitable[None]]
-    ) -> None:
-        outcomes = await asyncio.gather(*(order(engine) for engine in engines), return_exceptions=True)
-        self._settle(engines, outcomes)
+    def _until_answered(
+        self,
+        name: str,
+        order: Callable[[Engines], Answers],
+        *states: State,
+        idle: bool = True,
+        twice: bool = True,
+    ) -> Answers:
+        """Give the order to the members in these states; where all die of it, or were dead, to those that come back.
 
-    def _in_threads(
-        self, engines: dict[RolloutEngine, Member], order: Callable[[RolloutEngine], Awaitable[Any]]
-    ) -> dict[Member, Any]:
-        """What each member answered; the dead are taken out. Raises what another raised."""
-        with ThreadPoolExecutor(len(engines)) as pool:
-            calls = [pool.submit(asyncio_run, order(engine)) for engine in engines]
-        outcomes = [call.exception() or call.result() for call in calls]
-        return self._settle(engines, outcomes)
+        twice: whether it can be given again. idle: whether it needs idle or paused members."""
+        while True:
+            self._check(name, idle)
+            self._roster.wait_for(*states)
+            with self._roster.syncing:
+                engines = self._roster.find(*states)
+                if engines and (answers := order(engines)):
+                    return answers
+            if engines and not twice:
+                raise self._roster.none_left()
+
+    async def _tell(self, engines: Engines, order: Callable[[RolloutEngine], Awaitable[None]]) -> None:
+        outcomes = await asyncio.gather(*(order(engine) for engine in engines), return_exceptions=True)
+        self._roster.settle(engines, outcomes)
+
+    def _in_threads(self, engines: Engines, order: Callable[[RolloutEngine], Awaitable[Any]]) -> Answers:
+        return self._roster.settle(engines, in_threads(engines, order))
 
     def _deal(
-        self,
-        stream: WeightStream,
-        engines: dict[RolloutEngine, Member],
-        order: Callable[[RolloutEngine, WeightStream], Awaitable[Any]],
-    ) -> dict[Member, Any]:
-        """As _in_threads, for orders that read the stream."""
-        if self._save is not None:  # it can be read many times
+        self, stream: WeightStream, engines: Engines, order: Callable[[RolloutEngine, WeightStream], Awaitable[Any]]
+    ) -> Answers:
+        if self._save is not None and not isinstance(stream, OwnFan):  # it can be read many times
             return self._in_threads(engines, lambda engine: order(engine, stream))
-        fan = Fan(len(engines))
+        return self._roster.settle(engines, deal(stream, engines, order))
 
-        def read(engine: RolloutEngine, weights: WeightStream) -> Any:
-            return asyncio_run(order(engine, weights))
-
-        with ThreadPoolExecutor(len(engines)) as pool:
-            calls = [pool.submit(fan.run, index, partial(read, engine)) for index, engine in enumerate(engines)]
-            fan.feed(stream)  # here: where it comes from may not like other threads
-        outcomes = [call.exception() or call.result() for call in calls]
-        return self._settle(engines, outcomes)
-
-    def _settle(self, engines: dict[RolloutEngine, Member], outcomes: Sequence[Any]) -> dict[Member, Any]:
-        answers, errors = {}, []
-        for (engine, member), outcome in zip(engines.items(), outcomes, strict=True):
-            if isinstance(outcome, EngineDied):
-                self._lost(member, engine, outcome)
-            elif isinstance(outcome, BaseException):
-                errors.append(outcome)
-            else:
-                answers[member] = outcome
-        if errors:
-            raise errors[0]
-        if not answers and engines:
-            self._used()
-        return answers
-
-    # ---- state
-
-    def _check_open(self, order: str) -> None:
+    def _check(self, order: str, idle: bool = False) -> None:
+        """Raises IllegalState. idle: whether the order needs that."""
         if self._closed:
             raise IllegalState(f"{order}: the engine is closed")
-
-    @contextmanager
-    def _order(self, order: str, idle: bool = True) -> Iterator[None]:
-        self._check_open(order)
-        if idle and self._flights and not self._paused:
+        if idle and self._flights and not self._roster.paused:
             raise IllegalState(f"{order}: {len(self._flights)} requests are being generated; pause or abort them first")
-        yield
-
-
-def asyncio_run(order: Awaitable[Any]) -> Any:
-    """Its result; in a thread that may already run an event loop, from one that does not."""
-
-    async def run() -> Any:
-        return await order
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(run())
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, run()).result()
 
 
 def _flight(request: Request) -> _Flight:

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from verl.errors import portable
 from verl.rollout import guard
-from verl.rollout.process import raise_in_parent
 
 
 class Orders:
@@ -58,7 +58,7 @@ class Orders:
                 self.answer(number, True, await handlers[order](*args))
             except (Exception, asyncio.CancelledError) as error:
                 traceback.print_exc()
-                self.answer(number, False, raise_in_parent(error))
+                self.answer(number, False, portable(error))
 
         def take(message: tuple[int, str, tuple] | None) -> None:
             if message is None:

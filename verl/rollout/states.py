@@ -19,6 +19,7 @@ class EngineState:
 
     def __init__(self, capabilities: Capabilities, keeps_weights: bool, no_weights: str | None):
         self._can_sleep, self._keeps_weights = capabilities.sleep, keeps_weights
+        self._holds_weights = capabilities.holds_weights
         self.awake: set[MemoryTag] = set(TAGS)
         self.no_weights = no_weights
         self.paused = self.closed = False
@@ -35,7 +36,8 @@ class EngineState:
 
     def check_update(self, order: str, in_flight: int, under_way: int) -> None:
         self.check_open(order)
-        self._check_awake(order, ("weights",))
+        if self._holds_weights:
+            self._check_awake(order, ("weights",))
         self._check_idle(order, in_flight, under_way)
 
     def check_pause(self) -> None:

@@ -70,7 +70,26 @@ class SGLangSettings:
         return self.device == "cuda" and self.free_cache_engine
 
 
-def arguments_of(settings: SGLangSettings) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Part:
+    """One process of a replica: there is one on each node that the replica spans.
+
+    meeting: "host:port" where the processes meet. address: of this one's node; interface: that has it. gpus: that the
+    process may see, as CUDA_VISIBLE_DEVICES names them; None: those that it inherits.
+    """
+
+    node_rank: int = 0
+    nnodes: int = 1
+    meeting: str | None = None
+    address: str | None = None
+    interface: str | None = None
+    gpus: tuple[str, ...] | None = None
+
+
+WHOLE = Part()
+
+
+def arguments_of(settings: SGLangSettings, part: Part = WHOLE) -> dict[str, Any]:
     arguments = {
         "model_path": settings.model_path,
         "trust_remote_code": settings.trust_remote_code,
@@ -94,6 +113,8 @@ def arguments_of(settings: SGLangSettings) -> dict[str, Any]:
         arguments["max_total_tokens"] = max(min(wanted, CPU_CACHE_TOKENS), 2 * settings.max_model_len)
     else:
         arguments["mem_fraction_static"] = settings.gpu_memory_utilization
+    if part.meeting:
+        arguments |= {"nnodes": part.nnodes, "node_rank": part.node_rank, "dist_init_addr": part.meeting}
     return arguments | dict(settings.extra)
 
 
@@ -111,20 +132,30 @@ def backends(device: str) -> dict[str, Any]:
     return chosen
 
 
-def environment_of(settings: SGLangSettings, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Of the replica's processes. Left out: what a launcher of the trainer's, or its allocator, set for itself."""
+def environment_of(settings: SGLangSettings, inherited: Mapping[str, str], part: Part = WHOLE) -> dict[str, str]:
+    """Of the processes of a part. Left out: what a launcher of the trainer's, or its allocator, set for itself."""
     left_out = {"TORCHELASTIC_USE_AGENT_STORE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LOCAL_RANK", "RANK"}
     environment = {name: value for name, value in inherited.items() if name not in left_out}
     environment |= {
         "PYTHONUNBUFFERED": "1",
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # by CONTEXT_MARGIN; no position that far is ever computed
         "TOKENIZERS_PARALLELISM": "false",
+        "SGLANG_BLOCK_NONZERO_RANK_CHILDREN": "0",
     }
+    if part.address and part.interface:
+        environment |= {
+            "SGLANG_HOST_IP": part.address,
+            "GLOO_SOCKET_IFNAME": part.interface,
+            "NCCL_SOCKET_IFNAME": part.interface,
+        }
+    if part.gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(part.gpus)
     if settings.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment.setdefault("OMP_WAIT_POLICY", "passive")
         if settings.tensor_parallel > 1:  # a rank for each group of cores, where there is no NUMA node for each
-            environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _core_groups(settings.tensor_parallel))
+            groups = _core_groups(settings.tensor_parallel // part.nnodes)
+            environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(groups * part.nnodes))
         return environment
     if not installed("flashinfer-python"):
         environment["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
@@ -133,13 +164,12 @@ def environment_of(settings: SGLangSettings, inherited: Mapping[str, str]) -> di
     return environment
 
 
-def _core_groups(count: int) -> str:
+def _core_groups(count: int) -> list[str]:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < count:
-        return "|".join(str(cores[index % len(cores)]) for index in range(count))
+        return [str(cores[index % len(cores)]) for index in range(count)]
     share = len(cores) // count
-    groups = [cores[index * share : (index + 1) * share] for index in range(count)]
-    return "|".join(",".join(map(str, group)) for group in groups)
+    return [",".join(map(str, cores[index * share : (index + 1) * share])) for index in range(count)]
 
 
 def installed(distribution: str) -> bool:

@@ -1,11 +1,15 @@
-"""SGLang in a process of its own, as a backend of ``ClientEngine``."""
+"""SGLang in a process of its own, as a backend of ``ClientEngine``.
+
+A replica that spans nodes has a process on each. The first one's is the backend; of the others only their being there
+is asked, and their workers come to senders of their own node for weights.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,10 @@ from verl.errors import UserError
 from verl.rollout.backend import Draw, Drawn, EngineDied, Listener, WeightStream
 from verl.rollout.base import Capabilities, MemoryTag
 from verl.rollout.process import EngineProcess
-from verl.rollout.sglang.arguments import SGLangSettings, arguments_of, environment_of
-from verl.rollout.sglang.receiver import ADDRESS_VARIABLE, KEY_VARIABLE
-from verl.rollout.weights.sender import ReceiverLost, Session, WeightSender
+from verl.rollout.sglang.arguments import WHOLE, Part, SGLangSettings, arguments_of, environment_of
+from verl.rollout.sglang.receiver import SENDERS_VARIABLE
+from verl.rollout.weights.checksums import Piece, differences
+from verl.rollout.weights.sender import Endpoint, ReceiverLost, Session, WeightSender
 
 SERVER = "verl.rollout.sglang.server"
 GIB = 1 << 30
@@ -26,14 +31,38 @@ START_TIMEOUT = 1800.0  # a first start compiles kernels, or reads a large model
 BREAK_TIMEOUT = 30.0  # seconds in which SGLang notices that a weight update was broken off
 
 
+def weight_sender(settings: SGLangSettings, receivers: int, bucket_bytes: int) -> WeightSender:
+    return WeightSender(
+        receivers=receivers,
+        device=device_of(settings),
+        dtype=getattr(torch, settings.dtype),
+        bucket_bytes=bucket_bytes,
+    )
+
+
+def device_of(settings: SGLangSettings) -> torch.device:
+    """That the process which sends weights works on."""
+    return torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", 0)
+
+
 class SGLangProcess:
     """See ``verl.rollout.backend.Backend``. Returns once SGLang is up.
 
     log: file of SGLang's output. bucket_bytes: of one of the two buckets of a weight update.
+    part: of the replica. sender, senders: this process's, and where each tensor-parallel rank of the part finds its
+        own; None: one is made for all of them.
     """
 
     def __init__(
-        self, settings: SGLangSettings, *, log: Path, bucket_bytes: int, environment: dict[str, str] | None = None
+        self,
+        settings: SGLangSettings,
+        *,
+        log: Path,
+        bucket_bytes: int = 0,
+        environment: dict[str, str] | None = None,
+        part: Part = WHOLE,
+        sender: WeightSender | None = None,
+        senders: Mapping[int, Endpoint] | None = None,
     ):
         self.settings = settings
         self.keeps_weights = bool(settings.extra.get("enable_weights_cpu_backup"))
@@ -43,33 +72,27 @@ class SGLangProcess:
             min_new_tokens=False,  # needs SGLang's own tokenizer
             seeded=False,
         )
-        self._device = torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", 0)
+        self._device = device_of(settings)
         self._slept: dict[MemoryTag, int] = {}  # bytes that each tag gave back
-        key = secrets.token_bytes(32)
-        self._sender = WeightSender(
-            key,
-            receivers=settings.tensor_parallel,
-            device=self._device,
-            dtype=getattr(torch, settings.dtype),
-            bucket_bytes=bucket_bytes,
-        )
-        variables = {ADDRESS_VARIABLE: self._sender.address, KEY_VARIABLE: key.hex()}
+        self._sender = sender or weight_sender(settings, settings.tensor_parallel, bucket_bytes)
+        found = senders or dict.fromkeys(range(settings.tensor_parallel), self._sender.endpoint)
+        variables = {SENDERS_VARIABLE: json.dumps({rank: [end.address, end.key] for rank, end in found.items()})}
         self._listener: Listener | None = None
         self.process = EngineProcess(
             SERVER,
             name="the SGLang engine",
             log=log,
-            environment=environment_of(settings, os.environ if environment is None else environment) | variables,
+            environment=environment_of(settings, os.environ if environment is None else environment, part) | variables,
             on_report=self._reported,
             on_death=self._died,
         )
         try:
-            self.facts: dict[str, Any] = self.process.call("start", arguments_of(settings), timeout=START_TIMEOUT)
+            self.facts: dict[str, Any] = self.process.call("start", arguments_of(settings, part), timeout=START_TIMEOUT)
         except BaseException:  # it takes no leave while it starts
             self.process.close(timeout=0)
             self._sender.close()
             raise
-        self._end_tokens = frozenset(self.facts["end_tokens"])
+        self.end_tokens = frozenset(self.facts.get("end_tokens", ()))
 
     def describe(self) -> str:
         facts = self.facts
@@ -85,7 +108,7 @@ class SGLangProcess:
 
     def stops_at(self, stop_ids: frozenset[int]) -> bool:
         """SGLang always ends a response at the model's own end tokens, unless it is told to ignore all stop tokens."""
-        return not stop_ids or stop_ids >= self._end_tokens
+        return not stop_ids or stop_ids >= self.end_tokens
 
     def draw(self, draws: Sequence[Draw]) -> None:
         self.process.ask("draw", list(draws))
@@ -113,8 +136,12 @@ class SGLangProcess:
             session.load(stream)
 
     def check_weights(self, stream: WeightStream) -> list[str]:
+        return differences(stream, self.pieces())
+
+    def pieces(self) -> list[list[Piece]]:
+        """What each receiver of this process's sender holds, with checksums."""
         with self._session(version=None) as session:
-            return session.differences(stream)
+            return session.pieces()
 
     @contextmanager
     def _session(self, version: int | None) -> Iterator[Session]:

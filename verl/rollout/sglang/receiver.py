@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
 from multiprocessing import AuthenticationError
@@ -14,7 +15,7 @@ from verl.rollout.sglang.parameters import SGLangParameters
 from verl.rollout.weights.receiver import serve_session
 
 LOADER = "verl.rollout.sglang.receiver.receive"
-ADDRESS_VARIABLE, KEY_VARIABLE = "VERL_WEIGHTS_ADDRESS", "VERL_WEIGHTS_KEY"
+SENDERS_VARIABLE = "VERL_WEIGHT_SENDERS"  # JSON: tensor-parallel rank -> [address, key]
 
 _parameters: WeakKeyDictionary[nn.Module, SGLangParameters] = WeakKeyDictionary()
 
@@ -25,8 +26,9 @@ def receive(model: nn.Module, _: Any) -> None:
 
     if model not in _parameters:
         _parameters[model] = SGLangParameters(model)
-    key = bytes.fromhex(os.environ[KEY_VARIABLE])
+    rank = get_tensor_model_parallel_rank()
+    address, key = json.loads(os.environ[SENDERS_VARIABLE])[str(rank)]
     try:
-        serve_session(os.environ[ADDRESS_VARIABLE], key, get_tensor_model_parallel_rank(), _parameters[model])
+        serve_session(address, bytes.fromhex(key), rank, _parameters[model])
     except (AuthenticationError, EOFError, OSError):
         traceback.print_exc()

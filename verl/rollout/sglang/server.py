@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
+import os
+import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+
+import psutil
 
 from verl.errors import UserError
 from verl.rollout.backend import Draw, Drawn
@@ -17,6 +21,7 @@ from verl.rollout.sglang.requests import sampling_params
 
 IDLE_TIMEOUT = 60.0
 ABORT_INTERVAL = 0.05
+LOOK_EVERY = 0.5
 
 
 def main() -> None:
@@ -28,8 +33,8 @@ def main() -> None:
     except UserError as error:
         orders.answer(number, False, error)
         return
-    loop = server.engine.loop
-    loop.run_until_complete(server.serve(number))
+    serve = server.serve(number) if server.is_first else server.serve_part(number)
+    server.engine.loop.run_until_complete(serve)
 
 
 class Server:
@@ -45,6 +50,7 @@ class Server:
         self.engine = sglang.Engine(**arguments, custom_weight_loader=[LOADER])
         self._manager = self.engine.tokenizer_manager
         self._ranks = arguments["tp_size"]
+        self.is_first = arguments.get("node_rank", 0) == 0  # only the first node's process takes requests
 
     def facts(self) -> dict[str, Any]:
         import sglang
@@ -73,6 +79,20 @@ class Server:
             "tokens_under_way": self.tokens_under_way,
         }
         await self._orders.serve(handlers, self.engine.shutdown)
+
+    async def serve_part(self, first_order: int) -> None:
+        """SGLang leaves the processes of other nodes to themselves: one that has lost a worker ends here."""
+        workers = self.engine._scheduler_init_result.all_child_pids
+        self._orders.answer(first_order, True, {})
+
+        async def look() -> None:
+            while not any(map(_has_ended, workers)):
+                await asyncio.sleep(LOOK_EVERY)
+            os.killpg(0, signal.SIGKILL)
+
+        looking = asyncio.ensure_future(look())
+        await self._orders.serve({}, self.engine.shutdown)
+        looking.cancel()
 
     # ---- orders
 
@@ -152,6 +172,13 @@ class Server:
     async def health(self) -> None:
         """An answer from every scheduler, without a forward: the memory may be asleep."""
         await self._manager.get_internal_state()
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _check_arguments(arguments: dict[str, Any], known: Sequence[str], version: str) -> None:

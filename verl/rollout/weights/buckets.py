@@ -79,7 +79,13 @@ def opened(handle: Sequence[Any]) -> torch.Tensor:
         finally:
             os.close(descriptor)
     rebuild, arguments = rest
-    return rebuild(*arguments)
+    return rebuild(*_here(arguments))
+
+
+def _here(arguments: Sequence[Any]) -> Sequence[Any]:
+    """Of ``rebuild_cuda_tensor``, with the device as this process counts it: it is the one that it works on, as sender
+    and receiver share a GPU, while each may see others, too."""
+    return (*arguments[:6], torch.cuda.current_device(), *arguments[7:])
 
 
 def share_cuda(tensor: torch.Tensor) -> tuple[str, Any, Any]:

@@ -9,6 +9,7 @@ merely enqueued. A tensor larger than a bucket goes by itself, without a copy wh
 
 from __future__ import annotations
 
+import secrets
 import socket
 import struct
 import tempfile
@@ -27,7 +28,7 @@ import torch
 from verl.errors import UserError
 from verl.rollout.backend import WeightStream
 from verl.rollout.weights.buckets import Place, SharedBuffer, dtype_name, padded, share_cuda
-from verl.rollout.weights.checksums import Piece, differences
+from verl.rollout.weights.checksums import Piece
 
 ARRIVAL_TIMEOUT = 60.0
 ANSWER_TIMEOUT = 300  # seconds; a bucket's copies, or the checksums of all that a receiver holds
@@ -38,25 +39,30 @@ class ReceiverLost(ConnectionError):  # noqa: N818
     """A receiver did not come, has left or does not answer."""
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a receiver finds its sender, on the same node. key: hexadecimal; it is nobody else's business."""
+
+    address: str
+    key: str = field(repr=False)
+
+
 class WeightSender:
     """Waits for ``receivers`` receivers at ``folder``/weights.sock, once for each session.
 
     device: where the receivers hold their weights. dtype: that they hold, which what is sent is cast to.
-    key: which only processes that we started know.
     seconds: of the last update, by what they went into: "arrive" (until all receivers are there), "open" (buckets, and
         their mapping by the receivers), "gather" (the stream and copies into buckets), "wait" (for receivers to load),
         "close".
     """
 
-    def __init__(
-        self, key: bytes, *, receivers: int, device: torch.device, dtype: torch.dtype | None, bucket_bytes: int
-    ):
-        self._key, self._receivers = key, receivers
+    def __init__(self, *, receivers: int, device: torch.device, dtype: torch.dtype | None, bucket_bytes: int):
+        self._key, self._receivers = secrets.token_bytes(32), receivers
         self._device, self._dtype, self._bucket_bytes = device, dtype, bucket_bytes
         self._folder = tempfile.TemporaryDirectory(prefix="verl-weights-")  # mode 0700
-        self.address = str(Path(self._folder.name) / SOCKET)
+        self.endpoint = Endpoint(str(Path(self._folder.name) / SOCKET), self._key.hex())
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(self.address)
+        self._socket.bind(self.endpoint.address)
         self._socket.listen(receivers)
         self._socket.settimeout(0.2)
         self.seconds: dict[str, float] = {}
@@ -172,9 +178,6 @@ class Session:
     def pieces(self) -> list[list[Piece]]:
         """What each receiver holds, with checksums."""
         return self._ask("checksums")
-
-    def differences(self, stream: WeightStream) -> list[str]:
-        return differences(stream, self.pieces())
 
     def end(self) -> None:
         clock = time.perf_counter()

@@ -42,9 +42,7 @@ def start_engine(
     return _start_sglang(config, plan, tokenizer, folder, note, warn)
 
 
-def embedded_engine(
-    config: Config, plan: RunPlan, worker: PPOWorker, tokenizer: PreTrainedTokenizerBase
-) -> RolloutEngine:
+def embedded_engine(config: Config, plan: RunPlan, worker: PPOWorker, tokenizer: PreTrainedTokenizerBase) -> HFEngine:
     """Generates with the actor's own module."""
     rollout, actor = config.actor_rollout_ref.rollout, worker.engines["actor"]
     return HFEngine(

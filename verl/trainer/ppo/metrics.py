@@ -6,6 +6,8 @@ Token statistics count only tokens that the policy wrote (``response_mask`` 1). 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -140,6 +142,11 @@ def timing_metrics(seconds: dict[str, float], table: pa.Table, *, num_devices: i
         metrics["perf/time_per_step"] = seconds["step"]
         metrics["perf/throughput"] = total_tokens / (seconds["step"] * num_devices)
     return metrics
+
+
+def most_of(ranks: Sequence[Metrics]) -> Metrics:
+    """Each metric as it is on the rank where it is highest."""
+    return {name: max(of_rank[name] for of_rank in ranks) for name in ranks[0]}
 
 
 def memory_metrics(device: torch.device | None = None) -> Metrics:

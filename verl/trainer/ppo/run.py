@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +23,7 @@ from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.interrupt import STOPPING, StopRequest
 from verl.trainer.ppo.engines import embedded_engine, start_engine
 from verl.trainer.ppo.phases import put_to_sleep
-from verl.trainer.ppo.trainer import Parts, PPOTrainer
+from verl.trainer.ppo.trainer import Parts, PPOTrainer, Trained
 from verl.trainer.ppo.worker import PPOWorker
 from verl.trainer.runs import close_run, finishes, folder_of, run_folder, run_info, say, where_to_start
 
@@ -44,14 +46,28 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
         return 0
     folder = run_folder(config, loaded.set_keys)
     with ExitStack() as stack:
+        if plan.uses_ray:
+            from verl.trainer.ppo import on_ray
+
+            seats = on_ray.seats_of_ranks(stack, config, plan)
         trackers = stack.enter_context(
             build_trackers(config.trainer.logger, run_info(config, folder, plan.last_step, start))
         )
         if set_aside := checkpoints.set_aside(after=start.step if start else 0):
             trackers.progress.note(f"checkpoints that this run does not go on from are now in {set_aside}")
         stop = stack.enter_context(StopRequest(lambda: trackers.progress.note(STOPPING)))
-        parts = build_parts(stack, config, plan, tokenizer, train_prompts, val_prompts, checkpoints, trackers)
-        trainer = PPOTrainer(config, plan, parts, stop=lambda: stop.requested)
+        tables = [train_prompts] if val_prompts is None else [train_prompts, val_prompts]
+        rewards = build_rewards(stack, config, tokenizer, tables, checkpoints.folder, trackers)
+        if plan.uses_ray:
+            trained = on_ray.build_on_ray(stack, config, plan, tokenizer, seats, checkpoints.folder, trackers)
+        else:
+            trained = build_here(stack, config, plan, tokenizer, checkpoints.folder, trackers)
+        trainer = PPOTrainer(
+            config,
+            plan,
+            Parts(*trained, rewards, tokenizer, train_prompts, val_prompts, checkpoints, trackers),
+            stop=lambda: stop.requested,
+        )
         if start:
             trainer.restore(start)
             trackers.progress.note(f"going on from {start.folder}")
@@ -69,29 +85,37 @@ def read_prompts(config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBa
     return train, load_prompts(config.data.val_files, tokenizer, config.data, kind="val", notice=notice)
 
 
-def build_parts(
+def build_rewards(
     stack: ExitStack,
     config: Config,
-    plan: RunPlan,
     tokenizer: PreTrainedTokenizerBase,
-    train_prompts: pa.Table,
-    val_prompts: pa.Table | None,
-    checkpoints: Checkpoints,
+    prompts: Sequence[pa.Table],
+    folder: Path,
     trackers: Trackers,
-) -> Parts:
-    """``stack`` closes what is started here."""
-    tables = [train_prompts] if val_prompts is None else [train_prompts, val_prompts]
+) -> RewardManager:
     rewards = RewardManager(
         config.reward,
         config.custom_reward_function,
         tokenizer,
-        data_sources={source for table in tables for source in table["data_source"].unique().to_pylist()},
-        error_log=checkpoints.folder / "reward_errors.jsonl",
+        data_sources={source for table in prompts for source in table["data_source"].unique().to_pylist()},
+        error_log=folder / "reward_errors.jsonl",
         warn=trackers.progress.warn,
     )
     stack.callback(rewards.close)
+    return rewards
+
+
+def build_here(
+    stack: ExitStack,
+    config: Config,
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    trackers: Trackers,
+) -> Trained:
+    """One rank, in this process. ``stack`` closes what is started here."""
     progress = trackers.progress
-    started = start_engine(config, plan, tokenizer, checkpoints.folder, progress.note, progress.warn)
+    started = start_engine(config, plan, tokenizer, folder, progress.note, progress.warn)
     if started:
         stack.callback(lambda: asyncio.run(started.close()))
         put_to_sleep(started)
@@ -99,4 +123,4 @@ def build_parts(
     workers = LocalWorkerGroup(worker)
     stack.callback(workers.close)
     rollout = started or embedded_engine(config, plan, worker, tokenizer)
-    return Parts(workers, rollout, rewards, tokenizer, train_prompts, val_prompts, checkpoints, trackers)
+    return Trained(workers, worker.weights, rollout)

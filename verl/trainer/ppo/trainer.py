@@ -6,9 +6,10 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from verl.data.schema import ragged, with_columns
 from verl.errors import UserError
 from verl.reward.manager import RewardManager
 from verl.reward.pool import Outcome
+from verl.rollout.backend import WeightStream
 from verl.rollout.base import Result, RolloutEngine, SamplingParams
 from verl.tracking import StageTimer, Trackers
 from verl.tracking.dumps import generation_rows
@@ -43,11 +45,20 @@ VALIDATION = -1  # stands for the step in the seeds of validation responses: the
 LOG_PROB_CHECK = -2  # and of the responses on which engine and trainer are compared before the first step
 
 
-@dataclass
-class Parts:
-    """What a run is put together from; ``verl.trainer.ppo.run`` does it."""
+class Trained(NamedTuple):
+    """The models in training and the engine that generates. weights: the actor's, for the engine."""
 
     workers: WorkerGroup
+    weights: Callable[[], WeightStream]
+    rollout: RolloutEngine
+
+
+@dataclass
+class Parts:
+    """What a run is put together from; ``verl.trainer.ppo.run`` does it. The first three: as in ``Trained``."""
+
+    workers: WorkerGroup
+    weights: Callable[[], WeightStream]
     rollout: RolloutEngine
     rewards: RewardManager
     tokenizer: PreTrainedTokenizerBase
@@ -228,19 +239,18 @@ class PPOTrainer:
 
     def update_rollout_weights(self) -> None:
         """The engine gets the actor's weights; its own copy is compared with them as trainer.check_weights says."""
-        rollout, workers = self.parts.rollout, self.parts.workers
+        rollout, holds = self.parts.rollout, self.parts.rollout.capabilities.holds_weights
         with self.stage("update_weights"):
-            self.phases.update()
+            if holds:
+                self.phases.update()
             with self.loaded("actor"):
-                stream = workers.call("weights").result()[0] if rollout.capabilities.holds_weights else ()
-                asyncio.run(rollout.update_weights(stream, version=self.step))
+                asyncio.run(rollout.update_weights(self.parts.weights() if holds else (), version=self.step))
                 if self.check_weights_now:
                     self.check_weights()
 
     def check_weights(self) -> None:
         with self.stage("check_weights"):
-            stream = self.parts.workers.call("weights").result()[0]
-            if different := asyncio.run(self.parts.rollout.check_weights(stream)):
+            if different := asyncio.run(self.parts.rollout.check_weights(self.parts.weights())):
                 raise UserError(
                     f"after the weight update of step {self.step} the rollout engine does not hold the actor's weights "
                     f"(trainer.check_weights={self.config.trainer.check_weights}):\n  " + "\n  ".join(different)
@@ -324,9 +334,9 @@ class PPOTrainer:
             "training/epoch": epoch,
             **measure.data_metrics(table, max_prompt_length=self.plan.max_prompt_length),
             **measure.rollout_mismatch_metrics(table),
-            **measure.seqlen_metrics(lengths, [np.arange(len(lengths))]),
+            **measure.seqlen_metrics(lengths, self.parts.workers.shares(table)),
             **measure.timing_metrics(self.timer.seconds, table, num_devices=self.plan.world_size),
-            **self.parts.workers.call("memory_metrics").result()[0],
+            **measure.most_of(self.parts.workers.call("memory_metrics").result()),
         }
         self.parts.trackers.log(self.metrics, self.step)
         if folder := self.config.trainer.rollout_data_dir:
@@ -351,15 +361,15 @@ class PPOTrainer:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """The engine can draw: its memory is its own again, or the model that it borrows is loaded."""
-        if not self.parts.rollout.capabilities.holds_weights:
-            with self.loaded("actor"):
-                yield
-            return
-        if self.parts.rollout.capabilities.sleep:
-            with self.stage("wake"):
-                self.phases.generate()
-        yield
+        """The engine can draw: its memory is its own again, or the model that it borrows is loaded (and whole)."""
+        with ExitStack() as stack:
+            if not self.parts.rollout.capabilities.holds_weights:
+                stack.enter_context(self.loaded("actor"))
+                stack.callback(self.phases.train)
+            if self.parts.rollout.capabilities.sleep:
+                with self.stage("wake"):
+                    self.phases.generate()
+            yield
 
     def make_room_for_training(self) -> None:
         if self.parts.rollout.capabilities.sleep:

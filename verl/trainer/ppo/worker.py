@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +65,17 @@ class PPOWorker:
     def unload(self, role: str) -> None:
         switches = self.fsdp_configs[role]
         self.engines[role].offload(params=switches.param_offload, optimizer=switches.optimizer_offload)
+
+    @contextmanager
+    def borrowed(self, role: str) -> Iterator[None]:
+        """The role's model on the device, whatever stage it is; afterwards it is where it was."""
+        was_here = self.engines[role].params_loaded
+        self.load(role)
+        try:
+            yield
+        finally:
+            if not was_here:
+                self.unload(role)
 
     def free_memory(self) -> None:
         """Give what the allocator holds unused back to the device, for others to use."""
@@ -141,7 +153,8 @@ class PPOWorker:
             if role in self.engines:
                 self.engines[role].save(folder / role)
                 if "hf_model" in checkpoint.save_contents:
-                    self.engines[role].export_hf(folder / role / "huggingface", self._tokenizer())
+                    with self.borrowed(role):
+                        self.engines[role].export_hf(folder / role / "huggingface", self._tokenizer())
 
     def restore(self, folder: Path) -> None:
         for role, engine in self.engines.items():
@@ -149,6 +162,10 @@ class PPOWorker:
                 self.load(role, optimizer=True)
                 engine.load(folder / role)
                 self.unload(role)
+
+    def sees(self, path: Path) -> bool:
+        """Whether this rank's file system has it."""
+        return path.exists()
 
     def _tokenizer(self):
         model = self.config.actor_rollout_ref.model

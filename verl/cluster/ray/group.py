@@ -1,0 +1,278 @@
+"""The ranks of a job as Ray actors, and groups of worker objects that live in them.
+
+RayRanks ──── make("worker", ...) ──> RayWorkerGroup: one object on each rank, called together
+    └── the end of any of them, or of their patience with each other, ends the run with one message (failure.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from verl.cluster.ray import failure
+from verl.cluster.ray.placement import Seat
+from verl.cluster.ray.rank import LANES, Answer, Rank
+from verl.cluster.ray.tables import packed, unpacked
+from verl.errors import UserError
+
+START_TIMEOUT = 300.0  # seconds from asking for a process to its first answer
+LOOK_EVERY = 1.0  # seconds between looks at ranks that have not answered
+GRACE = 10.0  # seconds that the others have to answer after one has failed, before they count as waiting for it
+LEAVE_TIMEOUT = 10.0
+
+Shares = Callable[[pa.Table, int], list[np.ndarray]]
+
+
+class RayRanks:
+    """One actor on each seat, and the process group of all of them.
+
+    logs: folder, on each node, of what the ranks print. timeout: seconds that one call may take.
+    environment: for the processes. on_failure: called once, from another thread, when the ranks are of no use any more.
+    """
+
+    def __init__(
+        self,
+        seats: Sequence[Seat],
+        device: Literal["cpu", "cuda"],
+        *,
+        logs: Path,
+        timeout: float,
+        environment: Mapping[str, str] | None = None,
+        on_failure: Callable[[UserError], None] = lambda error: None,
+    ):
+        self.seats, self.logs, self.timeout = list(seats), logs, timeout
+        self.world_size = len(seats)
+        self.failure: UserError | None = None
+        self.pids: list[int] = []
+        self._on_failure = on_failure
+        self._giving = threading.Lock()  # every rank gets the calls in one order
+        self._failing = threading.Lock()
+        self._closing = threading.Event()
+        self._last = "start"  # the call that was given last
+        self._waiters = ThreadPoolExecutor(32, thread_name_prefix="ray calls")
+        actor = ray.remote(concurrency_groups=LANES)(Rank)  # type: ignore[call-overload]
+        self.actors = [
+            actor.options(
+                num_cpus=1,
+                num_gpus=1 if device == "cuda" else 0,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(seat.group, seat.bundle),
+            ).remote(seat.rank, self.world_size, str(self.log_of(seat.rank)), dict(environment or {}))
+            for seat in seats
+        ]
+        self._stays = {actor.stay.remote(): rank for rank, actor in enumerate(self.actors)}
+        self._watcher = threading.Thread(target=self._watch, name="rank watcher", daemon=True)
+        try:
+            self.pids = self._join(device)
+        except BaseException:
+            self.close()
+            raise
+        self._watcher.start()
+
+    def log_of(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
+
+    def _join(self, device: Literal["cpu", "cuda"]) -> list[int]:
+        url = self._plain([self.actors[0].rendezvous.remote()], START_TIMEOUT)[0]
+        return self._plain([actor.join.remote(url, device, self.timeout + 60) for actor in self.actors], START_TIMEOUT)
+
+    def _plain(self, refs: list[Any], timeout: float) -> list[Any]:
+        """The values of calls that answer with them."""
+        try:
+            return ray.get(refs, timeout=timeout)
+        except RayError as error:
+            raise UserError(failure.could_not_start(self, error, timeout)) from error
+
+    def make(self, name: str, factory: str, *args: Any, shares: Shares | None = None, **kwargs: Any) -> RayWorkerGroup:
+        """A group of the objects that ``factory`` ("module:function") makes of (Here, *args) on each rank."""
+        group = RayWorkerGroup(self, name, shares or even_shares)
+        made = [actor.make for actor in self.actors]
+        self.together(f"make {name}", lambda: [make.remote(name, factory, args, kwargs) for make in made]).result()
+        return group
+
+    # ---- calls
+
+    def together(self, what: str, give: Callable[[], list[Any]]) -> Future[list[Any]]:
+        """Give a call to all ranks; to no rank do two calls come in another order than to the others. The future holds
+        the values of their answers, or the first error."""
+        with self._giving:
+            if self.failure:
+                return _failed_future(self.failure)
+            self._last = what
+            return self._waiters.submit(self._gathered, what, give())
+
+    def _gathered(self, what: str, refs: list[Any]) -> list[Any]:
+        pending = {ref: rank for rank, ref in enumerate(refs)}
+        values: list[Any] = [None] * len(refs)
+        failed: tuple[int, Answer] | None = None
+        deadline = time.monotonic() + self.timeout
+        while pending:
+            if self.failure:
+                raise self.failure
+            ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=LOOK_EVERY)
+            for ref in ready:
+                rank = pending.pop(ref)
+                try:
+                    answer: Answer = ray.get(ref)
+                except RayActorError as error:
+                    raise self.lost(rank, what, error) from None
+                values[rank] = answer.value
+                if not answer.worked and failed is None:
+                    failed, deadline = (rank, answer), min(deadline, time.monotonic() + GRACE)
+            if pending and time.monotonic() > deadline:
+                raise self._out_of_step(what, failed, list(pending.values()))
+        if failed is not None:  # on all ranks, or on one that nobody had to wait for
+            rank, answer = failed
+            plain = isinstance(answer.value, (UserError, OSError))
+            raise answer.value if plain else UserError(failure.raised(self, rank, what, answer, []))
+        return values
+
+    def _out_of_step(self, what: str, failed: tuple[int, Answer] | None, waiting: list[int]) -> UserError:
+        if failed is None:
+            return self._fail(lambda: failure.hung(self, what, waiting))
+        rank, answer = failed
+        return self._fail(lambda: failure.raised(self, rank, what, answer, waiting))
+
+    def ask(self, rank: int, name: str, method: str, *args: Any, timeout: float | None = None) -> Any:
+        """One rank's answer to a call that the others take no part in; it does not wait for the rank's work."""
+        if self.failure:
+            raise self.failure
+        try:
+            answer: Answer = ray.get(self.actors[rank].ask.remote(name, method, args), timeout=timeout or self.timeout)
+        except RayActorError as error:
+            raise self.lost(rank, method, error) from None
+        except ray.exceptions.GetTimeoutError:
+            raise self._fail(lambda: failure.hung(self, method, [rank])) from None
+        if not answer.worked:
+            raise answer.value
+        return answer.value
+
+    # ---- failure
+
+    def lost(self, rank: int, what: str, error: RayActorError) -> UserError:
+        """The failure, once: whoever finds a rank gone tells it."""
+        return self._fail(lambda: failure.lost(self, rank, what or self._last, error))
+
+    def explain(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """As an exit of a context: an error that follows from the failure of the ranks is not the one to tell."""
+        if self.failure is not None and isinstance(error, Exception) and error is not self.failure:
+            raise self.failure from error
+
+    def _fail(self, describe: Callable[[], str]) -> UserError:
+        with self._failing:
+            if self.failure is None:
+                self.failure = UserError(describe())
+                self._on_failure(self.failure)
+            return self.failure
+
+    def _watch(self) -> None:
+        """Deaths while nobody waits for an answer."""
+        while not self._closing.is_set() and not self.failure:
+            ready, _ = ray.wait(list(self._stays), num_returns=1, timeout=LOOK_EVERY)
+            for ref in ready:
+                if self._closing.is_set():
+                    return
+                try:
+                    ray.get(ref)
+                except RayActorError as error:
+                    self.lost(self._stays[ref], "", error)
+                except RayError:
+                    return
+                return
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        for actor in self.actors:
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+        with contextlib.suppress(RayError):  # until they are gone
+            ray.wait(list(self._stays), num_returns=len(self._stays), timeout=LEAVE_TIMEOUT)
+        if self._watcher.ident:
+            self._watcher.join(LEAVE_TIMEOUT)
+        self._waiters.shutdown(wait=False, cancel_futures=True)
+
+
+class RayWorkerGroup:
+    """See ``verl.cluster.base.WorkerGroup``. shares: which rows of a table go to each of so many ranks."""
+
+    def __init__(self, ranks: RayRanks, name: str, shares: Shares):
+        self._ranks, self._name, self._shares = ranks, name, shares
+        self.world_size = ranks.world_size
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Future[list[Any]]:
+        actors, name = self._ranks.actors, self._name
+        return self._ranks.together(method, lambda: [actor.run.remote(name, method, args, kwargs) for actor in actors])
+
+    def map(self, method: str, table: pa.Table, **kwargs: Any) -> Future[pa.Table]:
+        shares = self.shares(table)
+        return _then(self._rows(method, table, shares, kwargs), lambda found: _joined(table, shares, found))
+
+    def reduce(self, method: str, table: pa.Table, **kwargs: Any) -> Future[dict[str, float]]:
+        return _then(self._rows(method, table, self.shares(table), kwargs), lambda found: found[0])
+
+    def _rows(
+        self, method: str, table: pa.Table, shares: list[np.ndarray], kwargs: dict[str, Any]
+    ) -> Future[list[Any]]:
+        """Each rank fetches its rows from the object store."""
+        rows = [ray.put(packed(table.take(pa.array(share)))) for share in shares]
+        actors, name = self._ranks.actors, self._name
+        calls = zip(actors, rows, strict=True)
+        return self._ranks.together(
+            method, lambda: [actor.run_rows.remote(name, method, part, kwargs) for actor, part in calls]
+        )
+
+    def shares(self, table: pa.Table) -> list[np.ndarray]:
+        return self._shares(table, self.world_size)
+
+    def close(self) -> None:
+        if self._ranks.failure is None:
+            self.call("close").result()
+
+
+def even_shares(table: pa.Table, ranks: int) -> list[np.ndarray]:
+    """Rows in their order, in parts of equal size."""
+    return np.array_split(np.arange(table.num_rows), ranks)
+
+
+def _joined(table: pa.Table, shares: list[np.ndarray], found: list[Any]) -> pa.Table:
+    """``table`` and the columns that the ranks added to their shares of it."""
+    added = pa.concat_tables([unpacked(rows) for rows in found])
+    order = np.argsort(np.concatenate(shares), kind="stable")
+    added = added.take(pa.array(order))
+    for name in added.column_names:
+        table = table.append_column(name, added[name])
+    return table
+
+
+def _failed_future(error: UserError) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
+
+
+def _then(future: Future[list[Any]], finish: Callable[[list[Any]], Any]) -> Future[Any]:
+    result: Future[Any] = Future()
+    result.set_running_or_notify_cancel()
+
+    def done(source: Future[list[Any]]) -> None:
+        try:
+            result.set_result(finish(source.result()))
+        except BaseException as error:
+            result.set_exception(error)
+
+    future.add_done_callback(done)
+    return result

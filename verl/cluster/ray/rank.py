@@ -1,0 +1,170 @@
+"""The process of one rank, as an actor: it holds named objects, and runs their methods in three lanes.
+
+    work    one call at a time, in the order in which the driver gave them: whatever ranks do together
+    aside   calls that no other rank takes part in, and that do not wait for the work
+    watch   answers while the rank hangs: what it is doing, and where
+
+Imports no torch: the environment that torch reads is set first.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+
+from verl.cluster.network import free_port, interface_of, tcp_url
+from verl.cluster.ray.tables import Rows, packed, unpacked
+from verl.errors import portable
+
+LANES = {"aside": 16, "watch": 2}
+FRAMES = 14  # of a stack, the innermost
+
+
+@dataclass
+class Here:
+    """Where an object of a rank lives.
+
+    address: of the node. gpu: of those of the node, as CUDA_VISIBLE_DEVICES names it; None without one.
+    objects: of this rank, by name; those made before are there.
+    """
+
+    rank: int
+    world_size: int
+    address: str
+    gpu: str | None
+    objects: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """value: what the method gave, or its error. trace: of the error, as text."""
+
+    worked: bool
+    value: Any
+    trace: str = ""
+
+
+class Rank:
+    """log: file that takes all that the process and its libraries print. environment: for them."""
+
+    def __init__(self, rank: int, world_size: int, log: str, environment: Mapping[str, str]):
+        os.environ.update(environment)
+        _print_to(Path(log))
+        faulthandler.enable()
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        self._here = Here(rank, world_size, ray.util.get_node_ip_address(), gpus[0] if gpus else None)
+        self._work: tuple[str, float, int] | None = None  # the call under way, since when, in which thread
+        self._leaving = threading.Event()
+
+    # ---- work
+
+    def rendezvous(self) -> str:
+        """Where the ranks may meet, if this is the first of them."""
+        return tcp_url(self._here.address, free_port(self._here.address))
+
+    def join(self, url: str, device: Literal["cpu", "cuda"], timeout: float) -> int:
+        """Be one of the ranks that meet at ``url``; timeout: seconds, of any collective. Gives the process id."""
+        interface = interface_of(self._here.address)
+        os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        import torch.distributed as dist
+
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        here = self._here
+        dist.init_process_group(
+            backend, init_method=url, rank=here.rank, world_size=here.world_size, timeout=timedelta(seconds=timeout)
+        )
+        return os.getpid()
+
+    def make(self, name: str, factory: str, args: tuple, kwargs: dict[str, Any]) -> Answer:
+        """factory: "module:function", called with (here, *args)."""
+
+        def build() -> None:
+            module, _, attribute = factory.partition(":")
+            self._here.objects[name] = getattr(importlib.import_module(module), attribute)(self._here, *args, **kwargs)
+
+        return self._carry_out(f"make {name}", build)
+
+    def run(self, name: str, method: str, args: tuple, kwargs: dict[str, Any]) -> Answer:
+        return self._carry_out(method, lambda: getattr(self._here.objects[name], method)(*args, **kwargs))
+
+    def run_rows(self, name: str, method: str, rows: Rows, kwargs: dict[str, Any]) -> Answer:
+        """A method that takes rows. If it answers with rows, the columns that it added go back."""
+
+        def run() -> Any:
+            given = unpacked(rows)
+            found = getattr(self._here.objects[name], method)(given, **kwargs)
+            if not isinstance(found, pa.Table):
+                return found
+            return packed(found.select([column for column in found.column_names if column not in given.column_names]))
+
+        return self._carry_out(method, run)
+
+    def _carry_out(self, what: str, work: Any) -> Answer:
+        self._work = what, time.monotonic(), threading.get_ident()
+        try:
+            return Answer(True, work())
+        except Exception as error:
+            traceback.print_exc()
+            full_disk = isinstance(error, OSError)  # which a run survives
+            return Answer(False, error if full_disk else portable(error), traceback.format_exc())
+        finally:
+            self._work = None
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    # ---- aside
+
+    @ray.method(concurrency_group="aside")
+    def ask(self, name: str, method: str, args: tuple) -> Answer:
+        try:
+            return Answer(True, getattr(self._here.objects[name], method)(*args))
+        except Exception as error:
+            traceback.print_exc()
+            return Answer(False, portable(error), traceback.format_exc())
+
+    # ---- watch
+
+    @ray.method(concurrency_group="watch")
+    def stay(self) -> None:
+        """Returns when the rank leaves: an error instead says that it is gone."""
+        self._leaving.wait()
+
+    @ray.method(concurrency_group="watch")
+    def doing(self) -> str:
+        """The work under way, and the innermost frames of its thread."""
+        work = self._work
+        if work is None:
+            return "waits for its next call"
+        what, since, thread = work
+        frame = sys._current_frames().get(thread)
+        stack = traceback.format_list(traceback.extract_stack(frame)[-FRAMES:]) if frame else []
+        return f"is in {what!r}, for {time.monotonic() - since:.0f} s:\n" + "".join(stack).rstrip()
+
+    @ray.method(concurrency_group="watch")
+    def leave(self) -> None:
+        self._leaving.set()
+
+
+def _print_to(log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

@@ -1,0 +1,114 @@
+"""The embedded engine of a rank as a backend: its requests come from the driver, beside whatever the rank is doing.
+
+It borrows the actor's module, which the ranks share out among themselves. Awake, every rank has the whole of it, and
+none waits for another; asleep, it is sharded again, and the ranks can train.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from verl.rollout.backend import Draw, Drawn, Listener, WeightStream
+from verl.rollout.base import Capabilities, MemoryTag, Request, Result
+from verl.rollout.hf import HFEngine
+
+
+class EmbeddedBackend:
+    """See ``verl.rollout.backend.Backend``. The engine is used in one thread only, wherever the orders come from."""
+
+    keeps_weights = True
+
+    def __init__(self, engine: HFEngine):
+        self._engine = engine
+        self.capabilities: Capabilities = replace(engine.capabilities, sleep=frozenset({"weights"}))
+        self._whole = ExitStack()
+        self._awake = False
+        self._listener: Listener | None = None
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="embedded engine", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def listen(self, listener: Listener) -> None:
+        self._listener = listener
+
+    # ---- draws
+
+    def stops_at(self, stop_ids: frozenset[int]) -> bool:
+        return True
+
+    def draw(self, draws: Sequence[Draw]) -> None:
+        async def start() -> None:
+            for draw in draws:
+                task = self._loop.create_task(self._draw(draw))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+        self._run(start())
+
+    async def _draw(self, draw: Draw) -> None:
+        assert self._listener is not None
+        drawn = draw.sampling.max_new_tokens - draw.max_new_tokens  # before a pause
+        sampling = replace(
+            draw.sampling,
+            max_new_tokens=draw.max_new_tokens,
+            min_new_tokens=max(draw.sampling.min_new_tokens - drawn, 0),
+        )
+        try:
+            (result,) = await self._engine.generate([Request(draw.id, draw.prompt_ids, sampling, draw.images)])
+        except Exception as error:
+            self._listener.failed(draw.id, error)
+        else:
+            self._listener.drawn([_report(result)])
+
+    def recall(self, draw_ids: Sequence[str]) -> None:
+        self._run(self._engine.abort(list(draw_ids)))
+
+    # ---- weights and memory
+
+    def update_weights(self, stream: WeightStream, version: int) -> None:
+        self._run(self._engine.update_weights(stream, version))
+
+    def check_weights(self, stream: WeightStream) -> list[str]:
+        return []
+
+    def wake(self, tags: Sequence[MemoryTag]) -> None:
+        """A collective of all ranks."""
+
+        async def gather() -> None:
+            if not self._awake:
+                self._whole.enter_context(self._engine.whole_weights())
+                self._awake = True
+
+        self._run(gather())
+
+    def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        async def share_out() -> None:
+            self._awake = False
+            self._whole.close()
+
+        self._run(share_out())
+
+    def drop_cache(self) -> None:
+        """It is freed whenever nothing is under way."""
+
+    def health(self) -> None:
+        self._run(self._engine.health())
+
+    def close(self) -> None:
+        self._run(self._engine.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _report(result: Result) -> Drawn:
+    return Drawn(result.id, result.response_ids, result.log_probs, result.finish_reason)

@@ -1,0 +1,233 @@
+"""What a rank has of a rollout replica: the process of it that lives on its node, if this rank holds that, and the
+sender that brings the replica's worker on this rank's device its weights."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from verl.errors import UserError
+from verl.rollout.backend import Backend, Draw, Drawn, EngineDied
+from verl.rollout.replicas.layout import Replica
+from verl.rollout.weights.checksums import Piece, differences
+from verl.rollout.weights.sender import Endpoint, ReceiverLost, WeightSender
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the others of a replica have to know of a rank.
+
+    sender: of weights to the worker on its device. address: of its node. meeting: "host:port" that is free there.
+    """
+
+    sender: Endpoint | None
+    gpu: str | None
+    address: str
+    interface: str
+    meeting: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a weight update, on one rank. death: of the engine. refusal: names or shapes that are not the engine's."""
+
+    death: str = ""
+    refusal: str = ""
+
+
+class Starter(Protocol):
+    def __call__(self, places: Sequence[Place]) -> Backend:
+        """The rank's process of the replica, up; places: of the replica's ranks."""
+        ...
+
+
+class EngineHost:
+    """place: of this rank, with a port that is free now. start: makes this rank's process. weights: the actor's, a
+    collective of all ranks. loaded: brings the actor to the device for a while. sender: to the replica's worker here;
+    None: for an engine that holds no weights of its own.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        replica: Replica,
+        place: Callable[[], Place],
+        start: Starter,
+        *,
+        sender: WeightSender | None = None,
+        weights: Callable[[], Weights] | None = None,
+        loaded: Callable[[], AbstractContextManager[Any]] | None = None,
+    ):
+        self.rank, self.replica, self._place = rank, replica, place
+        self._start, self._sender, self._weights, self._loaded = start, sender, weights, loaded
+        self._backend: Backend | None = None
+        self._number = 0  # of the backend: each start makes another
+        self._reports = Reports()
+        # The system ends an engine's process with the thread that started it, so that thread has to stay.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="engine starter")
+
+    # ---- the process
+
+    def place(self) -> Place:
+        return self._place()
+
+    def start(self, places: Sequence[Place]) -> dict[str, Any] | None:
+        """Facts about the engine, if this rank holds a process of it. places: of all ranks."""
+        if self.rank not in self.replica.hosts:
+            return None
+        self.stop(self._number)
+        of_replica = [places[rank] for rank in self.replica.ranks]
+        self._backend = backend = self._starter.submit(self._start, of_replica).result()
+        self._number += 1
+        self._reports = Reports()
+        backend.listen(self._reports)
+        return {
+            "number": self._number,
+            "capabilities": backend.capabilities,
+            "keeps_weights": backend.keeps_weights,
+            "describe": getattr(backend, "describe", str)() if self._first else "",
+            "pid": getattr(getattr(backend, "process", None), "pid", os.getpid()),
+            "end_tokens": sorted(getattr(backend, "end_tokens", ())),
+        }
+
+    def stop(self, number: int) -> None:
+        """End the engine of this number, if it is still the one that is there."""
+        if self._backend is not None and number == self._number:
+            self._backend.close()
+            self._backend = None
+
+    def close(self) -> None:
+        self.stop(self._number)
+        self._starter.shutdown()
+        if self._sender is not None:
+            self._sender.close()
+
+    @property
+    def _first(self) -> bool:
+        return self.rank == self.replica.first
+
+    @property
+    def backend(self) -> Backend:
+        if self._backend is None:
+            raise EngineDied(f"{self.replica.name} has no engine")
+        return self._backend
+
+    # ---- orders of the driver, to the replica's first rank
+
+    def draw_and_recall(self, orders: Sequence[Sequence[Draw] | Sequence[str]]) -> None:
+        """In this order: draws to start, or ids of draws to recall."""
+        for order in orders:
+            if isinstance(order[0], Draw):
+                self.backend.draw(order)  # type: ignore[arg-type]
+            else:
+                self.backend.recall(order)  # type: ignore[arg-type]
+
+    def reports(self, wait: float) -> list[tuple[Any, ...]]:
+        """What was reported since the last call, as soon as there is something, or nothing after ``wait`` seconds."""
+        return self._reports.take(wait)
+
+    def order(self, name: str, *args: Any) -> Any:
+        """sleep, wake, drop_cache, health."""
+        return getattr(self.backend, name)(*args)
+
+    # ---- weights: collectives of all ranks. Engines that do not take part, or fail, hold nobody up
+
+    def send_weights(self, version: int, pids: Mapping[int, Mapping[int, int]]) -> Outcome:
+        """pids: of the engines that take part: replica -> rank that holds a process -> its pid."""
+        assert self._weights is not None
+        assert self._loaded is not None
+        with self._loaded():
+            stream = self._weights()
+            try:
+                if self.replica.index in pids:
+                    self._send(stream, version, pids[self.replica.index])
+                return Outcome()
+            except (EngineDied, ReceiverLost) as error:
+                return Outcome(death=str(error))
+            except UserError as error:
+                return Outcome(refusal=str(error))
+            finally:
+                for _ in stream:  # the others gather it, too
+                    pass
+
+    def _send(self, stream: Weights, version: int, pids: Mapping[int, int]) -> None:
+        if self._first:
+            return self.backend.update_weights(stream, version)
+        assert self._sender is not None
+        with self._sender.session(lambda: _is_there(pids[self.replica.host_of(self.rank)])) as session:
+            session.load(stream)
+
+    def pieces(self, pids: Mapping[int, Mapping[int, int]]) -> list[Piece] | Outcome:
+        """What the worker on this rank's device holds, with checksums; nothing where the replica does not take part."""
+        if self.replica.index not in pids:
+            return []
+        try:
+            if self._first:
+                return self.backend.pieces()[0]  # type: ignore[attr-defined]
+            assert self._sender is not None
+            pid = pids[self.replica.index][self.replica.host_of(self.rank)]
+            with self._sender.session(lambda: _is_there(pid)) as session:
+                return session.pieces()[0]
+        except (EngineDied, ReceiverLost) as error:
+            return Outcome(death=str(error))
+        except UserError as error:
+            return Outcome(refusal=str(error))
+
+    def compare(self, pieces: Mapping[int, Sequence[Sequence[Piece]]]) -> list[str]:
+        """pieces: of each replica, by tensor-parallel rank. The replica's first rank says which differ, and how."""
+        assert self._weights is not None
+        assert self._loaded is not None
+        with self._loaded():
+            stream = self._weights()
+            if self._first and self.replica.index in pieces:
+                return differences(stream, pieces[self.replica.index])
+            for _ in stream:
+                pass
+        return []
+
+
+class Reports:
+    """A listener that keeps what it hears until it is asked for."""
+
+    def __init__(self) -> None:
+        self._heard: list[tuple[Any, ...]] = []
+        self._news = threading.Condition()
+
+    def drawn(self, reports: Sequence[Drawn]) -> None:
+        self._hear("drawn", list(reports))
+
+    def failed(self, draw_id: str, error: Exception) -> None:
+        self._hear("failed", draw_id, error)
+
+    def died(self, error: EngineDied) -> None:
+        self._hear("died", str(error))
+
+    def _hear(self, *report: Any) -> None:
+        with self._news:
+            self._heard.append(report)
+            self._news.notify_all()
+
+    def take(self, wait: float) -> list[tuple[Any, ...]]:
+        with self._news:
+            self._news.wait_for(lambda: self._heard, wait)
+            heard, self._heard = self._heard, []
+            return heard
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

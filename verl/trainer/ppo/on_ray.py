@@ -1,0 +1,109 @@
+"""The models and the rollout engine of a run whose ranks are actors on a Ray cluster, one on each device."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from verl.checks.plan import RunPlan
+from verl.cluster.ray.group import RayRanks, RayWorkerGroup
+from verl.cluster.ray.placement import Seat, check_resources, place, remove
+from verl.cluster.ray.start import RaySettings, connected
+from verl.config.models import Config
+from verl.errors import UserError
+from verl.tracking import Trackers
+from verl.trainer.ppo.phases import put_to_sleep
+from verl.trainer.ppo.ranks import WORKER, token_shares
+from verl.trainer.ppo.replicas import Replicas
+from verl.trainer.ppo.trainer import Trained
+
+PLACE_TIMEOUT = 60.0  # seconds
+# What the ranks' libraries read, and a driver's user sets; the ranks' own environment is that of their node's Ray.
+PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "SGL", "VERL_", "HF_", "TOKENIZERS_", "OMP_", "CUDA_LAUNCH_")
+
+
+def seats_of_ranks(stack: ExitStack, config: Config, plan: RunPlan) -> list[Seat]:
+    """A device for each rank, until ``stack`` is closed."""
+    init = dict(config.ray_kwargs.ray_init)
+    settings = RaySettings(os.environ.get("RAY_ADDRESS"), init, plan.devices_per_node, plan.device)
+    stack.enter_context(connected(settings, lambda text: print(text, flush=True)))
+    check_resources(plan.nnodes, plan.devices_per_node, plan.device)
+    seats = place(plan.nnodes, plan.devices_per_node, plan.device, PLACE_TIMEOUT)
+    stack.callback(remove, seats)
+    return seats
+
+
+def build_on_ray(
+    stack: ExitStack,
+    config: Config,
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    seats: Sequence[Seat],
+    folder: Path,
+    trackers: Trackers,
+) -> Trained:
+    """``stack`` closes what is started here; an error that it meets becomes the ranks' own, if they have failed."""
+    progress, logs = trackers.progress, folder / "ranks"
+    replicas: Replicas | None = None
+
+    def fail(error: UserError) -> None:
+        if replicas is not None:
+            replicas.fail(error)
+
+    hosts = sorted({seat.hostname for seat in seats})
+    progress.note(f"starting {len(seats)} ranks on {', '.join(hosts)} (their output: {logs})")
+    environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    ranks = RayRanks(
+        seats,
+        plan.device,
+        logs=logs,
+        timeout=config.trainer.worker_timeout,
+        environment=environment,
+        on_failure=fail,
+    )
+    stack.push(ranks.explain)
+    stack.callback(ranks.close)
+    replicas = Replicas(ranks, config, plan, tokenizer, folder / "rollout", progress.note)
+    stack.callback(replicas.close)
+    if plan.engine == "hf":  # it borrows the actor's module
+        workers = _make_workers(ranks, config, plan, folder)
+        rollout = replicas.start()
+        stack.callback(lambda: asyncio.run(rollout.close()))
+        put_to_sleep(rollout)
+    else:
+        rollout = replicas.start()
+        stack.callback(lambda: asyncio.run(rollout.close()))
+        put_to_sleep(rollout)
+        workers = _make_workers(ranks, config, plan, folder)
+    return Trained(workers, lambda: replicas.weights, rollout)
+
+
+def _make_workers(ranks: RayRanks, config: Config, plan: RunPlan, folder: Path) -> RayWorkerGroup:
+    shares = token_shares(config.trainer.balance_batch)
+    workers = ranks.make(WORKER, "verl.trainer.ppo.ranks:make_worker", config, plan, shares=shares)
+    if plan.save_freq > 0:
+        _check_shared(workers, ranks, folder)
+    return workers
+
+
+def _check_shared(workers: RayWorkerGroup, ranks: RayRanks, folder: Path) -> None:
+    """Each rank writes its part of a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f".seen-by-all-nodes-{secrets.token_hex(8)}"
+    mark.touch()
+    try:
+        seen = workers.call("sees", mark).result()
+    finally:
+        mark.unlink()
+    if blind := [ranks.seats[rank] for rank, sees in enumerate(seen) if not sees]:
+        nodes = sorted({f"{seat.hostname} ({seat.address})" for seat in blind})
+        raise UserError(
+            f"trainer.default_local_dir={folder} is not the same folder on {', '.join(nodes)}: every node writes its "
+            "part of a checkpoint there. Name a folder that all nodes share, or set trainer.save_freq=-1"
+        )

@@ -1,0 +1,98 @@
+"""What a rank of a PPO job holds when ranks are processes of their own: see ``verl.cluster.ray.rank.Rank.make``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from verl.checks.gpu_memory import check_balance, disabled_by_user, environment_for_engine, read_gpus
+from verl.checks.plan import RunPlan
+from verl.cluster.network import free_port, host_port, interface_of
+from verl.config.models import Config
+from verl.data.tokenizer import load_tokenizer
+from verl.rollout.backend import Backend
+from verl.rollout.replicas.embedded import EmbeddedBackend
+from verl.rollout.replicas.host import EngineHost, Place
+from verl.rollout.replicas.layout import replicas_of
+from verl.rollout.sglang.arguments import Part
+from verl.rollout.sglang.process import SGLangProcess, weight_sender
+from verl.trainer.ppo.batches import balanced_partition
+from verl.trainer.ppo.engines import embedded_engine, sglang_settings
+from verl.trainer.ppo.metrics import sequence_lengths
+from verl.trainer.ppo.worker import PPOWorker
+
+if TYPE_CHECKING:
+    from verl.cluster.ray.rank import Here
+
+WORKER, HOST = "worker", "host"  # names of a rank's objects
+
+
+def make_worker(here: Here, config: Config, plan: RunPlan) -> PPOWorker:
+    return PPOWorker(config, plan)
+
+
+def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHost:
+    """logs: folder of the engines' output, on each node."""
+    replicas = replicas_of(plan.world_size, plan.devices_per_node, plan.tensor_parallel)
+    (replica,) = [replica for replica in replicas if here.rank in replica.ranks]
+    interface = interface_of(here.address)
+    megabytes = config.actor_rollout_ref.rollout.update_weights_bucket_megabytes
+
+    if plan.engine == "hf":
+        sender = None
+    else:
+        settings = sglang_settings(config, plan)
+        sender = weight_sender(settings, 1, megabytes << 20)
+
+    def place() -> Place:
+        meeting = host_port(here.address, free_port(here.address))
+        return Place(sender.endpoint if sender else None, here.gpu, here.address, interface, meeting)
+
+    def start(places: Sequence[Place]) -> Backend:
+        if plan.engine == "hf":
+            model = config.actor_rollout_ref.model
+            tokenizer = load_tokenizer(model.tokenizer_path, model.trust_remote_code)
+            return EmbeddedBackend(embedded_engine(config, plan, here.objects[WORKER], tokenizer))
+        node = replica.hosts.index(here.rank)
+        first = node * replica.per_node  # tensor-parallel rank
+        of_node = range(first, first + replica.per_node)
+        gpus = tuple(gpu for rank in of_node if (gpu := places[rank].gpu) is not None)
+        if len(gpus) > 1:
+            readings = read_gpus(range(len(gpus)), ",".join(gpus))
+            if warning := check_balance(readings, disabled=disabled_by_user(os.environ)):
+                print(f"warning: {warning}", flush=True)
+        return SGLangProcess(
+            settings,
+            log=logs / f"sglang-{replica.index}{f'-node-{node}' if len(replica.hosts) > 1 else ''}.log",
+            environment=environment_for_engine(os.environ),
+            part=Part(node, len(replica.hosts), places[0].meeting, here.address, interface, gpus or None),
+            sender=sender,
+            senders={rank: end for rank in of_node if (end := places[rank].sender) is not None},
+        )
+
+    return EngineHost(
+        here.rank,
+        replica,
+        place,
+        start,
+        sender=sender,
+        weights=lambda: here.objects[WORKER].weights(),
+        loaded=lambda: here.objects[WORKER].borrowed("actor"),
+    )
+
+
+def token_shares(balance: bool) -> Callable[[pa.Table, int], list[np.ndarray]]:
+    """How ranks share rows: in order, or so that their tokens even out. Which rows make an optimizer step is settled
+    before."""
+
+    def shares(table: pa.Table, ranks: int) -> list[np.ndarray]:
+        if not balance:
+            return np.array_split(np.arange(table.num_rows), ranks)
+        return balanced_partition(sequence_lengths(table), ranks)
+
+    return shares

@@ -1,0 +1,104 @@
+"""The rollout engine of a run whose ranks are processes of their own: a replica on each group of ranks, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from verl.checks.plan import RunPlan
+from verl.cluster.ray.group import RayRanks
+from verl.config.models import Config
+from verl.data.tokenizer import end_token_ids
+from verl.errors import UserError
+from verl.rollout.client import ClientEngine
+from verl.rollout.replicas.layout import Replica, replicas_of
+from verl.rollout.replicas.remote import RemoteBackend
+from verl.rollout.replicas.weights import WeightsOnRanks
+from verl.rollout.router import Member, Router
+from verl.trainer.ppo.engines import vocab_size_of
+from verl.trainer.ppo.ranks import HOST
+
+Say = Callable[[str], None]
+
+
+class Replicas:
+    """Starts them, and starts one again that died."""
+
+    def __init__(
+        self, ranks: RayRanks, config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, logs: Path, note: Say
+    ):
+        self._ranks, self._config, self._plan, self._tokenizer, self._note = ranks, config, plan, tokenizer, note
+        self._replicas = replicas_of(plan.world_size, plan.devices_per_node, plan.tensor_parallel)
+        self._hosts = ranks.make(HOST, "verl.trainer.ppo.ranks:make_host", config, plan, logs)
+        self.weights = WeightsOnRanks(self._hosts, self._replicas)
+        self._current: dict[str, RemoteBackend] = {}  # by the replica's name
+
+    def start(self) -> Router:
+        places = self._hosts.call("place").result()
+        facts = self._hosts.call("start", places).result()
+        if told := facts[0]["describe"]:
+            copies = f", {len(self._replicas)} replicas of it" if len(self._replicas) > 1 else ""
+            self._note(f"{told}{copies}")
+        members = [
+            Member(replica.name, self._client(replica, {rank: facts[rank] for rank in replica.hosts}))
+            for replica in self._replicas
+        ]
+        return Router(
+            members,
+            revive=self._again,
+            save=lambda stream, version: stream,  # the ranks can send it any number of times
+            revivals=self._config.trainer.rollout_restarts,
+            note=self._note,
+        )
+
+    def _again(self, name: str) -> ClientEngine:
+        """The replica's engine, started anew on its ranks, which may be at work."""
+        if self._ranks.failure:
+            raise self._ranks.failure
+        (replica,) = [replica for replica in self._replicas if replica.name == name]
+        self._note(f"rollout: {name} is started again")
+        places: list[Any] = [None] * self._plan.world_size
+        for rank in replica.ranks:
+            places[rank] = self._ask(rank, "place")
+        with ThreadPoolExecutor(len(replica.hosts)) as pool:
+            starts = {rank: pool.submit(self._ask, rank, "start", places) for rank in replica.hosts}
+        return self._client(replica, {rank: start.result() for rank, start in starts.items()})
+
+    def _client(self, replica: Replica, facts: dict[int, dict[str, Any]]) -> ClientEngine:
+        """facts: of the start, by rank that holds a process."""
+
+        def stop() -> None:
+            for rank, of_rank in facts.items():
+                self._ask(rank, "stop", of_rank["number"])
+
+        def ask(method: str, *args: Any, timeout: float | None = None) -> Any:
+            return self._ask(replica.first, method, *args, timeout=timeout)
+
+        pids = {rank: of_rank["pid"] for rank, of_rank in facts.items()}
+        backend = self._current[replica.name] = RemoteBackend(replica, ask, facts[replica.first], pids, stop)
+        model, holds_weights = self._config.actor_rollout_ref.model, backend.capabilities.holds_weights
+        return ClientEngine(
+            backend,
+            self._tokenizer,
+            eos_token_ids=end_token_ids(self._tokenizer, model.path),
+            max_model_len=self._plan.context_length,
+            vocab_size=vocab_size_of(model),
+            no_weights="it has not been given the actor's weights yet" if holds_weights else None,
+        )
+
+    def _ask(self, rank: int, method: str, *args: Any, timeout: float | None = None) -> Any:
+        return self._ranks.ask(rank, HOST, method, *args, timeout=timeout)
+
+    def fail(self, error: UserError) -> None:
+        """The ranks are of no use any more: nobody waits for their engines."""
+        for backend in self._current.values():
+            backend.fail(error)
+
+    def close(self) -> None:
+        """End what runs on the ranks."""
+        if self._ranks.failure is None:
+            self._hosts.close()
