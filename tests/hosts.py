@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -38,10 +38,9 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /tmp/ray
 mount --bind {hosts_file} /etc/hosts
 echo {name} >/proc/sys/kernel/hostname
-trap '' CHLD
-echo ready
-exec cat
+exec {python} -Ic {wait}
 """
+WAIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('ready', flush=True); sys.stdin.read()"
 
 
 def can_make_hosts() -> str | None:
@@ -77,10 +76,11 @@ class Host:
 
     def __init__(self, name: str, address: str, folder: Path):
         self.name, self.address, self.folder = name, address, folder
-        (folder / "home").mkdir(parents=True)
+        (folder / "home").mkdir(parents=True, exist_ok=True)
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {name}\n")  # as Debian does
         Path("/tmp/ray").mkdir(exist_ok=True)  # for the host's own to be mounted on
-        setup = FIRST_PROCESS.format(name=name, hosts_file=shlex.quote(str(folder / "hosts")))
+        words = {"hosts_file": folder / "hosts", "name": name, "python": sys.executable, "wait": WAIT}
+        setup = FIRST_PROCESS.format(**{key: shlex.quote(str(word)) for key, word in words.items()})
         self._holder = subprocess.Popen(
             ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", setup],
             stdin=subprocess.PIPE,
@@ -193,29 +193,30 @@ def ray_on(hosts: Sequence[Host], cpus: int = 1, token: bool = True) -> Iterator
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
     head = f"[{hosts[0].address}]:{PORT}" if ":" in hosts[0].address else f"{hosts[0].address}:{PORT}"
     roles = [["--head", f"--port={PORT}", "--include-dashboard=false"]] + [[f"--address={head}"]] * (len(hosts) - 1)
-    started: list[HostProcess] = []
     size = [f"--num-cpus={cpus}", "--object-store-memory=100000000"]
     try:
         for host, role in zip(hosts, roles, strict=True):
             command = [RAY, "start", *role, f"--node-ip-address={host.address}", *size, "--block"]
-            started.append(host.start(command, host.folder / "ray.log", environment))
+            log = host.folder / "ray.log"
+            process = host.start(command, log, environment)
+            # One after the other: a node that finds no head tries again after many seconds only.
+            _wait_until(lambda log=log: "Ray runtime started" in log.read_text(), process, log)
         environment["RAY_ADDRESS"] = head
-        _wait_for_nodes(hosts, started, environment)
+        _wait_until(lambda: _nodes(hosts[0], environment) == len(hosts), process, log)
         yield environment
     finally:
         for host in hosts:
             host.kill()
 
 
-def _wait_for_nodes(hosts: Sequence[Host], started: Sequence[HostProcess], environment: Mapping[str, str]) -> None:
-    """Until ``ray status`` shows all of them: a second or two after both ``ray start`` say that they are done."""
+def _nodes(host: Host, environment: Mapping[str, str]) -> int:
+    """That ``ray status`` shows: a new one a second or two late."""
+    return host.run([RAY, "status"], environment=environment).stdout.count(" node_")
+
+
+def _wait_until(done: Callable[[], bool], process: HostProcess, log: Path) -> None:
     deadline = time.monotonic() + 60
-    told = ""
-    while time.monotonic() < deadline and all(process.poll() is None for process in started):
-        if all("Ray runtime started" in (host.folder / "ray.log").read_text() for host in hosts):
-            told = hosts[0].run([RAY, "status"], environment=environment).stdout
-            if told.count(" node_") == len(hosts):
-                return
+    while not done():
+        assert process.poll() is None, f"ray start ended: {log.read_text()}"
+        assert time.monotonic() < deadline, f"Ray is not on all hosts: {log.read_text()}"
         time.sleep(0.25)
-    logs = [(host.folder / "ray.log").read_text() for host in hosts]
-    raise AssertionError("\n".join([f"Ray does not run on {len(hosts)} hosts:", told, *logs]))

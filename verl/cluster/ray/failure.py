@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl.cluster.ray.rank import Answer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 LAST_LINES = 20
 ANSWER_TIMEOUT = 10.0  # seconds, of a rank that hangs or a node that is gone
+VERDICT_TIMEOUT = 10.0  # seconds in which Ray may find out that the node of a rank which cannot be reached is gone
 SHOWN = 4  # ranks whose stacks are shown
 
 
@@ -44,11 +46,11 @@ def raised(ranks: RayRanks, rank: int, what: str, answer: Answer, waiting: Seque
 
 
 def hung(ranks: RayRanks, what: str, waiting: Sequence[int]) -> str:
-    names = ", ".join(map(str, waiting))
+    names = ", ".join(who(ranks, rank) for rank in waiting[:SHOWN]) + (", ..." if len(waiting) > SHOWN else "")
     return (
-        f"rank{'s' if len(waiting) > 1 else ''} {names} did not finish {what!r} within "
-        f"trainer.worker_timeout={ranks.timeout:g} seconds. If such a call may take longer, set it higher. "
-        "Where they are:\n" + _stacks(ranks, waiting) + _others(ranks, _rest(ranks, waiting))
+        f"{names} did not finish {what!r} within trainer.worker_timeout={ranks.timeout:g} seconds. If such a call may "
+        f"take longer, set it higher. Where they are:\n{_stacks(ranks, waiting)}"
+        + _others(ranks, _rest(ranks, waiting))
     )
 
 
@@ -73,6 +75,9 @@ def who(ranks: RayRanks, rank: int) -> str:
 
 def _reason(ranks: RayRanks, rank: int, error: RayActorError) -> str:
     seat = ranks.seats[rank]
+    deadline = time.monotonic() + VERDICT_TIMEOUT
+    while isinstance(error, ActorUnavailableError) and _is_alive(seat.node_id) and time.monotonic() < deadline:
+        time.sleep(0.5)
     if not _is_alive(seat.node_id):
         peers = [other.rank for other in ranks.seats if other.node_id == seat.node_id]
         names = ", ".join(map(str, peers))
@@ -85,6 +90,8 @@ def _cause(error: Exception) -> str:
     text = str(error)
     if "memory pressure" in text or "OutOfMemory" in text or "memory monitor" in text:
         return "Ray ended it, as the node's memory was nearly full"
+    if isinstance(error, ActorUnavailableError):
+        return "it can no longer be reached"
     if "SIGKILL" in text and "OOM" in text:
         return "its process ended, killed perhaps, by the system for want of memory or by somebody"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from verl.cluster.ray import failure
 from verl.cluster.ray.placement import Seat
 from verl.cluster.ray.rank import LANES, Answer, Rank
-from verl.cluster.ray.tables import packed, unpacked
+from verl.cluster.ray.tables import packed, taken, unpacked
 from verl.errors import UserError
 
 START_TIMEOUT = 300.0  # seconds from asking for a process to its first answer
@@ -59,7 +60,7 @@ class RayRanks:
         self._giving = threading.Lock()  # every rank gets the calls in one order
         self._failing = threading.Lock()
         self._closing = threading.Event()
-        self._last = "start"  # the call that was given last
+        self._under_way: list[str] = []  # what all ranks have been given and not all have answered
         self._waiters = ThreadPoolExecutor(32, thread_name_prefix="ray calls")
         actor = ray.remote(concurrency_groups=LANES)(Rank)  # type: ignore[call-overload]
         self.actors = [
@@ -109,10 +110,16 @@ class RayRanks:
         with self._giving:
             if self.failure:
                 return _failed_future(self.failure)
-            self._last = what
+            self._under_way.append(what)
             return self._waiters.submit(self._gathered, what, give())
 
     def _gathered(self, what: str, refs: list[Any]) -> list[Any]:
+        try:
+            return self._wait_for(what, refs)
+        finally:
+            self._under_way.remove(what)
+
+    def _wait_for(self, what: str, refs: list[Any]) -> list[Any]:
         pending = {ref: rank for rank, ref in enumerate(refs)}
         values: list[Any] = [None] * len(refs)
         failed: tuple[int, Answer] | None = None
@@ -162,7 +169,7 @@ class RayRanks:
 
     def lost(self, rank: int, what: str, error: RayActorError) -> UserError:
         """The failure, once: whoever finds a rank gone tells it."""
-        return self._fail(lambda: failure.lost(self, rank, what or self._last, error))
+        return self._fail(lambda: failure.lost(self, rank, what or ", ".join(self._under_way), error))
 
     def explain(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """As an exit of a context: an error that follows from the failure of the ranks is not the one to tell."""
@@ -227,12 +234,18 @@ class RayWorkerGroup:
     def _rows(
         self, method: str, table: pa.Table, shares: list[np.ndarray], kwargs: dict[str, Any]
     ) -> Future[list[Any]]:
-        """Each rank fetches its rows from the object store."""
-        rows = [ray.put(packed(table.take(pa.array(share)))) for share in shares]
-        actors, name = self._ranks.actors, self._name
-        calls = zip(actors, rows, strict=True)
+        """The rows of a node's ranks are one object of the store, of which each rank reads its own part in place."""
+        table = taken(table, np.concatenate(shares))
+        ends = np.cumsum([0, *map(len, shares)]).tolist()
+        parts: list[tuple[Any, int, int]] = []  # of each rank: its node's object, its first row there, and how many
+        for _, of_node in groupby(range(self.world_size), lambda rank: self._ranks.seats[rank].node):
+            ranks = list(of_node)
+            first, end = ends[ranks[0]], ends[ranks[-1] + 1]
+            rows = ray.put(packed(table.slice(first, end - first)))
+            parts += [(rows, ends[rank] - first, len(shares[rank])) for rank in ranks]
+        calls, name = list(zip(self._ranks.actors, parts, strict=True)), self._name
         return self._ranks.together(
-            method, lambda: [actor.run_rows.remote(name, method, part, kwargs) for actor, part in calls]
+            method, lambda: [actor.run_rows.remote(name, method, *part, kwargs) for actor, part in calls]
         )
 
     def shares(self, table: pa.Table) -> list[np.ndarray]:
@@ -251,8 +264,7 @@ def even_shares(table: pa.Table, ranks: int) -> list[np.ndarray]:
 def _joined(table: pa.Table, shares: list[np.ndarray], found: list[Any]) -> pa.Table:
     """``table`` and the columns that the ranks added to their shares of it."""
     added = pa.concat_tables([unpacked(rows) for rows in found])
-    order = np.argsort(np.concatenate(shares), kind="stable")
-    added = added.take(pa.array(order))
+    added = taken(added, np.argsort(np.concatenate(shares), kind="stable"))
     for name in added.column_names:
         table = table.append_column(name, added[name])
     return table

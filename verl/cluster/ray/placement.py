@@ -158,8 +158,9 @@ def _reason(nnodes: int, needed: dict[str, float]) -> str:
 
 
 def _refusal(nnodes: int, devices_per_node: int, device: str, reason: str) -> str:
-    kind = "GPUs" if device == "cuda" else "CPU ranks"
-    asked = f"trainer.nnodes={nnodes} and trainer.n_gpus_per_node={devices_per_node}"
+    kind = "GPU" if device == "cuda" else "CPU rank"
+    count = f"{devices_per_node} {kind}{'s' if devices_per_node != 1 else ''}"
+    where = f"each of {nnodes} machines" if nnodes > 1 else "one machine"
     rows: list[tuple[str, ...]] = [("address", "host", "CPUs free/all", "GPUs free/all")]
     for node in nodes_in_order():
         rows.append((node.address, node.hostname, *(_share(node, name) for name in ("CPU", "GPU"))))
@@ -170,7 +171,8 @@ def _refusal(nnodes: int, devices_per_node: int, device: str, reason: str) -> st
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
     return (
-        f"{asked} ask for {devices_per_node} {kind} on each of {nnodes} machines, but {reason}:\n{table}\n"
+        f"trainer.nnodes={nnodes} and trainer.n_gpus_per_node={devices_per_node} ask for {count} on {where}, "
+        f"but {reason}:\n{table}\n"
         "Set the two keys to what is there, or start Ray on more machines (docs/ray.md)."
     )
 

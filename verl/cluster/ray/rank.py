@@ -100,11 +100,12 @@ class Rank:
     def run(self, name: str, method: str, args: tuple, kwargs: dict[str, Any]) -> Answer:
         return self._carry_out(method, lambda: getattr(self._here.objects[name], method)(*args, **kwargs))
 
-    def run_rows(self, name: str, method: str, rows: Rows, kwargs: dict[str, Any]) -> Answer:
-        """A method that takes rows. If it answers with rows, the columns that it added go back."""
+    def run_rows(self, name: str, method: str, rows: Rows, first: int, count: int, kwargs: dict[str, Any]) -> Answer:
+        """A method that takes rows: ``count`` of these, from ``first`` on. If it answers with rows, the columns that it
+        added go back."""
 
         def run() -> Any:
-            given = unpacked(rows)
+            given = unpacked(rows).slice(first, count)
             found = getattr(self._here.objects[name], method)(given, **kwargs)
             if not isinstance(found, pa.Table):
                 return found

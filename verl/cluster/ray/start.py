@@ -82,35 +82,47 @@ def connected(settings: RaySettings, note: Note) -> Iterator[None]:
 
     note: takes lines for the user. Raises UserError where Ray does not start or cannot be joined.
     """
-    address = _running_cluster(settings, note)
-    with _started(settings, note) if address is None else _joined(address, settings, note):
+    running = _running_cluster(settings, note)
+    with _started(settings, note) if running is None else _joined(running, settings, note):
         yield
 
 
 # ---- a running cluster
 
 
-def _running_cluster(settings: RaySettings, note: Note) -> str | None:
+@dataclass(frozen=True)
+class Running:
+    """A cluster that answers at ``address``. found: where `ray start` left it; otherwise the user named it."""
+
+    address: str
+    found: bool
+
+    def __str__(self) -> str:
+        return f"the Ray cluster at {self.address}" + (
+            " (which `ray start` left on this machine)" if self.found else ""
+        )
+
+
+def _running_cluster(settings: RaySettings, note: Note) -> Running | None:
     asked = settings.init.get("address") or settings.address
     if asked == "local":
         return None
     if asked and asked != "auto":
-        host, port = _host_and_port(asked)
-        if not _answers(host, port, REACH_TIMEOUT):
+        if not _answers(*_host_and_port(asked), REACH_TIMEOUT):
             raise UserError(
                 f"no Ray cluster answers at {asked} (tried for {REACH_TIMEOUT:.0f} s). It is what {_source(settings)} "
                 "says: see with `ray status` on the head node whether Ray runs, and whether a firewall is between."
             )
-        return asked
-    found = services.find_bootstrap_address(settings.init.get("_temp_dir"))
-    if found and _answers(*_host_and_port(found), 2.0):
-        return "auto"
+        return Running(asked, found=False)
+    left = services.find_bootstrap_address(settings.init.get("_temp_dir"))
+    if left and _answers(*_host_and_port(left), 2.0):
+        return Running(left, found=True)
     if asked:
         raise UserError(
             f"{_source(settings)} is auto, but no Ray runs on this machine: `ray start` it, or name its address."
         )
-    if found:
-        note(f"`ray start` once left the address {found} on this machine, but nothing answers there any more.")
+    if left:
+        note(f"`ray start` once left the address {left} on this machine, but nothing answers there any more.")
     return None
 
 
@@ -133,6 +145,14 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def _is_loopback(address: str) -> bool:
+    host, _ = _host_and_port(address)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _is_ipv6(text: str) -> bool:
     try:
         return ipaddress.ip_address(text).version == 6
@@ -153,51 +173,50 @@ def _answers(host: str, port: int, patience: float) -> bool:
 
 
 @contextlib.contextmanager
-def _joined(address: str, settings: RaySettings, note: Note) -> Iterator[None]:
-    arguments = {name: value for name, value in settings.init.items() if name not in OF_A_START}
-    for name in sorted(settings.init.keys() - arguments.keys()):
+def _joined(cluster: Running, settings: RaySettings, note: Note) -> Iterator[None]:
+    given = {name: value for name, value in settings.init.items() if name not in OF_A_START}
+    for name in sorted(settings.init.keys() - given.keys()):
         note(f"{KEY}.{name} has no effect: Ray runs already, and its nodes are as `ray start` made them.")
-    _require_node(address)
-    explicit = None if address == "auto" else address  # for None, Ray looks for a token where `ray start` does
-    with _environment(JOINING):
+    _require_node(cluster)
+    address = None if cluster.found else cluster.address  # for None, Ray looks for a token where `ray start` does
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_environment(JOINING))
+        if _is_loopback(cluster.address):
+            stack.enter_context(_on_loopback())
+        stack.callback(ray.shutdown)
         try:
-            _init(**{"log_to_driver": False, "logging_level": logging.WARNING, **arguments, "address": explicit})
+            _init(**{"log_to_driver": False, "logging_level": logging.WARNING, **given, "address": address})
         except Exception as error:
-            raise UserError(_why_not_joined(error, address, arguments)) from error
-        try:
-            note(f"Joined the Ray cluster at {ray.get_runtime_context().gcs_address}.")
-            yield
-        finally:
-            ray.shutdown()
+            raise UserError(_why_not_joined(error, cluster, given)) from error
+        note(f"Joined {cluster}.")
+        yield
 
 
-def _require_node(address: str) -> None:
+def _require_node(cluster: Running) -> None:
     """Ray looks for the node of this machine among its processes, too, but for a minute."""
     deadline = time.monotonic() + NODE_TIMEOUT
     while not services.find_node_ids():
         if time.monotonic() > deadline:
-            raise UserError(_not_a_node(address))
+            raise UserError(_not_a_node(cluster))
         time.sleep(0.25)
 
 
-def _not_a_node(address: str) -> str:
-    where = "<address>:6379" if address == "auto" else address
+def _not_a_node(cluster: Running) -> str:
     return (
-        f"this machine is not a node of the Ray cluster at {where}: "
-        f"run `ray start --address='{where}'` here, or this command on a node."
+        f"this machine is not a node of {cluster}: run `ray start --address='{cluster.address}'` here, or this command "
+        "on a node."
     )
 
 
-def _why_not_joined(error: Exception, address: str, arguments: dict[str, Any]) -> str:
-    where = "that runs on this machine" if address == "auto" else f"at {address}"
+def _why_not_joined(error: Exception, cluster: Running, given: dict[str, Any]) -> str:
     text = _whole(error)
     if "AuthenticationError" in text or "InvalidAuthToken" in text:
-        return f"the Ray cluster {where} refused this command's token: {TOKEN_HELP}."
+        return f"{cluster} refused this command's token: {TOKEN_HELP}."
     if "Version mismatch" in text:
-        return f"the Ray cluster {where} has another version: {error} Install the same Python and ray on all machines."
+        return f"{cluster} has another version: {error} Install the same Python and ray on all machines."
     if "No node info found" in text:
-        return _not_a_node(address)
-    return f"could not join the Ray cluster {where}{_with(arguments)}: {type(error).__name__}: {error}"
+        return _not_a_node(cluster)
+    return f"could not join {cluster}{_with(given)}: {type(error).__name__}: {error}"
 
 
 def _with(arguments: dict[str, Any]) -> str:
@@ -241,8 +260,8 @@ def _started(settings: RaySettings, note: Note) -> Iterator[None]:
             why = f"{type(error).__name__}: {error}"
             logs = given.get("_temp_dir", defaults["_temp_dir"])
             raise UserError(f"Ray could not be started here{_with(given)}: {why} (Its logs: {logs})") from error
-        total = ray.cluster_resources()
-        note(f"Ray runs for this run on this machine ({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs).")
+        cpus, gpus = (ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU"))
+        note(f"Started Ray on this machine, for this run only ({cpus:g} CPUs, {gpus:g} GPUs).")
         yield
 
 
@@ -283,8 +302,8 @@ def _set_environment(values: dict[str, str | None]) -> None:
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """On Linux, Ray takes an address of the machine for its node, even when it is told 127.0.0.1, and then all of its
-    processes listen on every interface. On a Mac it takes 127.0.0.1, and they listen there only: this is its switch."""
+    """On Linux, Ray reads 127.0.0.1 as an address of the machine's network, and then all of its processes listen on
+    every interface. On a Mac it takes it as it is, and they listen there only: this is the switch between the two."""
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:

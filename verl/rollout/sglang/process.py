@@ -75,6 +75,7 @@ class SGLangProcess:
         self._device = device_of(settings)
         self._slept: dict[MemoryTag, int] = {}  # bytes that each tag gave back
         self._sender = sender or weight_sender(settings, settings.tensor_parallel, bucket_bytes)
+        self._own_sender = sender is None
         found = senders or dict.fromkeys(range(settings.tensor_parallel), self._sender.endpoint)
         variables = {SENDERS_VARIABLE: json.dumps({rank: [end.address, end.key] for rank, end in found.items()})}
         self._listener: Listener | None = None
@@ -90,7 +91,7 @@ class SGLangProcess:
             self.facts: dict[str, Any] = self.process.call("start", arguments_of(settings, part), timeout=START_TIMEOUT)
         except BaseException:  # it takes no leave while it starts
             self.process.close(timeout=0)
-            self._sender.close()
+            self._close_sender()
             raise
         self.end_tokens = frozenset(self.facts.get("end_tokens", ()))
 
@@ -191,4 +192,8 @@ class SGLangProcess:
 
     def close(self) -> None:
         self.process.close()
-        self._sender.close()
+        self._close_sender()
+
+    def _close_sender(self) -> None:
+        if self._own_sender:
+            self._sender.close()

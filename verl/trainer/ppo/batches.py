@@ -32,12 +32,13 @@ def balanced_partition(lengths: np.ndarray, ranks: int) -> list[np.ndarray]:
     Greedy: rows are dealt from the longest, ``ranks`` at a time, each round's longest to the rank with the fewest
     tokens so far. Sums then differ by no more than the longest row. With fewer rows than ranks, some get none.
     """
-    longest_first = np.argsort(-np.asarray(lengths), kind="stable")
+    lengths = np.asarray(lengths)
+    longest_first = np.argsort(-lengths, kind="stable")
     loads = np.zeros(ranks, np.int64)
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for start in range(0, len(longest_first), ranks):
-        lightest_first = np.argsort(loads, kind="stable")
-        for rank, row in zip(lightest_first, longest_first[start : start + ranks], strict=False):
-            shares[rank].append(row)
-            loads[rank] += lengths[row]
-    return [np.sort(np.array(share, np.int64)) for share in shares]
+    rank_of = np.empty(len(lengths), np.int64)
+    for start in range(0, len(lengths), ranks):
+        rows = longest_first[start : start + ranks]
+        lightest_first = np.argsort(loads, kind="stable")[: len(rows)]
+        rank_of[rows] = lightest_first
+        loads[lightest_first] += lengths[rows]
+    return np.split(np.argsort(rank_of, kind="stable"), np.cumsum(np.bincount(rank_of, minlength=ranks))[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,7 +54,10 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
         meeting = host_port(here.address, free_port(here.address))
         return Place(sender.endpoint if sender else None, here.gpu, here.address, interface, meeting)
 
+    starts = itertools.count(1)
+
     def start(places: Sequence[Place]) -> Backend:
+        number = next(starts)
         if plan.engine == "hf":
             model = config.actor_rollout_ref.model
             tokenizer = load_tokenizer(model.tokenizer_path, model.trust_remote_code)
@@ -66,9 +70,12 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
             readings = read_gpus(range(len(gpus)), ",".join(gpus))
             if warning := check_balance(readings, disabled=disabled_by_user(os.environ)):
                 print(f"warning: {warning}", flush=True)
+        name = f"sglang-{replica.index}"
+        name += f"-node-{node}" if len(replica.hosts) > 1 else ""
+        name += f"-start-{number}" if number > 1 else ""  # what the one before had to say stays
         return SGLangProcess(
             settings,
-            log=logs / f"sglang-{replica.index}{f'-node-{node}' if len(replica.hosts) > 1 else ''}.log",
+            log=logs / f"{name}.log",
             environment=environment_for_engine(os.environ),
             part=Part(node, len(replica.hosts), places[0].meeting, here.address, interface, gpus or None),
             sender=sender,
