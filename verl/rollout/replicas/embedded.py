@@ -13,9 +13,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from verl.rollout.backend import Draw, Drawn, Listener, WeightStream
 from verl.rollout.base import Capabilities, MemoryTag, Request, Result
 from verl.rollout.hf import HFEngine
+from verl.rollout.sampling import row_keys
 
 
 class EmbeddedBackend:
@@ -61,6 +64,7 @@ class EmbeddedBackend:
             draw.sampling,
             max_new_tokens=draw.max_new_tokens,
             min_new_tokens=max(draw.sampling.min_new_tokens - drawn, 0),
+            seed=seed_from(draw.sampling.seed, drawn),
         )
         try:
             (result,) = await self._engine.generate([Request(draw.id, draw.prompt_ids, sampling, draw.images)])
@@ -104,7 +108,14 @@ class EmbeddedBackend:
         self._run(self._engine.health())
 
     def close(self) -> None:
-        self._run(self._engine.close())
+        """The module is the trainer's again, as it was before it woke."""
+
+        async def end() -> None:
+            await self._engine.close()
+            await asyncio.gather(*self._tasks)  # they report what they have
+            self._whole.close()
+
+        self._run(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -112,3 +123,17 @@ class EmbeddedBackend:
 
 def _report(result: Result) -> Drawn:
     return Drawn(result.id, result.response_ids, result.log_probs, result.finish_reason)
+
+
+def seed_from(seed: int, position: int) -> int:
+    """The seed whose noise is, from the first token on, that of ``seed`` from this position on: ``row_keys`` mixes
+    (seed, position) as mix(mix(seed) + position * constant), and mix can be undone."""
+    key = int(row_keys(np.array([seed % 2**64], np.uint64), np.array([position])).view(np.uint64)[0, 0])
+    return _unmix64(_unmix64(key)) if position else seed
+
+
+def _unmix64(x: int) -> int:
+    """The inverse of splitmix64's output function, which ``verl.rollout.sampling`` mixes with."""
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9)):
+        x = (x ^ x >> shift ^ x >> 2 * shift) * pow(factor, -1, 2**64) % 2**64
+    return ((x ^ x >> 30 ^ x >> 60) - 0x9E3779B97F4A7C15) % 2**64

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from verl.errors import UserError
+from verl.errors import UserError, portable
 from verl.rollout.backend import Backend, Draw, Drawn, EngineDied
 from verl.rollout.replicas.layout import Replica
 from verl.rollout.weights.checksums import Piece, differences
@@ -50,6 +50,15 @@ class Starter(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Running:
+    """An engine's process. number: each start makes another, so that what an old client orders reaches no newer one."""
+
+    number: int
+    backend: Backend
+    reports: Reports
+
+
 class EngineHost:
     """place: of this rank, with a port that is free now. start: makes this rank's process. weights: the actor's, a
     collective of all ranks. loaded: brings the actor to the device for a while. sender: to the replica's worker here;
@@ -69,9 +78,8 @@ class EngineHost:
     ):
         self.rank, self.replica, self._place = rank, replica, place
         self._start, self._sender, self._weights, self._loaded = start, sender, weights, loaded
-        self._backend: Backend | None = None
-        self._number = 0  # of the backend: each start makes another
-        self._reports = Reports()
+        self._running: Running | None = None
+        self._number = 0  # of the last start
         # The system ends an engine's process with the thread that started it, so that thread has to stay.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="engine starter")
 
@@ -86,10 +94,10 @@ class EngineHost:
             return None
         self.stop(self._number)
         of_replica = [places[rank] for rank in self.replica.ranks]
-        self._backend = backend = self._starter.submit(self._start, of_replica).result()
+        backend = self._starter.submit(self._start, of_replica).result()
         self._number += 1
-        self._reports = Reports()
-        backend.listen(self._reports)
+        self._running = Running(self._number, backend, Reports())
+        backend.listen(self._running.reports)
         return {
             "number": self._number,
             "capabilities": backend.capabilities,
@@ -101,9 +109,11 @@ class EngineHost:
 
     def stop(self, number: int) -> None:
         """End the engine of this number, if it is still the one that is there."""
-        if self._backend is not None and number == self._number:
-            self._backend.close()
-            self._backend = None
+        running = self._running
+        if running is not None and number == running.number:
+            self._running = None
+            running.reports.end()
+            running.backend.close()
 
     def close(self) -> None:
         self.stop(self._number)
@@ -115,29 +125,29 @@ class EngineHost:
     def _first(self) -> bool:
         return self.rank == self.replica.first
 
-    @property
-    def backend(self) -> Backend:
-        if self._backend is None:
-            raise EngineDied(f"{self.replica.name} has no engine")
-        return self._backend
+    def _engine(self, number: int) -> Running:
+        if self._running is None or number != self._running.number:
+            raise EngineDied(f"{self.replica.name}: this engine is gone")
+        return self._running
 
-    # ---- orders of the driver, to the replica's first rank
+    # ---- orders of the driver, to the replica's first rank. number: of the engine that they are for
 
-    def draw_and_recall(self, orders: Sequence[Sequence[Draw] | Sequence[str]]) -> None:
+    def draw_and_recall(self, number: int, orders: Sequence[Sequence[Draw] | Sequence[str]]) -> None:
         """In this order: draws to start, or ids of draws to recall."""
+        backend = self._engine(number).backend
         for order in orders:
             if isinstance(order[0], Draw):
-                self.backend.draw(order)  # type: ignore[arg-type]
+                backend.draw(order)  # type: ignore[arg-type]
             else:
-                self.backend.recall(order)  # type: ignore[arg-type]
+                backend.recall(order)  # type: ignore[arg-type]
 
-    def reports(self, wait: float) -> list[tuple[Any, ...]]:
+    def reports(self, number: int, wait: float) -> list[tuple[Any, ...]]:
         """What was reported since the last call, as soon as there is something, or nothing after ``wait`` seconds."""
-        return self._reports.take(wait)
+        return self._engine(number).reports.take(wait)
 
-    def order(self, name: str, *args: Any) -> Any:
+    def order(self, number: int, name: str, *args: Any) -> Any:
         """sleep, wake, drop_cache, health."""
-        return getattr(self.backend, name)(*args)
+        return getattr(self._engine(number).backend, name)(*args)
 
     # ---- weights: collectives of all ranks. Engines that do not take part, or fail, hold nobody up
 
@@ -161,7 +171,7 @@ class EngineHost:
 
     def _send(self, stream: Weights, version: int, pids: Mapping[int, int]) -> None:
         if self._first:
-            return self.backend.update_weights(stream, version)
+            return self._engine(self._number).backend.update_weights(stream, version)
         assert self._sender is not None
         with self._sender.session(lambda: _is_there(pids[self.replica.host_of(self.rank)])) as session:
             session.load(stream)
@@ -172,7 +182,7 @@ class EngineHost:
             return []
         try:
             if self._first:
-                return self.backend.pieces()[0]  # type: ignore[attr-defined]
+                return self._engine(self._number).backend.pieces()[0]  # type: ignore[attr-defined]
             assert self._sender is not None
             pid = pids[self.replica.index][self.replica.host_of(self.rank)]
             with self._sender.session(lambda: _is_there(pid)) as session:
@@ -200,13 +210,14 @@ class Reports:
 
     def __init__(self) -> None:
         self._heard: list[tuple[Any, ...]] = []
+        self._over = False
         self._news = threading.Condition()
 
     def drawn(self, reports: Sequence[Drawn]) -> None:
         self._hear("drawn", list(reports))
 
     def failed(self, draw_id: str, error: Exception) -> None:
-        self._hear("failed", draw_id, error)
+        self._hear("failed", draw_id, portable(error))
 
     def died(self, error: EngineDied) -> None:
         self._hear("died", str(error))
@@ -216,9 +227,15 @@ class Reports:
             self._heard.append(report)
             self._news.notify_all()
 
+    def end(self) -> None:
+        """Nobody has to wait for more."""
+        with self._news:
+            self._over = True
+            self._news.notify_all()
+
     def take(self, wait: float) -> list[tuple[Any, ...]]:
         with self._news:
-            self._news.wait_for(lambda: self._heard, wait)
+            self._news.wait_for(lambda: self._heard or self._over, wait)
             heard, self._heard = self._heard, []
             return heard
 

@@ -16,6 +16,7 @@ from verl.rollout.replicas.weights import RankReader, WeightsOnRanks
 
 REPORT_WAIT = 10.0  # seconds after which a question for reports comes back empty
 ORDER_TIMEOUT = 300.0
+CLOSE_TIMEOUT = 10.0  # seconds that a rank has to answer what it was asked before the engine was closed
 
 Ask = Callable[..., Any]
 
@@ -33,12 +34,11 @@ class RemoteBackend:
     ):
         self.replica, self.facts, self.pids = replica, facts, pids
         self.capabilities, self.keeps_weights = facts["capabilities"], facts["keeps_weights"]
-        self._ask, self._stop = ask, stop
+        self._ask, self._stop, self._number = ask, stop, facts["number"]
         self._end_tokens = frozenset(facts["end_tokens"])
         self._listener: Listener | None = None
-        self._orders: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
-        self._closed = threading.Event()
-        self._dead = False
+        self._orders: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        self._over = threading.Event()  # closed, or dead
         self._threads = [
             threading.Thread(target=target, name=f"{replica.name} {what}", daemon=True)
             for target, what in ((self._give, "orders"), (self._hear, "reports"))
@@ -62,33 +62,35 @@ class RemoteBackend:
         self._orders.put(list(draw_ids))
 
     def _give(self) -> None:
-        while (first := self._orders.get()) is not None:
-            orders = [first]
+        while not self._over.is_set():
+            orders = [self._orders.get()]
             with contextlib.suppress(queue.Empty):
-                while (another := self._orders.get_nowait()) is not None:
-                    orders.append(another)
+                while True:
+                    orders.append(self._orders.get_nowait())
             try:
-                self._ask("draw_and_recall", _merged(orders))
+                if merged := _merged(orders):
+                    self._ask("draw_and_recall", self._number, merged)
             except Exception as error:
                 return self.fail(error)
 
     def _hear(self) -> None:
         assert self._listener is not None
-        while not self._closed.is_set():
+        while not self._over.is_set():
             try:
-                heard = self._ask("reports", REPORT_WAIT)
+                heard = self._ask("reports", self._number, REPORT_WAIT, timeout=ORDER_TIMEOUT)
             except Exception as error:
                 return self.fail(error)
             for kind, *report in heard:
+                if self._over.is_set():
+                    return
                 if kind == "died":
                     return self.fail(EngineDied(report[0]))
                 getattr(self._listener, kind)(*report)
 
     def fail(self, error: Exception) -> None:
-        """The engine is gone, or what it lives on."""
-        if not self._dead and not self._closed.is_set():
-            self._dead = True
-            assert self._listener is not None
+        """The engine is gone, or what it lives on. Who does not listen yet finds out by asking."""
+        if self._listener is not None and not self._over.is_set():
+            self._over.set()
             self._listener.died(error if isinstance(error, EngineDied) else EngineDied(str(error)))
 
     # ---- weights and memory
@@ -100,6 +102,8 @@ class RemoteBackend:
                 raise error
 
     def check_weights(self, stream: WeightStream) -> list[str]:
+        if not self.capabilities.holds_weights:
+            return []
         assert isinstance(stream, WeightsOnRanks | RankReader)
         found = stream.check({self.replica.index: self.pids})[self.replica.index]
         if isinstance(found, Exception):
@@ -119,21 +123,25 @@ class RemoteBackend:
         self._order("health")
 
     def _order(self, name: str, *args: Any) -> None:
-        self._ask("order", name, *args, timeout=ORDER_TIMEOUT)
+        self._ask("order", self._number, name, *args, timeout=ORDER_TIMEOUT)
 
     def close(self) -> None:
-        self._closed.set()
-        self._orders.put(None)
+        """When it returns, no question is under way: a rank that ends with one would count as lost."""
+        self._over.set()
+        self._orders.put([])  # nothing, for who waits for orders
         with contextlib.suppress(UserError):  # the rank is gone, and its engine with it
             self._stop()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(CLOSE_TIMEOUT)
 
 
 def _merged(orders: list[list[Any]]) -> list[list[Any]]:
     """Neighbours of one kind as one."""
     merged: list[list[Any]] = []
-    for order in orders:
+    for order in filter(None, orders):
         if merged and isinstance(merged[-1][0], Draw) == isinstance(order[0], Draw):
             merged[-1] += order
-        elif order:
+        else:
             merged.append(list(order))
     return merged

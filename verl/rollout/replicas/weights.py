@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -25,16 +25,6 @@ class Hosts(Protocol):
     """The ``EngineHost`` of each rank (a ``WorkerGroup``)."""
 
     def call(self, method: str, *args: Any) -> Any: ...
-
-
-@dataclass(eq=False)
-class _Asked:
-    """What a replica came for. version: None for checksums. answer: or what went wrong."""
-
-    pids: Pids
-    version: int | None
-    answer: Any = None
-    done: threading.Event = field(default_factory=threading.Event)
 
 
 class WeightsOnRanks:
@@ -73,29 +63,29 @@ class RankFan:
 
     def __init__(self, readers: int, weights: WeightsOnRanks):
         self._readers, self._weights = readers, weights
-        self._asked: dict[int, _Asked] = {}  # by replica
+        self._asked: dict[int, Pids] = {}  # by replica
+        self._versions: set[int | None] = set()  # that they came for; None: checksums
         self._left = 0  # readers that came and went without asking
         self._changed = threading.Condition()
+        self._found: Future[dict[int, Any]] = Future()  # by replica
 
     def feed(self, stream: Any) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._asked) + self._left >= self._readers)
-            asked = dict(self._asked)
-        if not asked:
-            return
-        pids = {replica: order.pids for replica, order in asked.items()}
+        """What goes wrong, the readers raise."""
         try:
-            (version,) = {order.version for order in asked.values()}
-            found: dict[int, Any]
-            found = self._weights.check(pids) if version is None else self._weights.update(pids, version)
-            for replica, order in asked.items():
-                order.answer = found[replica]
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._asked) + self._left >= self._readers)
+            self._found.set_result(self._pass() if self._asked else {})
         except Exception as error:
-            for order in asked.values():
-                order.answer = error
-        finally:
-            for order in asked.values():
-                order.done.set()
+            self._found.set_exception(error)
+        except BaseException as error:  # an interrupt: nobody waits, and nobody takes it for the end of the pass
+            self._found.set_exception(RuntimeError(f"the weights were not sent to their end: {type(error).__name__}"))
+            raise
+
+    def _pass(self) -> dict[int, Any]:
+        (version,) = self._versions
+        if version is None:
+            return self._weights.check(self._asked)
+        return self._weights.update(self._asked, version)
 
     def run(self, reader: int, read: Callable[[RankReader], Answer]) -> Answer:
         weights = RankReader(self)
@@ -108,12 +98,11 @@ class RankFan:
                     self._changed.notify_all()
 
     def ask(self, replica: int, pids: Pids, version: int | None) -> Any:
-        order = _Asked(pids, version)
         with self._changed:
-            self._asked[replica] = order
+            self._asked[replica] = pids
+            self._versions.add(version)
             self._changed.notify_all()
-        order.done.wait()
-        return order.answer
+        return self._found.result()[replica]
 
 
 class RankReader:

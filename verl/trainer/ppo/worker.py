@@ -79,8 +79,8 @@ class PPOWorker:
 
     def free_memory(self) -> None:
         """Give what the allocator holds unused back to the device, for others to use."""
-        gc.collect()
         if self.plan.device == "cuda":
+            gc.collect()
             torch.cuda.ipc_collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
