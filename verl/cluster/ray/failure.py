@@ -14,6 +14,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl.cluster.ray.rank import Answer
+from verl.errors import UserError
 
 if TYPE_CHECKING:
     from verl.cluster.ray.group import RayRanks
@@ -40,9 +41,8 @@ def raised(ranks: RayRanks, rank: int, what: str, answer: Answer, waiting: Seque
         if "OutOfMemoryError" in str(answer.value)
         else ""
     )
-    return f"{who(ranks, rank)} failed in {what!r}: {answer.value}{memory}\n{_indented(answer.trace)}\n" + _others(
-        ranks, waiting
-    )
+    trace = "" if isinstance(answer.value, UserError) else f"{_indented(answer.trace)}\n"
+    return f"{who(ranks, rank)} failed in {what!r}: {answer.value}{memory}\n{trace}" + _others(ranks, waiting)
 
 
 def hung(ranks: RayRanks, what: str, waiting: Sequence[int]) -> str:

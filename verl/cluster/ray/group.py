@@ -110,8 +110,9 @@ class RayRanks:
         with self._giving:
             if self.failure:
                 return _failed_future(self.failure)
+            refs = give()
             self._under_way.append(what)
-            return self._waiters.submit(self._gathered, what, give())
+            return self._waiters.submit(self._gathered, what, refs)
 
     def _gathered(self, what: str, refs: list[Any]) -> list[Any]:
         try:
