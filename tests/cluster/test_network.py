@@ -5,7 +5,7 @@ import socket
 import psutil
 import pytest
 
-from verl.cluster.network import free_port, host_port, interface_of, is_ipv6, tcp_url
+from verl.cluster.network import free_port, host_port, interface_of, is_ipv6, listener
 from verl.errors import UserError
 
 LOOPBACKS = [
@@ -18,8 +18,6 @@ LOOPBACKS = [
 def test_an_ipv6_address_is_in_brackets_where_a_port_follows():
     assert host_port("10.94.16.4", 6379) == "10.94.16.4:6379"
     assert host_port("fd94:16::4", 6379) == "[fd94:16::4]:6379"
-    assert tcp_url("10.94.16.4", 1) == "tcp://10.94.16.4:1"
-    assert tcp_url("fd94:16::4", 1) == "tcp://[fd94:16::4]:1"
     assert [is_ipv6(address) for address in ("127.0.0.1", "::1", "fe80::1%eth0")] == [False, True, True]
 
 
@@ -48,3 +46,13 @@ def test_every_address_of_this_machine_has_its_interface_however_it_is_written()
 def test_an_address_that_this_machine_does_not_have_is_named_with_those_it_has():
     with pytest.raises(UserError, match=r"192\.0\.2\.77.*127\.0\.0\.1 \(lo\)"):
         interface_of("192.0.2.77")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_listener_is_heard_at_its_address_alone(address):
+    with listener(address) as server:
+        host, port = server.getsockname()[:2]
+        assert host == address
+        socket.create_connection((address, port), 5).close()
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.2", port), 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -72,6 +73,16 @@ def test_a_worker_groups_contract(group):
     with pytest.raises(OSError, match="No space left"):
         group.call("fill_the_disk").result()
     assert group.call("greet", "again").result()[0] == "hello again"
+
+
+def test_each_rank_finds_its_rows_among_those_of_its_node(start):
+    """As if the first two ranks had a node, and the third another."""
+    ranks, group = start()
+    ranks.seats = [replace(seat, node=seat.rank // 2) for seat in ranks.seats]
+    for rows in range(6):
+        table = pa.table({"x": pa.array(range(rows), pa.int64())})
+        assert group.map("double", table).result()["doubled"].to_pylist() == [2 * x for x in range(rows)]
+        assert group.reduce("total", table).result() == {"total": float(sum(range(rows)))}
 
 
 def test_calls_that_are_given_together_come_in_one_order_to_all_ranks(start):

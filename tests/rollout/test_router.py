@@ -818,22 +818,48 @@ def test_an_engine_may_die_at_any_point_of_a_step(others, dies_at, again_at):
         assert [result.finish_reason for result in results] == ["stop"] * 4
         assert {result.weight_versions[0] for result in results} == {(step, 0)}
         asyncio.run(router.sleep(["kv_cache", "weights"]))
-    until(lambda: all(member.reviver is None for member in router.members))
-    assert all(member.engine.state.awake == set() for member in router.members)  # the models have all of the memory
+    alive = [member for member in router.members if member.state != "dead"]
+    assert all(member.engine.state.awake == set() for member in alive)  # the models have all of the memory
     close(router)
 
 
-def test_an_engine_that_came_back_while_others_slept_gets_saved_weights_when_all_is_awake():
+def test_an_engine_that_died_while_all_slept_is_built_when_they_wake_and_used_after_an_update():
     restarts, engines = Restarts(of=Strict), [Strict(0), Strict(1)]
     router = restarting(engines, restarts)
     update(router, 1.0, version=1)
-    asyncio.run(router.sleep(["kv_cache"]))
+    asyncio.run(router.sleep(["kv_cache", "weights"]))
     kill(router, engines[0])
-    until(lambda: router.members[0].state == "unsynced")
+    time.sleep(0.3)
+    assert not restarts.made  # the memory is the trainer's
+    asyncio.run(router.wake(["weights"]))
+    update(router, 2.0, version=2)
     asyncio.run(router.wake(["kv_cache"]))
-    assert router.members[0].state == "used"
+    until(lambda: router.members[0].state == "unsynced")
+    assert {result.response_ids[0] for result in generate(router, requests(10))} == {1}
+    asyncio.run(router.sleep(["kv_cache"]))
+    assert restarts.made[0].state.awake == {"weights"}
+    update(router, 3.0, version=3)
+    asyncio.run(router.wake(["kv_cache"]))
     assert restarts.made[0].weights == engines[1].weights
     assert {result.response_ids[0] for result in generate(router, requests(10))} == {0, 1}
+    close(router)
+
+
+def test_sleep_waits_for_an_engine_that_is_being_built():
+    restarts, engines = Restarts(of=Strict), [Strict(0), Strict(1)]
+    router = restarting(engines, restarts)
+    update(router, 1.0, version=1)
+    restarts.may_end.clear()
+    kill(router, engines[0])
+    until(lambda: restarts.tried > 0)
+    order = threading.Thread(target=lambda: asyncio.run(router.sleep(["kv_cache", "weights"])))
+    order.start()
+    order.join(0.3)
+    assert order.is_alive()
+    restarts.may_end.set()
+    order.join(10)
+    assert not order.is_alive()
+    assert restarts.made[0].state.awake == engines[1].state.awake == set()
     close(router)
 
 

@@ -72,6 +72,17 @@ def test_token_sums_of_ranks_differ_by_at_most_the_longest_row(lengths, ranks):
     assert max(sums) - min(sums) <= lengths.max()
 
 
+@given(lengths, st.integers(1, 8))
+def test_each_round_gives_its_longest_row_to_the_rank_with_the_fewest_tokens(lengths, ranks):
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for start in range(0, len(lengths), ranks):
+        lightest_first = sorted(range(ranks), key=lambda rank: sum(lengths[row] for row in shares[rank]))
+        for rank, row in zip(lightest_first, longest_first[start : start + ranks], strict=False):
+            shares[rank].append(row)
+    assert [share.tolist() for share in balanced_partition(lengths, ranks)] == [sorted(share) for share in shares]
+
+
 def test_a_large_batch_of_ragged_lengths_is_balanced_within_a_percent():
     lengths = np.random.default_rng(0).geometric(1 / 400, 1024).clip(1, 4096)
     sums = [lengths[share].sum() for share in balanced_partition(lengths, 8)]

@@ -19,17 +19,20 @@ def host_port(address: str, port: int) -> str:
     return f"[{address}]:{port}" if is_ipv6(address) else f"{address}:{port}"
 
 
-def tcp_url(address: str, port: int) -> str:
-    """What ``torch.distributed.init_process_group`` takes."""
-    return f"tcp://{host_port(address, port)}"
-
-
 def free_port(address: str) -> int:
     """A port of ``address`` that nobody listens on now. Another process may take it before its use."""
     family = socket.AF_INET6 if is_ipv6(address) else socket.AF_INET
     with socket.socket(family) as probe:
         probe.bind((address, 0))
         return probe.getsockname()[1]
+
+
+def listener(address: str) -> socket.socket:
+    """Listens on a free port of ``address`` alone."""
+    server = socket.socket(socket.AF_INET6 if is_ipv6(address) else socket.AF_INET)
+    server.bind((address, 0))
+    server.listen()
+    return server
 
 
 def interface_of(address: str) -> str:

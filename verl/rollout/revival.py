@@ -19,8 +19,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,6 +48,8 @@ class Member:
     attempts: int = 0
     reviver: threading.Thread | None = None
 
+
+LOOK_EVERY = 0.1  # seconds
 
 Engines = dict[RolloutEngine, Member]
 Answers = dict[Member, Any]
@@ -77,6 +80,8 @@ class Roster:
         self.asleep: set[MemoryTag] = set()
         self.saved: tuple[WeightStream, int] | None = None
         self.news = _promise()
+        self._gate = threading.Condition()
+        self._building = self._held = self._wanted = 0  # members being built, reasons not to, orders that wait for one
         self._stopping = threading.Event()
 
     # ---- which there are
@@ -101,7 +106,11 @@ class Roster:
             news = self.news  # before the look: it is done by whatever changes after that
             if self.find(*states):
                 return
-            news.result()
+            self._wanted += 1
+            try:
+                news.result()
+            finally:
+                self._wanted -= 1
 
     def none_left(self) -> EngineDied:
         return EngineDied("no rollout engine is left:\n" + "\n".join(f"  {_fate(member)}" for member in self.members))
@@ -152,11 +161,45 @@ class Roster:
         pause = 0.0 if self._ours else self.retry_every
         while self._goes_on(member) and not self._stopping.wait(pause):
             pause = self.retry_every
-            member.attempts += 1
-            try:
-                self._try(member, revive)
-            except Exception as error:  # the end of this thread would be the end of all attempts
-                self._failed(member, f"{type(error).__name__}: {error}")
+            with self._turn() as mine:
+                if not mine:
+                    continue
+                member.attempts += 1
+                try:
+                    self._try(member, revive)
+                except Exception as error:  # the end of this thread would be the end of all attempts
+                    self._failed(member, f"{type(error).__name__}: {error}")
+
+    @contextmanager
+    def _turn(self) -> Iterator[bool]:
+        """Ours are built while the others are awake, which is when the trainer leaves the devices to them; or whenever
+        somebody waits for one. False where nothing is to be built any more."""
+        with self._gate:
+            while self._ours and not self._wanted and (self._held or self.asleep):
+                if self._stopping.is_set():
+                    break
+                self._gate.wait(LOOK_EVERY)
+            self._building += 1
+        try:
+            yield not self._stopping.is_set()
+        finally:
+            with self._gate:
+                self._building -= 1
+                self._gate.notify_all()
+
+    @contextmanager
+    def none_built(self) -> Iterator[None]:
+        """Within this ours are not built, unless somebody waits for one: those under way are waited for."""
+        with self._gate:
+            self._held += 1
+            while self._ours and self._building and not self._stopping.is_set():
+                self._gate.wait(LOOK_EVERY)
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._held -= 1
+                self._gate.notify_all()
 
     def _goes_on(self, member: Member) -> bool:
         """Whether it is to be tried (again); if not, this is the end of its reviver."""
@@ -204,23 +247,37 @@ class Roster:
         try:
             if self.asleep and self._ours:
                 asyncio.run(fresh.sleep(sorted(self.asleep)))
-            if self.asleep or self.saved is None:
+            sleeps = self._ours and "kv_cache" in fresh.capabilities.sleep
+            if (
+                self.saved is None
+                or "weights" in self.asleep
+                or (self.asleep and not sleeps)
+                or (sleeps and self.any_used())
+            ):
                 self._note(f"rollout: {member.name} is back; it is used after the next weight update")
             else:
-                self.catch_up([member])
+                self.catch_up([member], ["kv_cache"] if sleeps and not self.asleep else [])
         except EngineDied as error:
             self.lost(member, fresh, error)
         except UserError as error:
             member.refusal = str(error)
             self._note(f"rollout: {member.name} is back, but could not be given weights: {error}")
 
-    def catch_up(self, members: Iterable[Member]) -> None:
-        """Give the saved weights, if there are any, to those that are unsynced. Raises what an engine refuses."""
+    def any_used(self) -> bool:
+        return any(member.state == "used" for member in self.members)
+
+    def catch_up(self, members: Iterable[Member], cache: Sequence[MemoryTag] = ()) -> None:
+        """Give the saved weights, if there are any, to those that are unsynced. Raises what an engine refuses. cache:
+        that is not to be there meanwhile, as the trainer's model is loaded to send them."""
         for member in members:
             if member.state == "unsynced" and self.saved:
                 stream, version = self.saved
                 try:
+                    if cache:
+                        asyncio_run(member.engine.sleep(cache))
                     asyncio_run(member.engine.update_weights(stream, version))
+                    if cache:
+                        asyncio_run(member.engine.wake(cache))
                 except EngineDied as error:
                     self.lost(member, member.engine, error)
                 else:

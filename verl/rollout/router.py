@@ -230,15 +230,16 @@ class Router:
                 self._roster.asleep |= set(tags)
             return answers
 
-        self._until_answered("sleep", order, *self._roster.obeying)
+        with self._roster.none_built():  # one that is starting is to sleep, too
+            self._until_answered("sleep", order, *self._roster.obeying)
 
     async def wake(self, tags: Sequence[MemoryTag]) -> None:
-        """Members that came back while others slept get the saved weights as soon as nothing sleeps."""
+        """One that came back while it was the only one gets the saved weights as soon as nothing sleeps."""
 
         def order(engines: Engines) -> Answers:
             if answers := self._in_threads(engines, lambda engine: engine.wake(tags)):
                 self._roster.asleep -= set(tags)
-                if not self._roster.asleep:
+                if not self._roster.asleep and not self._roster.any_used():
                     self._roster.catch_up(answers)
             return answers
 

@@ -69,11 +69,12 @@ def run_info(config: Config | SFTConfig, folder: Path, last_step: int, start: Ch
     )
 
 
-def finishes(fit: Callable[[], bool]) -> bool:
-    """Whether ``fit`` says so; a second Ctrl-C ends it without."""
+def finishes(fit: Callable[[], bool], abandon: Callable[[], None] = lambda: None) -> bool:
+    """Whether ``fit`` says so; a second Ctrl-C ends it without, and abandons what it was waiting for."""
     try:
         return fit()
     except KeyboardInterrupt:
+        abandon()
         return False
 
 

@@ -25,7 +25,7 @@ VERDICT_TIMEOUT = 10.0  # seconds in which Ray may find out that the node of a r
 SHOWN = 4  # ranks whose stacks are shown
 
 
-def lost(ranks: RayRanks, rank: int, what: str, error: RayActorError) -> str:
+def lost(ranks: RayRanks, rank: int, what: str, error: RayError) -> str:
     doing = f" while it was in {what!r}" if what else ""
     return (
         f"{who(ranks, rank)} is gone{doing}: {_reason(ranks, rank, error)}\n"
@@ -41,17 +41,31 @@ def raised(ranks: RayRanks, rank: int, what: str, answer: Answer, waiting: Seque
         if "OutOfMemoryError" in str(answer.value)
         else ""
     )
-    trace = "" if isinstance(answer.value, UserError) else f"{_indented(answer.trace)}\n"
-    return f"{who(ranks, rank)} failed in {what!r}: {answer.value}{memory}\n{trace}" + _others(ranks, waiting)
+    told = f"{who(ranks, rank)} failed in {what!r}: {answer.value}{memory}"
+    if isinstance(answer.value, UserError):  # says what to do
+        return told
+    return f"{told}\n{_indented(answer.trace)}\n" + _others(ranks, waiting)
 
 
-def hung(ranks: RayRanks, what: str, waiting: Sequence[int]) -> str:
+def hung(ranks: RayRanks, what: str, waiting: Sequence[int], timeout: float) -> str:
     names = ", ".join(who(ranks, rank) for rank in waiting[:SHOWN]) + (", ..." if len(waiting) > SHOWN else "")
+    limit, advice = f"{timeout:g} seconds", ""
+    if timeout == ranks.timeout:
+        limit = f"trainer.worker_timeout={limit}"
+        advice = " If such a call may take longer, set it higher."
     return (
-        f"{names} did not finish {what!r} within trainer.worker_timeout={ranks.timeout:g} seconds. If such a call may "
-        f"take longer, set it higher. Where they are:\n{_stacks(ranks, waiting)}"
+        f"{names} did not finish {what!r} within {limit}.{advice} Where they are:\n{_stacks(ranks, waiting)}"
         + _others(ranks, _rest(ranks, waiting))
     )
+
+
+def answers(ranks: RayRanks, rank: int) -> bool:
+    """Whether the rank's process says anything at all."""
+    try:
+        ray.get(ranks.actors[rank].doing.remote(), timeout=ANSWER_TIMEOUT)
+        return True
+    except RayError:
+        return False
 
 
 def could_not_start(ranks: RayRanks, error: RayError, timeout: float) -> str:
@@ -73,7 +87,7 @@ def who(ranks: RayRanks, rank: int) -> str:
     return f"rank {rank} (node {seat.hostname}, {seat.address}{pid})"
 
 
-def _reason(ranks: RayRanks, rank: int, error: RayActorError) -> str:
+def _reason(ranks: RayRanks, rank: int, error: RayError) -> str:
     seat = ranks.seats[rank]
     deadline = time.monotonic() + VERDICT_TIMEOUT
     while isinstance(error, ActorUnavailableError) and _is_alive(seat.node_id) and time.monotonic() < deadline:
@@ -94,10 +108,11 @@ def _cause(error: Exception) -> str:
         return "it can no longer be reached"
     if "SIGKILL" in text and "OOM" in text:
         return "its process ended, killed perhaps, by the system for want of memory or by somebody"
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):  # raised in a method of ours
+        return f"{type(cause).__name__}: {cause}"[:600]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [
-        line for line in lines if not re.match(r"(class_name|actor_id|pid|namespace|ip|name|ray_namespace):?", line)
-    ]
+    told = [line for line in lines if not re.match(r"(class_name|actor_id|pid|namespace|ip|name|ray_namespace):", line)]
     return " ".join(told)[:600] or type(error).__name__
 
 

@@ -7,6 +7,7 @@ RayRanks ──── make("worker", ...) ──> RayWorkerGroup: one object on 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.cluster.ray import failure
@@ -69,7 +70,7 @@ class RayRanks:
                 num_gpus=1 if device == "cuda" else 0,
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(seat.group, seat.bundle),
-            ).remote(seat.rank, self.world_size, str(self.log_of(seat.rank)), dict(environment or {}))
+            ).remote(seat.rank, self.world_size, str(self.log_of(seat.rank)), dict(environment or {}), os.getcwd())
             for seat in seats
         ]
         self._stays = {actor.stay.remote(): rank for rank, actor in enumerate(self.actors)}
@@ -81,19 +82,27 @@ class RayRanks:
             raise
         self._watcher.start()
 
+    @property
+    def alive(self) -> bool:
+        return self.failure is None and not self._closing.is_set()
+
     def log_of(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
     def _join(self, device: Literal["cpu", "cuda"]) -> list[int]:
-        url = self._plain([self.actors[0].rendezvous.remote()], START_TIMEOUT)[0]
-        return self._plain([actor.join.remote(url, device, self.timeout + 60) for actor in self.actors], START_TIMEOUT)
+        ((address, port),) = self._plain([self.actors[0].rendezvous.remote()])
+        return self._plain([actor.join.remote(address, port, device, self.timeout + 60) for actor in self.actors])
 
-    def _plain(self, refs: list[Any], timeout: float) -> list[Any]:
+    def seen_by(self, path: Path) -> list[bool]:
+        """Of each rank: whether its node's file system has it."""
+        return self._plain([actor.sees.remote(str(path)) for actor in self.actors])
+
+    def _plain(self, refs: list[Any]) -> list[Any]:
         """The values of calls that answer with them."""
         try:
-            return ray.get(refs, timeout=timeout)
+            return ray.get(refs, timeout=START_TIMEOUT)
         except RayError as error:
-            raise UserError(failure.could_not_start(self, error, timeout)) from error
+            raise UserError(failure.could_not_start(self, error, START_TIMEOUT)) from error
 
     def make(self, name: str, factory: str, *args: Any, shares: Shares | None = None, **kwargs: Any) -> RayWorkerGroup:
         """A group of the objects that ``factory`` ("module:function") makes of (Here, *args) on each rank."""
@@ -104,27 +113,27 @@ class RayRanks:
 
     # ---- calls
 
-    def together(self, what: str, give: Callable[[], list[Any]]) -> Future[list[Any]]:
+    def together(self, what: str, give: Callable[[], list[Any]], timeout: float | None = None) -> Future[list[Any]]:
         """Give a call to all ranks; to no rank do two calls come in another order than to the others. The future holds
-        the values of their answers, or the first error."""
+        the values of their answers, or the first error. timeout: seconds, where it is not that of all calls."""
         with self._giving:
-            if self.failure:
-                return _failed_future(self.failure)
+            if self.failure or self._closing.is_set():
+                return _failed_future(self.failure or UserError(f"{what}: the ranks have ended"))
             refs = give()
             self._under_way.append(what)
-            return self._waiters.submit(self._gathered, what, refs)
+            return self._waiters.submit(self._gathered, what, refs, timeout or self.timeout)
 
-    def _gathered(self, what: str, refs: list[Any]) -> list[Any]:
+    def _gathered(self, what: str, refs: list[Any], timeout: float) -> list[Any]:
         try:
-            return self._wait_for(what, refs)
+            return self._wait_for(what, refs, timeout)
         finally:
             self._under_way.remove(what)
 
-    def _wait_for(self, what: str, refs: list[Any]) -> list[Any]:
+    def _wait_for(self, what: str, refs: list[Any], timeout: float) -> list[Any]:
         pending = {ref: rank for rank, ref in enumerate(refs)}
         values: list[Any] = [None] * len(refs)
         failed: tuple[int, Answer] | None = None
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + timeout
         while pending:
             if self.failure:
                 raise self.failure
@@ -133,42 +142,55 @@ class RayRanks:
                 rank = pending.pop(ref)
                 try:
                     answer: Answer = ray.get(ref)
-                except RayActorError as error:
+                except RayError as error:
                     raise self.lost(rank, what, error) from None
                 values[rank] = answer.value
                 if not answer.worked and failed is None:
                     failed, deadline = (rank, answer), min(deadline, time.monotonic() + GRACE)
             if pending and time.monotonic() > deadline:
-                raise self._out_of_step(what, failed, list(pending.values()))
+                raise self._out_of_step(what, failed, list(pending.values()), timeout)
         if failed is not None:  # on all ranks, or on one that nobody had to wait for
             rank, answer = failed
             plain = isinstance(answer.value, (UserError, OSError))
             raise answer.value if plain else UserError(failure.raised(self, rank, what, answer, []))
         return values
 
-    def _out_of_step(self, what: str, failed: tuple[int, Answer] | None, waiting: list[int]) -> UserError:
+    def _out_of_step(
+        self, what: str, failed: tuple[int, Answer] | None, waiting: list[int], timeout: float
+    ) -> UserError:
         if failed is None:
-            return self._fail(lambda: failure.hung(self, what, waiting))
+            return self._fail(lambda: failure.hung(self, what, waiting, timeout))
         rank, answer = failed
         return self._fail(lambda: failure.raised(self, rank, what, answer, waiting))
 
     def ask(self, rank: int, name: str, method: str, *args: Any, timeout: float | None = None) -> Any:
-        """One rank's answer to a call that the others take no part in; it does not wait for the rank's work."""
+        """One rank's answer to a call that the others take no part in; it does not wait for the rank's work. Raises
+        TimeoutError after ``timeout`` seconds if the rank is well, or the failure of the ranks."""
+        timeout = timeout or self.timeout
+        deadline = time.monotonic() + timeout
+        ref = self.actors[rank].ask.remote(name, method, args)
+        while not ray.wait([ref], timeout=LOOK_EVERY)[0]:
+            if self.failure:
+                break
+            if self._closing.is_set():
+                raise UserError(f"the ranks end, and rank {rank} is not waited for")
+            if time.monotonic() > deadline:
+                if not failure.answers(self, rank):
+                    raise self._fail(lambda: failure.hung(self, method, [rank], timeout))
+                raise TimeoutError(f"rank {rank} did not answer {method!r} within {timeout:g} s")
         if self.failure:
             raise self.failure
         try:
-            answer: Answer = ray.get(self.actors[rank].ask.remote(name, method, args), timeout=timeout or self.timeout)
-        except RayActorError as error:
+            answer: Answer = ray.get(ref)
+        except RayError as error:
             raise self.lost(rank, method, error) from None
-        except ray.exceptions.GetTimeoutError:
-            raise self._fail(lambda: failure.hung(self, method, [rank])) from None
         if not answer.worked:
             raise answer.value
         return answer.value
 
     # ---- failure
 
-    def lost(self, rank: int, what: str, error: RayActorError) -> UserError:
+    def lost(self, rank: int, what: str, error: RayError) -> UserError:
         """The failure, once: whoever finds a rank gone tells it."""
         return self._fail(lambda: failure.lost(self, rank, what or ", ".join(self._under_way), error))
 
@@ -180,7 +202,11 @@ class RayRanks:
     def _fail(self, describe: Callable[[], str]) -> UserError:
         with self._failing:
             if self.failure is None:
-                self.failure = UserError(describe())
+                try:
+                    text = describe()
+                except Exception as error:  # the cluster's head is gone, too, perhaps
+                    text = f"the ranks have failed, and Ray does not tell how ({type(error).__name__}: {error})"
+                self.failure = UserError(text)
                 self._on_failure(self.failure)
             return self.failure
 
@@ -193,11 +219,14 @@ class RayRanks:
                     return
                 try:
                     ray.get(ref)
-                except RayActorError as error:
+                except RayError as error:
                     self.lost(self._stays[ref], "", error)
-                except RayError:
-                    return
                 return
+
+    def end(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """As an exit of a context: after an error, or a second Ctrl-C, nobody waits for what the ranks are doing."""
+        if kind is not None:
+            self.close()
 
     def close(self) -> None:
         """End the processes, whatever they are doing."""
@@ -224,6 +253,13 @@ class RayWorkerGroup:
     def call(self, method: str, *args: Any, **kwargs: Any) -> Future[list[Any]]:
         actors, name = self._ranks.actors, self._name
         return self._ranks.together(method, lambda: [actor.run.remote(name, method, args, kwargs) for actor in actors])
+
+    def call_within(self, timeout: float, method: str, *args: Any) -> Future[list[Any]]:
+        """``call``, for what may take longer than others, in seconds."""
+        actors, name = self._ranks.actors, self._name
+        return self._ranks.together(
+            method, lambda: [actor.run.remote(name, method, args, {}) for actor in actors], timeout
+        )
 
     def map(self, method: str, table: pa.Table, **kwargs: Any) -> Future[pa.Table]:
         shares = self.shares(table)
@@ -253,7 +289,7 @@ class RayWorkerGroup:
         return self._shares(table, self.world_size)
 
     def close(self) -> None:
-        if self._ranks.failure is None:
+        if self._ranks.alive:
             self.call("close").result()
 
 

@@ -9,9 +9,12 @@ Imports no torch: the environment that torch reads is set first.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import faulthandler
 import importlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -25,11 +28,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import ray
 
-from verl.cluster.network import free_port, interface_of, tcp_url
+from verl.cluster.network import interface_of, listener
 from verl.cluster.ray.tables import Rows, packed, unpacked
 from verl.errors import portable
 
 LANES = {"aside": 16, "watch": 2}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: of safetensors
 FRAMES = 14  # of a stack, the innermost
 
 
@@ -58,35 +62,46 @@ class Answer:
 
 
 class Rank:
-    """log: file that takes all that the process and its libraries print. environment: for them."""
+    """log: file that takes all that the process and its libraries print. environment: for them. folder: the driver's,
+    which relative paths start from."""
 
-    def __init__(self, rank: int, world_size: int, log: str, environment: Mapping[str, str]):
+    def __init__(self, rank: int, world_size: int, log: str, environment: Mapping[str, str], folder: str):
         os.environ.update(environment)
+        with contextlib.suppress(OSError):  # another node may not have it
+            os.chdir(folder)
         _print_to(Path(log))
         faulthandler.enable()
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         self._here = Here(rank, world_size, ray.util.get_node_ip_address(), gpus[0] if gpus else None)
+        if gpus:  # Ray has set it, unless it was told not to
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]
+        self._listener: socket.socket | None = None
         self._work: tuple[str, float, int] | None = None  # the call under way, since when, in which thread
-        self._leaving = threading.Event()
 
     # ---- work
 
-    def rendezvous(self) -> str:
-        """Where the ranks may meet, if this is the first of them."""
-        return tcp_url(self._here.address, free_port(self._here.address))
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and port where the ranks may meet, if this is the first of them. Nobody else's address listens."""
+        self._listener = listener(self._here.address)
+        return self._here.address, self._listener.getsockname()[1]
 
-    def join(self, url: str, device: Literal["cpu", "cuda"], timeout: float) -> int:
-        """Be one of the ranks that meet at ``url``; timeout: seconds, of any collective. Gives the process id."""
+    def join(self, address: str, port: int, device: Literal["cpu", "cuda"], timeout: float) -> int:
+        """Be one of the ranks that meet there; timeout: seconds, of any collective. Gives the process id."""
         interface = interface_of(self._here.address)
-        os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, interface)
         import torch.distributed as dist
 
+        here, patience = self._here, timedelta(seconds=timeout)
+        fd = self._listener.detach() if self._listener else None
+        store = dist.TCPStore(address, port, here.world_size, here.rank == 0, patience, master_listen_fd=fd)
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        here = self._here
-        dist.init_process_group(
-            backend, init_method=url, rank=here.rank, world_size=here.world_size, timeout=timedelta(seconds=timeout)
-        )
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=patience)
         return os.getpid()
+
+    def sees(self, path: str) -> bool:
+        """Whether this node's file system has it."""
+        return os.path.exists(path)
 
     def make(self, name: str, factory: str, args: tuple, kwargs: dict[str, Any]) -> Answer:
         """factory: "module:function", called with (here, *args)."""
@@ -119,7 +134,7 @@ class Rank:
             return Answer(True, work())
         except Exception as error:
             traceback.print_exc()
-            full_disk = isinstance(error, OSError)  # which a run survives
+            full_disk = isinstance(error, OSError) and error.errno in FULL_DISK  # which a run survives
             return Answer(False, error if full_disk else portable(error), traceback.format_exc())
         finally:
             self._work = None
@@ -140,8 +155,8 @@ class Rank:
 
     @ray.method(concurrency_group="watch")
     def stay(self) -> None:
-        """Returns when the rank leaves: an error instead says that it is gone."""
-        self._leaving.wait()
+        """Never returns: its error says that the rank is gone."""
+        threading.Event().wait()
 
     @ray.method(concurrency_group="watch")
     def doing(self) -> str:
@@ -153,10 +168,6 @@ class Rank:
         frame = sys._current_frames().get(thread)
         stack = traceback.format_list(traceback.extract_stack(frame)[-FRAMES:]) if frame else []
         return f"is in {what!r}, for {time.monotonic() - since:.0f} s:\n" + "".join(stack).rstrip()
-
-    @ray.method(concurrency_group="watch")
-    def leave(self) -> None:
-        self._leaving.set()
 
 
 def _print_to(log: Path) -> None:

@@ -112,7 +112,6 @@ class EmbeddedBackend:
 
         async def end() -> None:
             await self._engine.close()
-            await asyncio.gather(*self._tasks)  # they report what they have
             self._whole.close()
 
         self._run(end())

@@ -15,7 +15,7 @@ from verl.rollout.replicas.layout import Replica
 from verl.rollout.replicas.weights import RankReader, WeightsOnRanks
 
 REPORT_WAIT = 10.0  # seconds after which a question for reports comes back empty
-ORDER_TIMEOUT = 300.0
+ORDER_TIMEOUT = 660.0  # seconds; the rank itself gives its engine 300 for each of at most two answers
 CLOSE_TIMEOUT = 10.0  # seconds that a rank has to answer what it was asked before the engine was closed
 
 Ask = Callable[..., Any]
@@ -77,7 +77,7 @@ class RemoteBackend:
         assert self._listener is not None
         while not self._over.is_set():
             try:
-                heard = self._ask("reports", self._number, REPORT_WAIT, timeout=ORDER_TIMEOUT)
+                heard = self._ask("reports", self._number, REPORT_WAIT, timeout=REPORT_WAIT + 30)
             except Exception as error:
                 return self.fail(error)
             for kind, *report in heard:
@@ -123,14 +123,19 @@ class RemoteBackend:
         self._order("health")
 
     def _order(self, name: str, *args: Any) -> None:
-        self._ask("order", self._number, name, *args, timeout=ORDER_TIMEOUT)
+        try:
+            self._ask("order", self._number, name, *args, timeout=ORDER_TIMEOUT)
+        except TimeoutError:
+            raise EngineDied(f"{self.replica.name} did not answer {name!r} within {ORDER_TIMEOUT:.0f} s") from None
 
     def close(self) -> None:
         """When it returns, no question is under way: a rank that ends with one would count as lost."""
         self._over.set()
         self._orders.put([])  # nothing, for who waits for orders
-        with contextlib.suppress(UserError):  # the rank is gone, and its engine with it
+        try:
             self._stop()
+        except (UserError, TimeoutError):  # the rank is gone, and its engine with it; or nothing moves there
+            return
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(CLOSE_TIMEOUT)

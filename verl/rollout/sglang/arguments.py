@@ -28,6 +28,8 @@ OWN_KEYS = {
     "random_seed": "trainer.seed",
     "device": "trainer.device",
     "nnodes": "trainer.nnodes",
+    "node_rank": "trainer.nnodes",
+    "dist_init_addr": "nothing (the ranks agree where they meet)",
     "json_model_override_args": "actor_rollout_ref.model.override_config",
     "base_gpu_id": "the environment variable CUDA_VISIBLE_DEVICES (the weight updates go to its first GPUs)",
     "dp_size": "nothing (one replica is one tensor-parallel group)",
@@ -143,11 +145,9 @@ def environment_of(settings: SGLangSettings, inherited: Mapping[str, str], part:
         "SGLANG_BLOCK_NONZERO_RANK_CHILDREN": "0",
     }
     if part.address and part.interface:
-        environment |= {
-            "SGLANG_HOST_IP": part.address,
-            "GLOO_SOCKET_IFNAME": part.interface,
-            "NCCL_SOCKET_IFNAME": part.interface,
-        }
+        environment["SGLANG_HOST_IP"] = part.address
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            environment.setdefault(name, part.interface)
     if part.gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(part.gpus)
     if settings.device == "cpu":

@@ -49,6 +49,7 @@ def embedded_engine(config: Config, plan: RunPlan, worker: PPOWorker, tokenizer:
         actor.module,
         tokenizer,
         root=actor.root,
+        reshard_after_forward=config.actor_rollout_ref.actor.fsdp_config.reshard_after_forward,
         eos_token_ids=end_token_ids(tokenizer, config.actor_rollout_ref.model.path),
         max_model_len=plan.context_length,
         max_num_seqs=rollout.max_num_seqs,

@@ -26,6 +26,7 @@ from verl.trainer.ppo.trainer import Trained
 PLACE_TIMEOUT = 60.0  # seconds
 # What the ranks' libraries read, and a driver's user sets; the ranks' own environment is that of their node's Ray.
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "SGL", "VERL_", "HF_", "TOKENIZERS_", "OMP_", "CUDA_LAUNCH_")
+SECRET = ("_TOKEN", "_KEY")  # stays: what Ray sends is not encrypted
 
 
 def seats_of_ranks(stack: ExitStack, config: Config, plan: RunPlan) -> list[Seat]:
@@ -58,7 +59,9 @@ def build_on_ray(
 
     hosts = sorted({seat.hostname for seat in seats})
     progress.note(f"starting {len(seats)} ranks on {', '.join(hosts)} (their output: {logs})")
-    environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    environment = {
+        name: value for name, value in os.environ.items() if name.startswith(PASSED_ON) and not name.endswith(SECRET)
+    }
     ranks = RayRanks(
         seats,
         plan.device,
@@ -69,10 +72,12 @@ def build_on_ray(
     )
     stack.push(ranks.explain)
     stack.callback(ranks.close)
+    if plan.nnodes > 1 and (plan.save_freq > 0 or list(folder.glob("global_step_*"))):
+        check_shared(ranks, folder)
     replicas = Replicas(ranks, config, plan, tokenizer, folder / "rollout", progress.note)
     stack.callback(replicas.close)
     if plan.engine == "hf":  # it borrows the actor's module
-        workers = _make_workers(ranks, config, plan, folder)
+        workers = _make_workers(ranks, config, plan)
         rollout = replicas.start()
         stack.callback(lambda: asyncio.run(rollout.close()))
         put_to_sleep(rollout)
@@ -80,25 +85,23 @@ def build_on_ray(
         rollout = replicas.start()
         stack.callback(lambda: asyncio.run(rollout.close()))
         put_to_sleep(rollout)
-        workers = _make_workers(ranks, config, plan, folder)
-    return Trained(workers, lambda: replicas.weights, rollout)
+        workers = _make_workers(ranks, config, plan)
+    stack.push(ranks.end)
+    return Trained(workers, lambda: replicas.weights, rollout, abandon=ranks.close)
 
 
-def _make_workers(ranks: RayRanks, config: Config, plan: RunPlan, folder: Path) -> RayWorkerGroup:
+def _make_workers(ranks: RayRanks, config: Config, plan: RunPlan) -> RayWorkerGroup:
     shares = token_shares(config.trainer.balance_batch)
-    workers = ranks.make(WORKER, "verl.trainer.ppo.ranks:make_worker", config, plan, shares=shares)
-    if plan.save_freq > 0:
-        _check_shared(workers, ranks, folder)
-    return workers
+    return ranks.make(WORKER, "verl.trainer.ppo.ranks:make_worker", config, plan, shares=shares)
 
 
-def _check_shared(workers: RayWorkerGroup, ranks: RayRanks, folder: Path) -> None:
-    """Each rank writes its part of a checkpoint."""
+def check_shared(ranks: RayRanks, folder: Path) -> None:
+    """Each rank writes its part of a checkpoint, and reads any part."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / f".seen-by-all-nodes-{secrets.token_hex(8)}"
     mark.touch()
     try:
-        seen = workers.call("sees", mark).result()
+        seen = ranks.seen_by(mark.absolute())
     finally:
         mark.unlink()
     if blind := [ranks.seats[rank] for rank, sees in enumerate(seen) if not sees]:

@@ -14,11 +14,13 @@ from verl.cluster.ray.group import RayRanks
 from verl.config.models import Config
 from verl.data.tokenizer import end_token_ids
 from verl.errors import UserError
+from verl.rollout.backend import EngineDied
 from verl.rollout.client import ClientEngine
 from verl.rollout.replicas.layout import Replica, replicas_of
 from verl.rollout.replicas.remote import RemoteBackend
 from verl.rollout.replicas.weights import WeightsOnRanks
 from verl.rollout.router import Member, Router
+from verl.rollout.sglang.process import START_TIMEOUT
 from verl.trainer.ppo.engines import vocab_size_of
 from verl.trainer.ppo.ranks import HOST
 
@@ -31,15 +33,21 @@ class Replicas:
     def __init__(
         self, ranks: RayRanks, config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, logs: Path, note: Say
     ):
-        self._ranks, self._config, self._plan, self._tokenizer, self._note = ranks, config, plan, tokenizer, note
+        self._ranks, self._config, self._plan, self._tokenizer = ranks, config, plan, tokenizer
+        self._say = note
         self._replicas = replicas_of(plan.world_size, plan.devices_per_node, plan.tensor_parallel)
         self._hosts = ranks.make(HOST, "verl.trainer.ppo.ranks:make_host", config, plan, logs)
         self.weights = WeightsOnRanks(self._hosts, self._replicas)
         self._current: dict[str, RemoteBackend] = {}  # by the replica's name
 
+    def _note(self, text: str) -> None:
+        """Once the ranks have failed, what follows from that is no news."""
+        if self._ranks.failure is None:
+            self._say(text)
+
     def start(self) -> Router:
         places = self._hosts.call("place").result()
-        facts = self._hosts.call("start", places).result()
+        facts = self._hosts.call_within(START_TIMEOUT + 60, "start", places).result()
         if told := facts[0]["describe"]:
             copies = f", {len(self._replicas)} replicas of it" if len(self._replicas) > 1 else ""
             self._note(f"{told}{copies}")
@@ -49,7 +57,7 @@ class Replicas:
         ]
         return Router(
             members,
-            revive=self._again,
+            revive=None if self._plan.engine == "hf" else self._again,  # which is gone only with its rank
             save=lambda stream, version: stream,  # the ranks can send it any number of times
             revivals=self._config.trainer.rollout_restarts,
             note=self._note,
@@ -64,8 +72,12 @@ class Replicas:
         places: list[Any] = [None] * self._plan.world_size
         for rank in replica.ranks:
             places[rank] = self._ask(rank, "place")
+
+        def start(rank: int) -> dict[str, Any]:
+            return self._ask(rank, "start", places, timeout=START_TIMEOUT + 60)
+
         with ThreadPoolExecutor(len(replica.hosts)) as pool:
-            starts = {rank: pool.submit(self._ask, rank, "start", places) for rank in replica.hosts}
+            starts = {rank: pool.submit(start, rank) for rank in replica.hosts}
         return self._client(replica, {rank: start.result() for rank, start in starts.items()})
 
     def _client(self, replica: Replica, facts: dict[int, dict[str, Any]]) -> ClientEngine:
@@ -96,9 +108,9 @@ class Replicas:
     def fail(self, error: UserError) -> None:
         """The ranks are of no use any more: nobody waits for their engines."""
         for backend in self._current.values():
-            backend.fail(error)
+            backend.fail(EngineDied("a rank of the run has failed"))
 
     def close(self) -> None:
         """End what runs on the ranks."""
-        if self._ranks.failure is None:
+        if self._ranks.alive:
             self._hosts.close()

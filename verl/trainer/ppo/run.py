@@ -71,7 +71,7 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
         if start:
             trainer.restore(start)
             trackers.progress.note(f"going on from {start.folder}")
-        finished = finishes(trainer.fit)
+        finished = finishes(trainer.fit, trained.abandon)
     return close_run(config.trainer, checkpoints, trainer.step, finished, validation=trainer.validation_folder)
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,20 +46,23 @@ LOG_PROB_CHECK = -2  # and of the responses on which engine and trainer are comp
 
 
 class Trained(NamedTuple):
-    """The models in training and the engine that generates. weights: the actor's, for the engine."""
+    """The models in training and the engine that generates. weights: the actor's, for the engine. abandon: ends what
+    is elsewhere without waiting for it."""
 
     workers: WorkerGroup
     weights: Callable[[], WeightStream]
     rollout: RolloutEngine
+    abandon: Callable[[], None] = lambda: None
 
 
 @dataclass
 class Parts:
-    """What a run is put together from; ``verl.trainer.ppo.run`` does it. The first three: as in ``Trained``."""
+    """What a run is put together from; ``verl.trainer.ppo.run`` does it. The first four: as in ``Trained``."""
 
     workers: WorkerGroup
     weights: Callable[[], WeightStream]
     rollout: RolloutEngine
+    abandon: Callable[[], None]
     rewards: RewardManager
     tokenizer: PreTrainedTokenizerBase
     train_prompts: pa.Table
@@ -362,14 +365,14 @@ class PPOTrainer:
     @contextmanager
     def generating(self) -> Iterator[None]:
         """The engine can draw: its memory is its own again, or the model that it borrows is loaded (and whole)."""
-        with ExitStack() as stack:
-            if not self.parts.rollout.capabilities.holds_weights:
-                stack.enter_context(self.loaded("actor"))
-                stack.callback(self.phases.train)
+        borrows = not self.parts.rollout.capabilities.holds_weights
+        with self.loaded("actor") if borrows else nullcontext():
             if self.parts.rollout.capabilities.sleep:
                 with self.stage("wake"):
                     self.phases.generate()
             yield
+            if borrows:
+                self.phases.train()
 
     def make_room_for_training(self) -> None:
         if self.parts.rollout.capabilities.sleep:
@@ -380,10 +383,8 @@ class PPOTrainer:
     def loaded(self, role: str, optimizer: bool = False) -> Iterator[None]:
         """The role's model on the device, for a stage."""
         self.parts.workers.call("load", role, optimizer).result()
-        try:
-            yield
-        finally:
-            self.parts.workers.call("unload", role).result()
+        yield
+        self.parts.workers.call("unload", role).result()  # not after an error, which is the end of the run
 
     def _dump(self, folder: Path, table: pa.Table) -> list[dict]:
         def decode(rows: list[list[int]]) -> list[str]:

@@ -163,10 +163,6 @@ class PPOWorker:
                 engine.load(folder / role)
                 self.unload(role)
 
-    def sees(self, path: Path) -> bool:
-        """Whether this rank's file system has it."""
-        return path.exists()
-
     def _tokenizer(self):
         model = self.config.actor_rollout_ref.model
         return load_tokenizer(model.tokenizer_path, model.trust_remote_code)
