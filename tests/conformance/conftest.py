@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +20,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from verl.rollout.base import RolloutEngine
 from verl.rollout.client import ClientEngine
 from verl.rollout.hf import HFEngine
+from verl.rollout.replicas.embedded import EmbeddedBackend
+from verl.rollout.replicas.host import EngineHost, Place
+from verl.rollout.replicas.layout import Replica
+from verl.rollout.replicas.remote import RemoteBackend
 from verl.rollout.sglang.arguments import SGLangSettings, installed
 from verl.rollout.sglang.process import SGLangProcess
 
@@ -91,6 +95,50 @@ class HFKit:
 
     def done(self) -> None:
         """A test has ended."""
+
+
+class HFOnARankKit(HFKit):
+    """The embedded engine of a rank, as its driver uses it; the two are one process here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.built: list[tuple[ClientEngine, EngineHost]] = []
+        self.drawn = 0  # forwards of the engine that draw a token each, since the last ``draw_some``
+
+        def count(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.drawn += "past_key_values" in kwargs
+
+        self.trainer.register_forward_pre_hook(count, with_kwargs=True)
+
+    def build(self, max_num_seqs: int = 8, tokenizer: bool = True) -> ClientEngine:
+        place = Place(None, None, "127.0.0.1", "lo", "127.0.0.1:1")
+        engine = super().build(max_num_seqs, tokenizer)
+        host = EngineHost(0, Replica(0, 0, 1, 1), lambda: place, lambda places: EmbeddedBackend(engine))
+        facts = host.start([place])
+
+        def ask(method: str, *args: Any, timeout: float | None = None) -> Any:
+            return getattr(host, method)(*args)
+
+        client = ClientEngine(
+            RemoteBackend(host.replica, ask, facts, {0: facts["pid"]}, lambda: host.stop(facts["number"])),
+            self.tokenizer if tokenizer else None,
+            eos_token_ids=[EOS],
+            max_model_len=CONTEXT,
+            vocab_size=VOCABULARY,
+        )
+        self.built.append((client, host))
+        return client
+
+    async def draw_some(self) -> None:
+        """Until the engine, in its own thread, has drawn a few tokens of what is running."""
+        self.drawn, deadline = 0, time.monotonic() + 30
+        while self.drawn < 5 and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)
+
+    def done(self) -> None:
+        for client, host in self.built:
+            asyncio.run(client.close())
+            host.close()
 
 
 class Shared(SGLangProcess):
@@ -174,7 +222,7 @@ class SGLangTP2Kit(SGLangKit):
     tensor_parallel = 2
 
 
-KITS: dict[str, type[HFKit]] = {"hf": HFKit}
+KITS: dict[str, type[HFKit]] = {"hf": HFKit, "hf on a rank": HFOnARankKit}
 if installed("sglang"):
     KITS["sglang"] = SGLangKit
     if SGLangKit.device == "cpu" or torch.cuda.device_count() >= 2:

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from verl.engine.distributed import rank, world_size
+from verl.engine.distributed import on_first_rank, world_size
 from verl.errors import UserError
 
 STATE = "engine.json"
@@ -29,18 +29,21 @@ class CheckpointError(UserError):
 def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     """Into ``folder``, which is made if need be and holds no earlier checkpoint. Collective. An OSError of one rank
     (its disk is full) is raised on every rank."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank() == 0:
-        with (folder / STATE).open("w") as file:
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+    on_first_rank(lambda: _write_state(folder, state))
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         with _quiet():
             dcp.save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
     except CheckpointException as error:
         raise _cause(error) from error
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / STATE).open("w") as file:
+        json.dump(state, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -34,13 +34,13 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def on_first_rank(read: Callable[[], T]) -> T | None:
-    """What ``read`` gives, on rank 0; None on the others. Its UserError is raised on every rank."""
+    """What ``read`` gives, on rank 0; None on the others. Its UserError or OSError is raised on every rank."""
     found: T | None = None
-    problem: list[UserError | None] = [None]
+    problem: list[Exception | None] = [None]
     if rank() == 0:
         try:
             found = read()
-        except UserError as error:
+        except (UserError, OSError) as error:
             problem = [error]
     if world_size() > 1:
         dist.broadcast_object_list(problem)

@@ -235,12 +235,15 @@ class TrainEngine:
         for name, tensor in self._module_weights() if world_size() > 1 else ():
             if rank() == 0:
                 state[name] = tensor.cpu()
-        if rank() == 0:
+
+        def write() -> None:
             write_model(self.module, path, state or None)
             self.module.config.dtype = self.compute_dtype  # transformers wrote that of the shards
             self.module.config.save_pretrained(path)
-        if tokenizer is not None and rank() == 0:
-            tokenizer.save_pretrained(path)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(path)
+
+        on_first_rank(write)
 
     # ---- memory
 

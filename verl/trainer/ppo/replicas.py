@@ -107,7 +107,7 @@ class Replicas:
 
     def fail(self, error: UserError) -> None:
         """The ranks are of no use any more: nobody waits for their engines."""
-        for backend in self._current.values():
+        for backend in list(self._current.values()):  # another thread may be adding one
             backend.fail(EngineDied("a rank of the run has failed"))
 
     def close(self) -> None:
