@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.cluster.ray.tables import packed, taken, unpacked
-from verl.data.schema import COLUMNS
+from verl.cluster.ray.tables import packed, unpacked
+from verl.data.schema import COLUMNS, taken
 
 ROWS = 7
 

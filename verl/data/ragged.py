@@ -24,9 +24,10 @@ class Ragged:
     @classmethod
     def from_column(cls, column: pa.ChunkedArray | pa.Array) -> Ragged:
         """A view of a list column (no copy when it is one chunk without nulls)."""
-        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        if isinstance(array, pa.ChunkedArray):  # combine_chunks of an empty column keeps the wrapper
-            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+        array = column
+        if isinstance(column, pa.ChunkedArray):
+            chunks = column.chunks or [pa.array([], column.type)]
+            array = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)  # which copies even a single one
         if array.null_count:
             raise ValueError("a token column holds nulls")
         offsets = array.offsets.to_numpy().astype(np.int64)
@@ -36,7 +37,7 @@ class Ragged:
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence | np.ndarray], dtype: DTypeLike) -> Ragged:
         lengths = np.array([len(row) for row in rows], np.int64)
-        values = np.concatenate(rows).astype(dtype) if len(rows) else np.empty(0, dtype)
+        values = np.concatenate([np.asarray(row, dtype) for row in rows]) if len(rows) else np.empty(0, dtype)
         return cls(values, offsets_of(lengths))
 
     def to_column(self) -> pa.ListArray:
@@ -67,7 +68,11 @@ class Ragged:
     def row_sums(self, values: np.ndarray | None = None) -> np.ndarray:
         """float64, shape (B,): each row's sum of ``values`` (this column's own by default); 0 for an empty row."""
         values = self.values if values is None else values
-        return np.bincount(self.row_of_token, weights=values, minlength=len(self))
+        sums = np.zeros(len(self))
+        filled = np.flatnonzero(self.lengths)
+        if len(filled):
+            sums[filled] = np.add.reduceat(values, self.offsets[filled], dtype=np.float64)
+        return sums
 
     def spread(self, per_row: np.ndarray) -> np.ndarray:
         """Shape (N,): each row's value repeated for each of its tokens."""

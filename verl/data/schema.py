@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from verl.data.ragged import Ragged
+from verl.data.ragged import Ragged, offsets_of
 
 FLOATS = pa.list_(pa.float32())
 IDS = pa.list_(pa.int32())
@@ -74,3 +74,36 @@ def with_columns(table: pa.Table, **columns: pa.Array | Ragged | np.ndarray | li
 
 def ragged(table: pa.Table, name: str) -> Ragged:
     return Ragged.from_column(table[name])
+
+
+def rows_of(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """``table.take(rows)``; a slice of the table where they follow each other."""
+    if len(rows) and (np.diff(rows) == 1).all():
+        return table.slice(rows[0], len(rows))
+    return taken(table, rows)
+
+
+def taken(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """``table.take(rows)``, its columns in one chunk each. Faster on token columns: a row's tokens are copied together,
+    where Arrow looks each of them up."""
+    if not len(rows):
+        return table.slice(0, 0)
+    lists = [field.name for field in table.schema if _holds_numbers(field.type) and not table[field.name].null_count]
+    found = {name: _taken_lists(table[name], rows) for name in lists}
+    others = table.drop_columns(lists).take(pa.array(rows))
+    columns = [found[name] if name in found else others[name] for name in table.column_names]
+    return pa.table(columns, schema=table.schema)
+
+
+def _holds_numbers(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type))
+
+
+def _taken_lists(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ListArray:
+    offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]  # of chunks that may be slices
+    values = [chunk.values.to_numpy() for chunk in column.chunks]
+    starts, ends = (np.concatenate([of_chunk[cut] for of_chunk in offsets])[rows] for cut in (np.s_[:-1], np.s_[1:]))
+    chunk_of_row = np.repeat(np.arange(column.num_chunks), [len(chunk) for chunk in column.chunks])[rows]
+    places = zip(chunk_of_row.tolist(), starts.tolist(), ends.tolist(), strict=True)
+    tokens = np.concatenate([values[chunk][start:end] for chunk, start, end in places])
+    return pa.ListArray.from_arrays(pa.array(offsets_of(ends - starts), pa.int32()), pa.array(tokens), column.type)

@@ -25,7 +25,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from verl.cluster.ray import failure
 from verl.cluster.ray.placement import Seat
 from verl.cluster.ray.rank import LANES, Answer, Rank
-from verl.cluster.ray.tables import packed, taken, unpacked
+from verl.cluster.ray.tables import packed, unpacked
+from verl.data.schema import taken
 from verl.errors import UserError
 
 START_TIMEOUT = 300.0  # seconds from asking for a process to its first answer
@@ -261,12 +262,18 @@ class RayWorkerGroup:
             method, lambda: [actor.run.remote(name, method, args, {}) for actor in actors], timeout
         )
 
-    def map(self, method: str, table: pa.Table, **kwargs: Any) -> Future[pa.Table]:
+    def map(
+        self, method: str, table: pa.Table, *, columns: Sequence[str] | None = None, **kwargs: Any
+    ) -> Future[pa.Table]:
         shares = self.shares(table)
-        return _then(self._rows(method, table, shares, kwargs), lambda found: _joined(table, shares, found))
+        sent = self._rows(method, _picked(table, columns), shares, kwargs)
+        return _then(sent, lambda found: _joined(table, shares, found))
 
-    def reduce(self, method: str, table: pa.Table, **kwargs: Any) -> Future[dict[str, float]]:
-        return _then(self._rows(method, table, self.shares(table), kwargs), lambda found: found[0])
+    def reduce(
+        self, method: str, table: pa.Table, *, columns: Sequence[str] | None = None, **kwargs: Any
+    ) -> Future[dict[str, float]]:
+        sent = self._rows(method, _picked(table, columns), self.shares(table), kwargs)
+        return _then(sent, lambda found: found[0])
 
     def _rows(
         self, method: str, table: pa.Table, shares: list[np.ndarray], kwargs: dict[str, Any]
@@ -296,6 +303,10 @@ class RayWorkerGroup:
 def even_shares(table: pa.Table, ranks: int) -> list[np.ndarray]:
     """Rows in their order, in parts of equal size."""
     return np.array_split(np.arange(table.num_rows), ranks)
+
+
+def _picked(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+    return table if columns is None else table.select([name for name in table.column_names if name in columns])
 
 
 def _joined(table: pa.Table, shares: list[np.ndarray], found: list[Any]) -> pa.Table:

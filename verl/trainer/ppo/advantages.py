@@ -119,11 +119,14 @@ def gae(inputs: AdvantageInputs) -> tuple[Ragged, Ragged]:
     rewards = _steps(inputs.token_rewards, kept)
     values = _steps(inputs.values, kept)
 
-    next_values = np.append(values.values[1:], 0.0)
-    next_values[values.offsets[1:][values.lengths > 0] - 1] = 0.0
-    deltas = rewards.values + inputs.settings.gamma * next_values - values.values
+    deltas = np.zeros(len(values.values))  # first the next values; in place, for these are the largest arrays of a step
+    deltas[:-1] = values.values[1:]
+    deltas[values.offsets[1:][values.lengths > 0] - 1] = 0.0
+    deltas *= inputs.settings.gamma
+    deltas += rewards.values
+    deltas -= values.values
     advantages = discounted_suffix_sums(values.like(deltas), inputs.settings.gamma * inputs.settings.lam)
-    returns = advantages.values + values.values
+    returns = np.add(advantages.values, values.values, out=deltas)
     return _scatter(whiten(advantages.values), mask, kept), _scatter(returns, mask, kept)
 
 
@@ -168,17 +171,23 @@ def discounted_suffix_sums(rows: Ragged, discount: float) -> Ragged:
 def whiten(values: np.ndarray) -> np.ndarray:
     """(x - mean) / sqrt(var + 1e-8), unbiased variance; a single value becomes 0."""
     variance = values.var(ddof=1) if len(values) > 1 else 0.0
-    return (values - (values.mean() if len(values) else 0.0)) / np.sqrt(variance + WHITEN_EPS)
+    whitened = values - (values.mean() if len(values) else 0.0)
+    whitened /= np.sqrt(variance + WHITEN_EPS)
+    return whitened
 
 
 def _steps(column: Ragged, kept: np.ndarray) -> Ragged:
-    """float64: the column's tokens that the policy wrote."""
+    """The column's tokens that the policy wrote."""
+    if kept.all():
+        return column
     lengths = column.row_sums(kept).astype(np.int64)
-    return Ragged(column.values[kept].astype(np.float64), offsets_of(lengths))
+    return Ragged(column.values[kept], offsets_of(lengths))
 
 
 def _scatter(values: np.ndarray, mask: Ragged, kept: np.ndarray) -> Ragged:
     """float32: values on the kept tokens, zero elsewhere."""
+    if len(values) == len(mask.values):
+        return mask.like(values.astype(np.float32))
     full = np.zeros(len(mask.values), np.float32)
     full[kept] = values
     return mask.like(full)

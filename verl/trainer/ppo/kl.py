@@ -46,9 +46,9 @@ def place_scores(scores: np.ndarray, response_mask: Ragged) -> Ragged:
     """
     rewards = np.zeros(len(response_mask.values), np.float32)
     written = np.flatnonzero(response_mask.values > 0)
-    rows = response_mask.row_of_token[written]
-    is_last = np.append(rows[1:] != rows[:-1], True)[: len(rows)]
-    rewards[written[is_last]] = scores[rows[is_last]]
+    ends = np.searchsorted(written, response_mask.offsets[1:])  # of each row's among the written tokens
+    rows = np.flatnonzero(np.diff(ends, prepend=0))
+    rewards[written[ends[rows] - 1]] = scores[rows]
     return response_mask.like(rewards)
 
 
@@ -61,10 +61,9 @@ def apply_kl_penalty(
     """
     written = response_mask.values > 0
     policy, reference = (
-        torch.from_numpy(np.where(written, column.values, 0.0).astype(np.float64))
-        for column in (old_log_probs, ref_log_probs)
+        torch.from_numpy(column.values.astype(np.float64)) for column in (old_log_probs, ref_log_probs)
     )
-    kl = kl_estimate(policy, reference, kind).numpy()
+    kl = np.where(written, kl_estimate(policy, reference, kind).numpy(), 0.0)
     rewards = place_scores(scores, response_mask).values - coef * kl
 
     counts = response_mask.row_sums(written)

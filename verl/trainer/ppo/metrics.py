@@ -19,6 +19,7 @@ from verl.trainer.ppo.kl import LOG_RATIO_LIMIT
 Metrics = dict[str, float]
 
 GIB = 1024**3
+BLOCK = 1 << 17  # tokens
 # What each timed stage works on: the response's tokens, or prompt and response.
 STAGES_PER_RESPONSE_TOKEN = ("gen",)
 STAGES_PER_TOKEN = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
@@ -26,7 +27,7 @@ STAGES_PER_TOKEN = ("old_log_prob", "ref", "values", "adv", "update_critic", "up
 
 def data_metrics(table: pa.Table, *, max_prompt_length: int) -> Metrics:
     """critic/{score,rewards,advantages,returns,values}/*, critic/vf_explained_var, actor/entropy, *_length/*."""
-    written = ragged(table, "response_mask").values > 0
+    written = _written(table)
     metrics: Metrics = {}
     if "score" in table.column_names:
         metrics |= _spread("critic/score", table["score"].to_numpy())
@@ -36,11 +37,11 @@ def data_metrics(table: pa.Table, *, max_prompt_length: int) -> Metrics:
         if name in table.column_names:
             metrics |= _spread(f"critic/{name}", ragged(table, name).values[written])
     if {"values", "returns"} <= set(table.column_names):
-        values, returns = (ragged(table, name).values[written].astype(np.float64) for name in ("values", "returns"))
+        values, returns = (ragged(table, name).values[written] for name in ("values", "returns"))
         if np.isfinite(explained := explained_variance(values, returns)):
             metrics["critic/vf_explained_var"] = explained
-    if "entropy" in table.column_names and written.any():
-        metrics["actor/entropy"] = float(ragged(table, "entropy").values[written].mean(dtype=np.float64))
+    if "entropy" in table.column_names and len(entropy := ragged(table, "entropy").values[written]):
+        metrics["actor/entropy"] = float(entropy.mean(dtype=np.float64))
     return metrics | length_metrics(table, max_prompt_length=max_prompt_length)
 
 
@@ -65,7 +66,8 @@ def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     returns are all one number there is nothing to explain: nan."""
     if len(returns) < 2 or returns.min() == returns.max():
         return float("nan")
-    return float(1.0 - np.var(returns - values) / np.var(returns))
+    errors = np.subtract(returns, values, dtype=np.float64)
+    return float(1.0 - np.var(errors) / np.var(returns, dtype=np.float64))
 
 
 def rollout_mismatch_metrics(table: pa.Table) -> Metrics:
@@ -77,29 +79,56 @@ def rollout_mismatch_metrics(table: pa.Table) -> Metrics:
     training/rollout_importance_ratio_{mean,max,min}: of p_trainer / p_rollout, the log of it cut to +-20;
     training/rollout_kl_{k1,k3}: estimates of KL(rollout || trainer) a token, in nats, of which k3 is never negative.
     """
-    written = ragged(table, "response_mask").values > 0
-    if not written.any():
+    written = _written(table)
+    rollout, trainer = (ragged(table, name).values[written] for name in ("rollout_log_probs", "old_log_probs"))
+    if not len(rollout):
         return {}
-    rollout, trainer = (
-        ragged(table, name).values[written].astype(np.float64) for name in ("rollout_log_probs", "old_log_probs")
-    )
-    probs = np.abs(np.exp(rollout) - np.exp(trainer))
-    logs = np.abs(rollout - trainer)
-    log_ratio = np.clip(trainer - rollout, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = np.exp(log_ratio)
+    probs, logs, over, ratio, k1, k3 = (_Running() for _ in range(6))
+    for start in range(0, len(rollout), BLOCK):
+        ours, theirs = (column[start : start + BLOCK].astype(np.float64) for column in (trainer, rollout))
+        log_ratio = np.clip(ours - theirs, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        probs.add(np.abs(np.exp(theirs) - np.exp(ours)))
+        logs.add(np.abs(theirs - ours))
+        over.add(np.abs(theirs - ours) > 0.1)
+        ratio.add(np.exp(log_ratio))
+        k1.add(theirs - ours)
+        k3.add(np.expm1(log_ratio) - log_ratio)
     return {
-        "training/rollout_probs_diff_max": float(probs.max()),
-        "training/rollout_probs_diff_mean": float(probs.mean()),
-        "training/rollout_probs_diff_std": float(probs.std()),
-        "training/rollout_log_probs_diff_max": float(logs.max()),
-        "training/rollout_log_probs_diff_mean": float(logs.mean()),
-        "training/rollout_log_probs_diff_over_0.1": float(np.mean(logs > 0.1)),
-        "training/rollout_importance_ratio_mean": float(ratio.mean()),
-        "training/rollout_importance_ratio_max": float(ratio.max()),
-        "training/rollout_importance_ratio_min": float(ratio.min()),
-        "training/rollout_kl_k1": float(np.mean(rollout - trainer)),
-        "training/rollout_kl_k3": float(np.mean(np.expm1(log_ratio) - log_ratio)),
+        "training/rollout_probs_diff_max": probs.most,
+        "training/rollout_probs_diff_mean": probs.mean,
+        "training/rollout_probs_diff_std": probs.std,
+        "training/rollout_log_probs_diff_max": logs.most,
+        "training/rollout_log_probs_diff_mean": logs.mean,
+        "training/rollout_log_probs_diff_over_0.1": over.mean,
+        "training/rollout_importance_ratio_mean": ratio.mean,
+        "training/rollout_importance_ratio_max": ratio.most,
+        "training/rollout_importance_ratio_min": ratio.least,
+        "training/rollout_kl_k1": k1.mean,
+        "training/rollout_kl_k3": k3.mean,
     }
+
+
+class _Running:
+    """Of numbers that come block by block, so that not all of them are held in float64 at a time."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._squares = 0, 0.0, 0.0
+        self.most, self.least = float("-inf"), float("inf")
+
+    def add(self, values: np.ndarray) -> None:
+        self._count += len(values)
+        self._sum += float(values.sum(dtype=np.float64))
+        self._squares += float(np.square(values, dtype=np.float64).sum())
+        self.most = float(np.maximum(self.most, values.max()))  # nan where there is one
+        self.least = float(np.minimum(self.least, values.min()))
+
+    @property
+    def mean(self) -> float:
+        return self._sum / self._count
+
+    @property
+    def std(self) -> float:
+        return max(self._squares / self._count - self.mean**2, 0.0) ** 0.5
 
 
 def sequence_lengths(table: pa.Table) -> np.ndarray:
@@ -163,6 +192,12 @@ def memory_metrics(device: torch.device | None = None) -> Metrics:
         metrics["perf/device_memory_used_gb"] = (total - free) / GIB
         metrics["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved(device) / GIB
     return metrics
+
+
+def _written(table: pa.Table) -> np.ndarray | slice:
+    """What picks the tokens that the policy wrote out of a column's. All of them, mostly: then nothing is copied."""
+    written = ragged(table, "response_mask").values > 0
+    return slice(None) if written.all() else written
 
 
 def _spread(name: str, values: np.ndarray) -> Metrics:

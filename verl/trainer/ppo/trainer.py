@@ -21,7 +21,7 @@ from verl.checks.plan import RunPlan, UpdatePlan
 from verl.cluster.base import WorkerGroup
 from verl.config.models import ActorConfig, Config, CriticConfig, RolloutConfig
 from verl.data.loader import PromptLoader
-from verl.data.schema import ragged, with_columns
+from verl.data.schema import ragged, rows_of, with_columns
 from verl.errors import UserError
 from verl.reward.manager import RewardManager
 from verl.reward.pool import Outcome
@@ -39,6 +39,7 @@ from verl.trainer.ppo.kl import apply_kl_penalty, kl_control, place_scores
 from verl.trainer.ppo.losses import aggregation_weights
 from verl.trainer.ppo.phases import Phases
 from verl.trainer.ppo.validation_metrics import validation_metrics
+from verl.trainer.ppo.worker import READS
 
 Metrics = dict[str, float]
 VALIDATION = -1  # stands for the step in the seeds of validation responses: the same ones each time
@@ -158,7 +159,7 @@ class PPOTrainer:
 
     def old_log_probs(self, table: pa.Table) -> pa.Table:
         with self.stage("old_log_prob"), self.loaded("actor"):
-            return self.parts.workers.map("old_log_probs", table).result()
+            return self.parts.workers.map("old_log_probs", table, columns=READS["old_log_probs"]).result()
 
     def rollout_correction(self, table: pa.Table) -> pa.Table:
         """Weights that make up for the engine's probabilities not being quite the trainer's, where asked for."""
@@ -174,13 +175,13 @@ class PPOTrainer:
         if "reference" not in self.plan.roles:
             return table
         with self.stage("ref"), self.loaded("reference"):
-            return self.parts.workers.map("ref_log_probs", table).result()
+            return self.parts.workers.map("ref_log_probs", table, columns=READS["ref_log_probs"]).result()
 
     def values(self, table: pa.Table) -> pa.Table:
         if "critic" not in self.plan.roles:
             return table
         with self.stage("values"), self.loaded("critic"):
-            return self.parts.workers.map("values", table).result()
+            return self.parts.workers.map("values", table, columns=READS["values"]).result()
 
     def advantages(self, table: pa.Table) -> pa.Table:
         """Token rewards (the score, less the KL penalty where it is on), advantages and returns."""
@@ -226,12 +227,13 @@ class PPOTrainer:
         found: dict[str, list[float]] = defaultdict(list)
         with self.stage(f"update_{role}", total=len(batches)) as progress, self.loaded(role, optimizer=True):
             for rows in batches:
-                mini = table.take(pa.array(rows))
+                mini = rows_of(table, rows)
                 mask = ragged(mini, "response_mask")
                 weights = aggregation_weights(mask, settings.loss_agg_mode, self.plan.max_response_length)
                 mini = with_columns(mini, loss_weights=weights)
                 tokens = max(int(mask.values.sum()), 1)
-                metrics = self.parts.workers.reduce(f"update_{role}", mini, num_tokens=tokens).result()
+                update = f"update_{role}"
+                metrics = self.parts.workers.reduce(update, mini, columns=READS[update], num_tokens=tokens).result()
                 for name, value in metrics.items():
                     found[name].append(value)
                 progress.advance()

@@ -19,6 +19,25 @@ from verl.engine import Batching, TrainEngine
 from verl.trainer.ppo.losses import ppo_policy_loss, value_loss
 from verl.trainer.ppo.metrics import memory_metrics
 
+# The columns that a method reads of its rows, where the table has them.
+SEQUENCES = ("prompt_ids", "response_ids")
+READS = {
+    "old_log_probs": SEQUENCES,
+    "log_probs_at": SEQUENCES,
+    "ref_log_probs": SEQUENCES,
+    "values": SEQUENCES,
+    "update_actor": (
+        *SEQUENCES,
+        "response_mask",
+        "loss_weights",
+        "advantages",
+        "old_log_probs",
+        "ref_log_probs",
+        "rollout_is_weights",
+    ),
+    "update_critic": (*SEQUENCES, "response_mask", "loss_weights", "values", "returns"),
+}
+
 
 class PPOWorker:
     """Roles: "actor", "critic" and "reference", those that the plan builds.
