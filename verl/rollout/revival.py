@@ -106,11 +106,13 @@ class Roster:
             news = self.news  # before the look: it is done by whatever changes after that
             if self.find(*states):
                 return
-            self._wanted += 1
+            with self._gate:
+                self._wanted += 1
             try:
                 news.result()
             finally:
-                self._wanted -= 1
+                with self._gate:
+                    self._wanted -= 1
 
     def none_left(self) -> EngineDied:
         return EngineDied("no rollout engine is left:\n" + "\n".join(f"  {_fate(member)}" for member in self.members))
