@@ -62,7 +62,7 @@ class Running:
 class EngineHost:
     """place: of this rank, with a port that is free now. start: makes this rank's process. weights: the actor's, a
     collective of all ranks. loaded: brings the actor to the device for a while. sender: to the replica's worker here;
-    None: for an engine that holds no weights of its own.
+    None: for an engine that holds no weights of its own. warnings: that ``start`` adds to, for the user.
     """
 
     def __init__(
@@ -75,7 +75,9 @@ class EngineHost:
         sender: WeightSender | None = None,
         weights: Callable[[], Weights] | None = None,
         loaded: Callable[[], AbstractContextManager[Any]] | None = None,
+        warnings: list[str] | None = None,
     ):
+        self.warnings = [] if warnings is None else warnings
         self.rank, self.replica, self._place = rank, replica, place
         self._start, self._sender, self._weights, self._loaded = start, sender, weights, loaded
         self._running: Running | None = None
@@ -105,6 +107,7 @@ class EngineHost:
             "describe": getattr(backend, "describe", str)() if self._first else "",
             "pid": getattr(getattr(backend, "process", None), "pid", os.getpid()),
             "end_tokens": sorted(getattr(backend, "end_tokens", ())),
+            "warnings": list(self.warnings),
         }
 
     def stop(self, number: int) -> None:

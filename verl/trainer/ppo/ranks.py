@@ -54,10 +54,11 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
         meeting = host_port(here.address, free_port(here.address))
         return Place(sender.endpoint if sender else None, here.gpu, here.address, interface, meeting)
 
-    starts = itertools.count(1)
+    starts, warnings = itertools.count(1), list[str]()
 
     def start(places: Sequence[Place]) -> Backend:
         number = next(starts)
+        warnings.clear()
         if plan.engine == "hf":
             model = config.actor_rollout_ref.model
             tokenizer = load_tokenizer(model.tokenizer_path, model.trust_remote_code)
@@ -69,7 +70,7 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
         if len(gpus) > 1:
             readings = read_gpus(range(len(gpus)), ",".join(gpus))
             if warning := check_balance(readings, disabled=disabled_by_user(os.environ)):
-                print(f"warning: {warning}", flush=True)
+                warnings.append(warning)
         name = f"sglang-{replica.index}"
         name += f"-node-{node}" if len(replica.hosts) > 1 else ""
         name += f"-start-{number}" if number > 1 else ""  # what the one before had to say stays
@@ -90,6 +91,7 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
         sender=sender,
         weights=lambda: here.objects[WORKER].weights(),
         loaded=lambda: here.objects[WORKER].borrowed("actor"),
+        warnings=warnings,
     )
 
 

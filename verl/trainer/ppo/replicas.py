@@ -82,6 +82,9 @@ class Replicas:
 
     def _client(self, replica: Replica, facts: dict[int, dict[str, Any]]) -> ClientEngine:
         """facts: of the start, by rank that holds a process."""
+        for of_rank in facts.values():
+            for warning in of_rank["warnings"]:
+                self._note(f"warning: {warning}")
 
         def stop() -> None:
             for rank, of_rank in facts.items():
