@@ -138,6 +138,19 @@ def test_a_rank_that_dies_while_nobody_waits_for_it_is_noticed(start):
         ranks.ask(0, "doubler", "greet", "you")
 
 
+def test_ranks_that_are_ended_after_an_error_of_the_driver_do_not_count_as_failed(start):
+    ranks, group = start()
+    busy = group.call("alone", 1, "hangs")
+    begun = time.monotonic()
+    ranks.end(ValueError, ValueError("the driver's own"), None)
+    for late in (busy.result, group.call("greet", "you").result, lambda: ranks.ask(0, "doubler", "greet", "you")):
+        with pytest.raises(UserError, match="ended"):
+            late()
+    assert ranks.failure is None
+    assert time.monotonic() - begun < 15
+    ranks.explain(ValueError, ValueError("the driver's own"), None)  # raises nothing of its own
+
+
 def test_a_factory_that_fails_is_told_as_it_is(start):
     ranks, _ = start()
     with pytest.raises(UserError, match="failed in 'make other': AttributeError"):

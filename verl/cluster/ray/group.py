@@ -202,6 +202,8 @@ class RayRanks:
 
     def _fail(self, describe: Callable[[], str]) -> UserError:
         with self._failing:
+            if self.failure is None and self._closing.is_set():
+                return UserError("the ranks have been ended")
             if self.failure is None:
                 try:
                     text = describe()
