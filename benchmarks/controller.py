@@ -54,6 +54,7 @@ from verl.tracking.run import RunInfo
 from verl.trainer.ppo.metrics import memory_metrics
 from verl.trainer.ppo.ranks import token_shares
 from verl.trainer.ppo.trainer import Parts, PPOTrainer, Trained
+from verl.trainer.ppo.worker import READS
 
 CASES = [(4096, 8), (4096, 64), (4096, 256), (1024, 64), (2048, 64)]  # samples, ranks
 PROMPT, RESPONSE = 512, 2048  # tokens
@@ -114,7 +115,7 @@ def print_table(found: Sequence[dict[str, Any]]) -> None:
 
 
 def measure(samples: int, ranks: int, steps: int) -> dict[str, Any]:
-    with connected(RaySettings("local", {}, ACTORS, "cpu"), lambda text: None), tempfile.TemporaryDirectory() as logs:
+    with connected(RaySettings("local", {}, ACTORS), lambda text: None), tempfile.TemporaryDirectory() as logs:
         seats = place(1, ACTORS, "cpu", timeout=60)
         real = RayRanks(seats, "cpu", logs=Path(logs), timeout=600.0)
         try:
@@ -144,7 +145,7 @@ def as_many(real: RayRanks, ranks: int) -> RayWorkerGroup:
     crowd.__dict__ |= real.__dict__
     crowd.world_size, crowd.actors = ranks, [real.actors[rank % ACTORS] for rank in range(ranks)]
     crowd.seats = [replace(real.seats[rank % ACTORS], rank=rank, node=rank // DEVICES) for rank in range(ranks)]
-    return RayWorkerGroup(crowd, "worker", token_shares(balance=True))
+    return RayWorkerGroup(crowd, "worker", token_shares(balance=True), READS)
 
 
 def build_trainer(samples: int, ranks: int, group: RayWorkerGroup, meter: Meter) -> PPOTrainer:

@@ -6,6 +6,8 @@ import json
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -93,6 +95,15 @@ def start(arguments: list[str], *, script: str | Path | None = None) -> subproce
 
 def command(arguments: list[str], script: str | Path | None = None) -> list[str]:
     return [sys.executable, *([str(script)] if script else ["-m", "verl.trainer.main_ppo"]), *arguments]
+
+
+def wait_for_steps(process: subprocess.Popen, run: Path, steps: int, told: Callable[[], object]) -> None:
+    """Until a run that goes on has logged so many. told: what it printed, should it have ended."""
+    deadline = time.monotonic() + 240
+    while not ((run / "metrics.jsonl").exists() and len(metrics_of(run)) >= steps):
+        assert process.poll() is None, told()
+        assert time.monotonic() < deadline, "waited 240 s"
+        time.sleep(0.05)
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:

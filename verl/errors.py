@@ -1,6 +1,11 @@
-"""The one exception whose message is meant for the user, and errors that go from one process to another."""
+"""The one exception whose message is meant for the user, errors that go from one process to another, and what a process
+that is gone had to say."""
 
 import pickle
+from collections import deque
+from pathlib import Path
+
+LAST_LINES = 20
 
 
 class UserError(Exception):
@@ -18,3 +23,13 @@ def portable(error: BaseException) -> Exception:
     except Exception:
         return UserError(str(error))
     return error
+
+
+def last_lines(log: Path) -> list[str]:
+    """Of a process's output. Raises OSError."""
+    with log.open(errors="replace") as output:
+        return [line.rstrip() for line in deque(output, maxlen=LAST_LINES)]
+
+
+def indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.rstrip().splitlines())

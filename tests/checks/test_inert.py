@@ -106,7 +106,8 @@ MANY = "trainer.n_gpus_per_node=4"
         ("ray_kwargs.ray_init={num_cpus:8}", [HF], [HF, MANY]),
         ("ray_kwargs.ray_init={num_cpus:8}", [HF, "trainer.executor=local"], [HF, "trainer.executor=ray"]),
         ("trainer.worker_timeout=9", [HF], [HF, MANY]),
-        ("trainer.rollout_restarts=1", [HF], [HF, MANY]),
+        ("trainer.rollout_restarts=1", [SGLANG], [SGLANG, MANY]),
+        ("trainer.rollout_restarts=1", [HF, MANY], [SGLANG, MANY]),
     ],
 )
 def test_a_key_is_named_where_it_does_nothing_and_only_there(override, inert_with, effective_with):

@@ -32,7 +32,7 @@ def look():
     return address, os.uname().nodename, interface_of(address), free_port(address) > 1023
 
 try:
-    with connected(RaySettings(os.environ.get("RAY_ADDRESS"), {}, 1, "cpu"), print):
+    with connected(RaySettings(os.environ.get("RAY_ADDRESS"), {}, 1), print):
         check_resources(2, 1, "cpu")
         seats = place(2, 1, "cpu", timeout=30)
         strategies = [PlacementGroupSchedulingStrategy(seat.group, seat.bundle) for seat in seats]

@@ -48,7 +48,7 @@ def notes():
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             patch.delenv(name)
         found: list[str] = []
-        with connected(RaySettings(None, {"num_gpus": 4}, devices=4, device="cpu"), found.append):
+        with connected(RaySettings(None, {"num_gpus": 4}, devices=4), found.append):
             yield found
 
 
@@ -58,7 +58,7 @@ def impatient(monkeypatch):
 
 
 def settings(**given) -> str:
-    return json.dumps({"address": None, "init": {}, "devices": 1, "device": "cpu", **given})
+    return json.dumps({"address": None, "init": {}, "devices": 1, **given})
 
 
 def drive(settings: str, lines: str = "", **environment: str | None) -> str:
@@ -194,7 +194,7 @@ def test_another_version_of_ray_is_refused_with_both(notes):
 )
 def test_an_address_that_leads_nowhere_is_refused_with_what_it_should_be(monkeypatch, address, says):
     monkeypatch.setattr("verl.cluster.ray.start.REACH_TIMEOUT", 0.3)
-    with pytest.raises(UserError, match=says), connected(RaySettings(address, {}, 1, "cpu"), print):
+    with pytest.raises(UserError, match=says), connected(RaySettings(address, {}, 1), print):
         pass
 
 

@@ -25,7 +25,7 @@ RANKS = 3
 def seats():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the ranks find their doubler
-        with connected(RaySettings(None, {}, RANKS, "cpu"), print):
+        with connected(RaySettings(None, {}, RANKS), print):
             seats = place(1, RANKS, "cpu", timeout=60)
             yield seats
             remove(seats)

@@ -111,7 +111,7 @@ class HFOnARankKit(HFKit):
         self.trainer.register_forward_pre_hook(count, with_kwargs=True)
 
     def build(self, max_num_seqs: int = 8, tokenizer: bool = True) -> ClientEngine:
-        place = Place(None, None, "127.0.0.1", "lo", "127.0.0.1:1")
+        place = Place(None, None, "127.0.0.1:1")
         engine = super().build(max_num_seqs, tokenizer)
         host = EngineHost(0, Replica(0, 0, 1, 1), lambda: place, lambda places: EmbeddedBackend(engine))
         facts = host.start([place])

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import ROOT, arguments, command, metrics_of, start
+from helpers import ROOT, arguments, command, metrics_of, start, wait_for_steps
 from safetensors.torch import load_file
 
 # What a step's tokens decide, whoever computes it.
@@ -106,7 +106,7 @@ def test_the_death_of_a_rank_or_of_the_driver_is_the_end_of_all(small, tmp_path,
     )
     started: list[psutil.Process] = []
     try:
-        wait_for_steps(run, tmp_path, 2)
+        wait_for_steps(run, tmp_path, 2, run.communicate)
         started = psutil.Process(run.pid).children(recursive=True)  # Ray, all that it started, and who scores
         ranks = [process for process in started if process.name().startswith("ray::Rank")]
         assert len(ranks) == 2
@@ -136,12 +136,3 @@ def test_more_devices_than_there_are_is_told_before_anything_starts(small, tmp_p
     assert "trainer.nnodes=2 and trainer.n_gpus_per_node=1 ask for 1 CPU rank on each of 2 machines" in done.stderr
     assert "CPUs free/all" in done.stderr
     assert not list(tmp_path.glob("ranks/*"))
-
-
-def wait_for_steps(run: subprocess.Popen, folder: Path, steps: int) -> None:
-    metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

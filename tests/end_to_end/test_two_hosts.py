@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import pytest
-from helpers import arguments, command, metrics_of
+from helpers import arguments, command, wait_for_steps
 from hosts import can_make_hosts, ray_on, two_hosts
 
 pytestmark = pytest.mark.skipif(can_make_hosts() is not None, reason=str(can_make_hosts()))
@@ -24,7 +23,7 @@ def test_a_host_that_is_lost_ends_the_run_in_bounded_time_and_is_named(small, tm
     with two_hosts("ipv4", tmp_path) as hosts, ray_on(hosts) as environment:
         log = tmp_path / "driver.log"
         run = hosts[0].start(command(arguments(small, tmp_path / "run", **keys)), log, environment)
-        wait_for_steps(tmp_path / "run", 2, lambda: run.poll() is None, log)
+        wait_for_steps(run, tmp_path / "run", 2, lambda: log.read_text()[-3000:])
         begun = time.monotonic()
         hosts[1].kill() if loss == "killed" else hosts[1].cut()
         assert run.wait(120) == 1, log.read_text()[-3000:]
@@ -37,11 +36,3 @@ def test_a_host_that_is_lost_ends_the_run_in_bounded_time_and_is_named(small, tm
         assert "its node does not answer any more" in told or "is gone" in told
     else:
         assert "rank 1" in told
-
-
-def wait_for_steps(run: Path, steps: int, goes_on, log: Path) -> None:
-    deadline = time.monotonic() + 240
-    while not ((run / "metrics.jsonl").exists() and len(metrics_of(run)) >= steps):
-        assert goes_on(), log.read_text()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)

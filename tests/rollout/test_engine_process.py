@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from verl.errors import UserError
+from verl.errors import LAST_LINES, UserError
 from verl.rollout.backend import EngineDied
 from verl.rollout.base import Unsupported
-from verl.rollout.process import LAST_LINES, EngineProcess
+from verl.rollout.process import EngineProcess
 
 ROOT = Path(__file__).parents[2]
 

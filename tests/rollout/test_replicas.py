@@ -196,7 +196,7 @@ class Job:
     def _host(self, rank: int) -> EngineHost:
         (replica,) = [replica for replica in self.replicas if rank in replica.ranks]
         sender = WeightSender(receivers=1, device=torch.device("cpu"), dtype=None, bucket_bytes=256)
-        place = Place(sender.endpoint, None, "127.0.0.1", "lo", f"127.0.0.1:{rank}")
+        place = Place(sender.endpoint, None, f"127.0.0.1:{rank}")
 
         def start(places: Sequence[Place]) -> Backend:
             engine = Engine(places, sender)
@@ -617,7 +617,7 @@ def test_an_engine_is_started_in_a_thread_that_stays():
         threads.append(threading.current_thread())
         return FakeBackend()
 
-    place = Place(None, None, "127.0.0.1", "lo", "127.0.0.1:1")
+    place = Place(None, None, "127.0.0.1:1")
     host = EngineHost(0, Replica(0, 0, 1, 1), lambda: place, start)
     for _ in range(2):
         caller = threading.Thread(target=host.start, args=([place],))
@@ -637,7 +637,7 @@ def test_a_start_that_fails_leaves_no_engine_and_the_next_may_work():
             raise engine
         return engine
 
-    place = Place(None, None, "127.0.0.1", "lo", "127.0.0.1:1")
+    place = Place(None, None, "127.0.0.1:1")
     host = EngineHost(0, Replica(0, 0, 1, 1), lambda: place, start)
     first = engines[0]
     assert host.start([place])["number"] == 1

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 
 import numpy as np
 import psutil
 import pytest
-from helpers import ROOT, arguments, command, metrics_of, start
+from helpers import ROOT, arguments, command, metrics_of, start, wait_for_steps
 from live_server import Server
 
 from verl.rollout.sglang.arguments import installed
@@ -130,12 +129,7 @@ def test_the_death_of_sglang_ends_the_run_with_a_message_and_leaves_no_process(s
     )
     started: list[psutil.Process] = []
     try:
-        metrics = tmp_path / "metrics.jsonl"
-        deadline = time.monotonic() + 240
-        while not (metrics.exists() and metrics.read_text().count("\n") > 2):
-            assert run.poll() is None, run.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for_steps(run, tmp_path, 3, run.communicate)
         (engine,) = descendants_named(run, "verl.rollout.sglang.server")
         started = [engine, *engine.children(recursive=True)]
         schedulers = [child for child in started if "scheduler" in " ".join(child.cmdline())]

@@ -6,12 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import time
-from pathlib import Path
 
 import psutil
 import pytest
-from helpers import ROOT, arguments, command, metrics_of
+from helpers import ROOT, arguments, command, metrics_of, wait_for_steps
 
 from verl.rollout.sglang.arguments import installed
 
@@ -45,7 +43,7 @@ def test_a_replica_of_two_ranks_that_dies_is_started_again_and_no_prompt_is_lost
     with output.open("w") as file:
         run = subprocess.Popen(command(arguments(small, tmp_path / "run", **keys)), stdout=file, stderr=file, cwd=ROOT)
     try:
-        wait_for_steps(run, tmp_path / "run", 2, output)
+        wait_for_steps(run, tmp_path / "run", 2, lambda: output.read_text()[-4000:])
         (scheduler,) = processes(run, "sglang::scheduler_TP1")
         os.kill(scheduler.pid, signal.SIGKILL)
         assert run.wait(300) == 0, output.read_text()[-4000:]
@@ -69,11 +67,3 @@ def test_replicas_share_the_prompts_and_hold_the_actors_weights(small, tmp_path)
     assert all(step["timing_s/check_weights"] > 0 for step in metrics_of(tmp_path))
     for replica in range(2):  # each has drawn
         assert "Prefill batch" in (tmp_path / "rollout" / f"sglang-{replica}.log").read_text()
-
-
-def wait_for_steps(run: subprocess.Popen, folder: Path, steps: int, output: Path) -> None:
-    deadline = time.monotonic() + 240
-    while not ((folder / "metrics.jsonl").exists() and len(metrics_of(folder)) >= steps):
-        assert run.poll() is None, output.read_text()[-4000:]
-        assert time.monotonic() < deadline, output.read_text()[-4000:]
-        time.sleep(0.05)

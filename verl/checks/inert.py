@@ -312,4 +312,9 @@ RULES = (
         lambda run: not run.plan.uses_ray,
         "everything runs in this process, without Ray (trainer.executor)",
     ),
+    Rule(
+        ("trainer.rollout_restarts",),
+        lambda run: run.plan.uses_ray and run.plan.engine == "hf",
+        "the embedded engine lives in the ranks, and is gone only with one",
+    ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -22,17 +21,12 @@ class WorkerGroup(Protocol):
         """``method`` with the same arguments on every rank; the ranks' answers in rank order."""
         ...
 
-    def map(
-        self, method: str, table: pa.Table, *, columns: Sequence[str] | None = None, **kwargs: Any
-    ) -> Future[pa.Table]:
+    def map(self, method: str, table: pa.Table, **kwargs: Any) -> Future[pa.Table]:
         """``method(rows, **kwargs)`` on every rank with its share of the rows. A worker answers with the rows it got,
-        in the same order, and columns added; the future holds ``table`` with these columns. columns: of those that the
-        table has, all that the method reads; others may be left out on the way."""
+        in the same order, and columns added; the future holds ``table`` with these columns."""
         ...
 
-    def reduce(
-        self, method: str, table: pa.Table, *, columns: Sequence[str] | None = None, **kwargs: Any
-    ) -> Future[dict[str, float]]:
+    def reduce(self, method: str, table: pa.Table, **kwargs: Any) -> Future[dict[str, float]]:
         """Like ``map`` for a method that answers with metrics, which are equal on every rank."""
         ...
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,14 +20,10 @@ class LocalWorkerGroup:
     def call(self, method: str, *args: Any, **kwargs: Any) -> Future[list[Any]]:
         return _finished(lambda: [getattr(self._worker, method)(*args, **kwargs)])
 
-    def map(
-        self, method: str, table: pa.Table, *, columns: Sequence[str] | None = None, **kwargs: Any
-    ) -> Future[pa.Table]:
+    def map(self, method: str, table: pa.Table, **kwargs: Any) -> Future[pa.Table]:
         return _finished(lambda: getattr(self._worker, method)(table, **kwargs))
 
-    def reduce(
-        self, method: str, table: pa.Table, *, columns: Sequence[str] | None = None, **kwargs: Any
-    ) -> Future[dict[str, float]]:
+    def reduce(self, method: str, table: pa.Table, **kwargs: Any) -> Future[dict[str, float]]:
         return _finished(lambda: getattr(self._worker, method)(table, **kwargs))
 
     def shares(self, table: pa.Table) -> list[np.ndarray]:

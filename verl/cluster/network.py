@@ -21,9 +21,7 @@ def host_port(address: str, port: int) -> str:
 
 def free_port(address: str) -> int:
     """A port of ``address`` that nobody listens on now. Another process may take it before its use."""
-    family = socket.AF_INET6 if is_ipv6(address) else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((address, 0))
+    with listener(address) as probe:
         return probe.getsockname()[1]
 
 

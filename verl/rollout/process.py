@@ -20,16 +20,15 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from verl.errors import indented, last_lines
 from verl.rollout.backend import EngineDied
 
-LAST_LINES = 20
 ANSWER_TIMEOUT = 300.0  # seconds; an order is milliseconds of work, on a machine that is not overloaded
 LEAVE_TIMEOUT = 20.0
 EXIT_TIMEOUT = 10.0  # from the end of the connection to that of the process
@@ -163,13 +162,12 @@ class EngineProcess:
             self._on_death(self.death)
 
     def _lost(self, what: str) -> EngineDied:
-        lines = "\n".join(f"    {line}" for line in self.last_lines())
-        return EngineDied(f"{self.name} (pid {self.pid}) {what}. Its output is in {self.log}; the last of it:\n{lines}")
+        told = f"{self.name} (pid {self.pid}) {what}. Its output is in {self.log}; the last of it:"
+        return EngineDied(f"{told}\n{indented(chr(10).join(self.last_lines()))}")
 
     def last_lines(self) -> list[str]:
         try:
-            with self.log.open(errors="replace") as output:
-                return [line.rstrip() for line in deque(output, maxlen=LAST_LINES)]
+            return last_lines(self.log)
         except OSError as error:  # the death itself has to be told all the same
             return [str(error)]
 

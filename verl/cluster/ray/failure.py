@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +13,11 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl.cluster.ray.rank import Answer
-from verl.errors import UserError
+from verl.errors import UserError, indented, last_lines
 
 if TYPE_CHECKING:
     from verl.cluster.ray.group import RayRanks
 
-LAST_LINES = 20
 ANSWER_TIMEOUT = 10.0  # seconds, of a rank that hangs or a node that is gone
 VERDICT_TIMEOUT = 10.0  # seconds in which Ray may find out that the node of a rank which cannot be reached is gone
 SHOWN = 4  # ranks whose stacks are shown
@@ -44,7 +42,7 @@ def raised(ranks: RayRanks, rank: int, what: str, answer: Answer, waiting: Seque
     told = f"{who(ranks, rank)} failed in {what!r}: {answer.value}{memory}"
     if isinstance(answer.value, UserError):  # says what to do
         return told
-    return f"{told}\n{_indented(answer.trace)}\n" + _others(ranks, waiting)
+    return f"{told}\n{indented(answer.trace)}\n" + _others(ranks, waiting)
 
 
 def hung(ranks: RayRanks, what: str, waiting: Sequence[int], timeout: float) -> str:
@@ -149,30 +147,18 @@ def _output(ranks: RayRanks, rank: int) -> str:
     lines = _lines_there(ranks, rank, log)
     if lines is None:
         return f"Its output, {log} on that node, could not be read.\n"
-    return f"Its output is in {log} on that node; the last of it:\n{_indented(chr(10).join(lines))}\n"
+    return f"Its output is in {log} on that node; the last of it:\n{indented(chr(10).join(lines))}\n"
 
 
 def _lines_there(ranks: RayRanks, rank: int, log: Path) -> list[str] | None:
     seat = ranks.seats[rank]
-    if seat.node_id == ray.get_runtime_context().get_node_id():
-        return last_lines(str(log))
-    if not _is_alive(seat.node_id):
-        return None
-    where = NodeAffinitySchedulingStrategy(seat.node_id, soft=False)
-    read = ray.remote(last_lines).options(num_cpus=0, scheduling_strategy=where).remote(str(log))
     try:
+        if seat.node_id == ray.get_runtime_context().get_node_id():
+            return last_lines(log)
+        if not _is_alive(seat.node_id):
+            return None
+        where = NodeAffinitySchedulingStrategy(seat.node_id, soft=False)
+        read = ray.remote(last_lines).options(num_cpus=0, scheduling_strategy=where).remote(log)
         return ray.get(read, timeout=ANSWER_TIMEOUT)
-    except RayError:
+    except (OSError, RayError):
         return None
-
-
-def last_lines(log: str) -> list[str] | None:
-    try:
-        with open(log, errors="replace") as output:
-            return [line.rstrip() for line in deque(output, maxlen=LAST_LINES)]
-    except OSError:
-        return None
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.rstrip().splitlines())

@@ -26,15 +26,17 @@ from verl.cluster.ray import failure
 from verl.cluster.ray.placement import Seat
 from verl.cluster.ray.rank import LANES, Answer, Rank
 from verl.cluster.ray.tables import packed, unpacked
-from verl.data.schema import taken
+from verl.data.schema import rows_of, taken
 from verl.errors import UserError
 
 START_TIMEOUT = 300.0  # seconds from asking for a process to its first answer
 LOOK_EVERY = 1.0  # seconds between looks at ranks that have not answered
 GRACE = 10.0  # seconds that the others have to answer after one has failed, before they count as waiting for it
 LEAVE_TIMEOUT = 10.0
+ENDED = "the ranks have been ended"
 
 Shares = Callable[[pa.Table, int], list[np.ndarray]]
+Reads = Mapping[str, Sequence[str]]
 
 
 class RayRanks:
@@ -105,9 +107,17 @@ class RayRanks:
         except RayError as error:
             raise UserError(failure.could_not_start(self, error, START_TIMEOUT)) from error
 
-    def make(self, name: str, factory: str, *args: Any, shares: Shares | None = None, **kwargs: Any) -> RayWorkerGroup:
+    def make(
+        self,
+        name: str,
+        factory: str,
+        *args: Any,
+        shares: Shares | None = None,
+        reads: Reads | None = None,
+        **kwargs: Any,
+    ) -> RayWorkerGroup:
         """A group of the objects that ``factory`` ("module:function") makes of (Here, *args) on each rank."""
-        group = RayWorkerGroup(self, name, shares or even_shares)
+        group = RayWorkerGroup(self, name, shares or even_shares, reads or {})
         made = [actor.make for actor in self.actors]
         self.together(f"make {name}", lambda: [make.remote(name, factory, args, kwargs) for make in made]).result()
         return group
@@ -119,7 +129,7 @@ class RayRanks:
         the values of their answers, or the first error. timeout: seconds, where it is not that of all calls."""
         with self._giving:
             if self.failure or self._closing.is_set():
-                return _failed_future(self.failure or UserError(f"{what}: the ranks have ended"))
+                return _failed_future(self.failure or UserError(ENDED))
             refs = give()
             self._under_way.append(what)
             return self._waiters.submit(self._gathered, what, refs, timeout or self.timeout)
@@ -174,7 +184,7 @@ class RayRanks:
             if self.failure:
                 break
             if self._closing.is_set():
-                raise UserError(f"the ranks end, and rank {rank} is not waited for")
+                raise UserError(ENDED)
             if time.monotonic() > deadline:
                 if not failure.answers(self, rank):
                     raise self._fail(lambda: failure.hung(self, method, [rank], timeout))
@@ -203,7 +213,7 @@ class RayRanks:
     def _fail(self, describe: Callable[[], str]) -> UserError:
         with self._failing:
             if self.failure is None and self._closing.is_set():
-                return UserError("the ranks have been ended")
+                return UserError(ENDED)
             if self.failure is None:
                 try:
                     text = describe()
@@ -247,41 +257,42 @@ class RayRanks:
 
 
 class RayWorkerGroup:
-    """See ``verl.cluster.base.WorkerGroup``. shares: which rows of a table go to each of so many ranks."""
+    """See ``verl.cluster.base.WorkerGroup``. shares: which rows of a table go to each of so many ranks. reads: the
+    columns that a method reads, where it is not all: others stay here."""
 
-    def __init__(self, ranks: RayRanks, name: str, shares: Shares):
-        self._ranks, self._name, self._shares = ranks, name, shares
+    def __init__(self, ranks: RayRanks, name: str, shares: Shares, reads: Reads):
+        self._ranks, self._name, self._shares, self._reads = ranks, name, shares, reads
         self.world_size = ranks.world_size
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Future[list[Any]]:
-        actors, name = self._ranks.actors, self._name
-        return self._ranks.together(method, lambda: [actor.run.remote(name, method, args, kwargs) for actor in actors])
+        return self._call(method, args, kwargs)
 
     def call_within(self, timeout: float, method: str, *args: Any) -> Future[list[Any]]:
         """``call``, for what may take longer than others, in seconds."""
+        return self._call(method, args, {}, timeout)
+
+    def _call(
+        self, method: str, args: tuple, kwargs: dict[str, Any], timeout: float | None = None
+    ) -> Future[list[Any]]:
         actors, name = self._ranks.actors, self._name
         return self._ranks.together(
-            method, lambda: [actor.run.remote(name, method, args, {}) for actor in actors], timeout
+            method, lambda: [actor.run.remote(name, method, args, kwargs) for actor in actors], timeout
         )
 
-    def map(
-        self, method: str, table: pa.Table, *, columns: Sequence[str] | None = None, **kwargs: Any
-    ) -> Future[pa.Table]:
+    def map(self, method: str, table: pa.Table, **kwargs: Any) -> Future[pa.Table]:
         shares = self.shares(table)
-        sent = self._rows(method, _picked(table, columns), shares, kwargs)
-        return _then(sent, lambda found: _joined(table, shares, found))
+        return _then(self._rows(method, table, shares, kwargs), lambda found: _joined(table, shares, found))
 
-    def reduce(
-        self, method: str, table: pa.Table, *, columns: Sequence[str] | None = None, **kwargs: Any
-    ) -> Future[dict[str, float]]:
-        sent = self._rows(method, _picked(table, columns), self.shares(table), kwargs)
-        return _then(sent, lambda found: found[0])
+    def reduce(self, method: str, table: pa.Table, **kwargs: Any) -> Future[dict[str, float]]:
+        return _then(self._rows(method, table, self.shares(table), kwargs), lambda found: found[0])
 
     def _rows(
         self, method: str, table: pa.Table, shares: list[np.ndarray], kwargs: dict[str, Any]
     ) -> Future[list[Any]]:
         """The rows of a node's ranks are one object of the store, of which each rank reads its own part in place."""
-        table = taken(table, np.concatenate(shares))
+        if method in self._reads:
+            table = table.select([name for name in table.column_names if name in self._reads[method]])
+        table = rows_of(table, np.concatenate(shares))
         ends = np.cumsum([0, *map(len, shares)]).tolist()
         parts: list[tuple[Any, int, int]] = []  # of each rank: its node's object, its first row there, and how many
         for _, of_node in groupby(range(self.world_size), lambda rank: self._ranks.seats[rank].node):
@@ -305,10 +316,6 @@ class RayWorkerGroup:
 def even_shares(table: pa.Table, ranks: int) -> list[np.ndarray]:
     """Rows in their order, in parts of equal size."""
     return np.array_split(np.arange(table.num_rows), ranks)
-
-
-def _picked(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
-    return table if columns is None else table.select([name for name in table.column_names if name in columns])
 
 
 def _joined(table: pa.Table, shares: list[np.ndarray], found: list[Any]) -> pa.Table:

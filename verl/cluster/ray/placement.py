@@ -29,9 +29,13 @@ class Seat:
     node_id: str
     address: str
     hostname: str
-    local_rank: int
     group: PlacementGroup
     bundle: int
+
+    @property
+    def local_rank(self) -> int:
+        """Among the ranks of its node."""
+        return self.bundle
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,6 @@ def place(nnodes: int, devices_per_node: int, device: str, timeout: float) -> li
             node.node_id,
             node.address,
             node.hostname,
-            local_rank,
             group,
             local_rank,
         )

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -128,14 +128,10 @@ class Rank:
 
         return self._carry_out(method, run)
 
-    def _carry_out(self, what: str, work: Any) -> Answer:
+    def _carry_out(self, what: str, work: Callable[[], Any]) -> Answer:
         self._work = what, time.monotonic(), threading.get_ident()
         try:
-            return Answer(True, work())
-        except Exception as error:
-            traceback.print_exc()
-            full_disk = isinstance(error, OSError) and error.errno in FULL_DISK  # which a run survives
-            return Answer(False, error if full_disk else portable(error), traceback.format_exc())
+            return _answer(work)
         finally:
             self._work = None
             sys.stdout.flush()
@@ -145,11 +141,7 @@ class Rank:
 
     @ray.method(concurrency_group="aside")
     def ask(self, name: str, method: str, args: tuple) -> Answer:
-        try:
-            return Answer(True, getattr(self._here.objects[name], method)(*args))
-        except Exception as error:
-            traceback.print_exc()
-            return Answer(False, portable(error), traceback.format_exc())
+        return _answer(lambda: getattr(self._here.objects[name], method)(*args))
 
     # ---- watch
 
@@ -168,6 +160,15 @@ class Rank:
         frame = sys._current_frames().get(thread)
         stack = traceback.format_list(traceback.extract_stack(frame)[-FRAMES:]) if frame else []
         return f"is in {what!r}, for {time.monotonic() - since:.0f} s:\n" + "".join(stack).rstrip()
+
+
+def _answer(work: Callable[[], Any]) -> Answer:
+    try:
+        return Answer(True, work())
+    except Exception as error:
+        traceback.print_exc()
+        full_disk = isinstance(error, OSError) and error.errno in FULL_DISK  # which a run survives
+        return Answer(False, error if full_disk else portable(error), traceback.format_exc())
 
 
 def _print_to(log: Path) -> None:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import ray
@@ -29,6 +29,7 @@ from ray._private import ray_constants, services
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
+from verl.cluster.network import is_ipv6
 from verl.errors import UserError
 
 Note = Callable[[str], None]
@@ -73,7 +74,6 @@ class RaySettings:
     address: str | None
     init: dict[str, Any]
     devices: int
-    device: Literal["cpu", "cuda"]
 
 
 @contextlib.contextmanager
@@ -155,7 +155,7 @@ def _is_loopback(address: str) -> bool:
 
 def _is_ipv6(text: str) -> bool:
     try:
-        return ipaddress.ip_address(text).version == 6
+        return is_ipv6(text)
     except ValueError:
         return False
 

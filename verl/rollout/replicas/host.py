@@ -17,7 +17,7 @@ from verl.errors import UserError, portable
 from verl.rollout.backend import Backend, Draw, Drawn, EngineDied
 from verl.rollout.replicas.layout import Replica
 from verl.rollout.weights.checksums import Piece, differences
-from verl.rollout.weights.sender import Endpoint, ReceiverLost, WeightSender
+from verl.rollout.weights.sender import Endpoint, ReceiverLost, Session, WeightSender
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -26,13 +26,11 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 class Place:
     """What the others of a replica have to know of a rank.
 
-    sender: of weights to the worker on its device. address: of its node. meeting: "host:port" that is free there.
+    sender: of weights to the worker on its device. meeting: "host:port" that is free on its node.
     """
 
     sender: Endpoint | None
     gpu: str | None
-    address: str
-    interface: str
     meeting: str
 
 
@@ -42,6 +40,11 @@ class Outcome:
 
     death: str = ""
     refusal: str = ""
+
+
+def _outcome_of(error: ReceiverLost | UserError) -> Outcome:
+    died = isinstance(error, (EngineDied, ReceiverLost))
+    return Outcome(death=str(error)) if died else Outcome(refusal=str(error))
 
 
 class Starter(Protocol):
@@ -164,10 +167,8 @@ class EngineHost:
                 if self.replica.index in pids:
                     self._send(stream, version, pids[self.replica.index])
                 return Outcome()
-            except (EngineDied, ReceiverLost) as error:
-                return Outcome(death=str(error))
-            except UserError as error:
-                return Outcome(refusal=str(error))
+            except (ReceiverLost, UserError) as error:
+                return _outcome_of(error)
             finally:
                 for _ in stream:  # the others gather it, too
                     pass
@@ -175,9 +176,14 @@ class EngineHost:
     def _send(self, stream: Weights, version: int, pids: Mapping[int, int]) -> None:
         if self._first:
             return self._engine(self._number).backend.update_weights(stream, version)
-        assert self._sender is not None
-        with self._sender.session(lambda: _is_there(pids[self.replica.host_of(self.rank)])) as session:
+        with self._session(pids) as session:
             session.load(stream)
+
+    def _session(self, pids: Mapping[int, int]) -> AbstractContextManager[Session]:
+        """With the worker on this rank's device, as long as the engine's process on this node is there."""
+        assert self._sender is not None
+        pid = pids[self.replica.host_of(self.rank)]
+        return self._sender.session(lambda: _is_there(pid))
 
     def pieces(self, pids: Mapping[int, Mapping[int, int]]) -> list[Piece] | Outcome:
         """What the worker on this rank's device holds, with checksums; nothing where the replica does not take part."""
@@ -186,14 +192,10 @@ class EngineHost:
         try:
             if self._first:
                 return self._engine(self._number).backend.pieces()[0]  # type: ignore[attr-defined]
-            assert self._sender is not None
-            pid = pids[self.replica.index][self.replica.host_of(self.rank)]
-            with self._sender.session(lambda: _is_there(pid)) as session:
+            with self._session(pids[self.replica.index]) as session:
                 return session.pieces()[0]
-        except (EngineDied, ReceiverLost) as error:
-            return Outcome(death=str(error))
-        except UserError as error:
-            return Outcome(refusal=str(error))
+        except (ReceiverLost, UserError) as error:
+            return _outcome_of(error)
 
     def compare(self, pieces: Mapping[int, Sequence[Sequence[Piece]]]) -> list[str]:
         """pieces: of each replica, by tensor-parallel rank. The replica's first rank says which differ, and how."""

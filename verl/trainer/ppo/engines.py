@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from verl.checks.gpu_memory import check_balance, disabled_by_user, environment_for_engine, read_gpus
+from verl.checks.gpu_memory import environment_for_engine
 from verl.checks.plan import RunPlan
 from verl.data.tokenizer import end_token_ids
 from verl.engine.model import read_config
 from verl.engine.precision import compute_dtype
+from verl.rollout.backend import Backend
 from verl.rollout.base import RolloutEngine
 from verl.rollout.client import ClientEngine
 from verl.rollout.hf import HFEngine
@@ -32,14 +33,14 @@ Say = Callable[[str], None]
 
 
 def start_engine(
-    config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, folder: Path, note: Say, warn: Say
+    config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, folder: Path, note: Say
 ) -> RolloutEngine | None:
     """The engine, if it does not need the trainer's models. folder: of the run, for its logs."""
     if plan.engine == "hf":
         return None
     if config.actor_rollout_ref.rollout.mode == "server":
         return _servers(config, plan, tokenizer, note)
-    return _start_sglang(config, plan, tokenizer, folder, note, warn)
+    return _start_sglang(config, plan, tokenizer, folder, note)
 
 
 def embedded_engine(config: Config, plan: RunPlan, worker: PPOWorker, tokenizer: PreTrainedTokenizerBase) -> HFEngine:
@@ -58,28 +59,31 @@ def embedded_engine(config: Config, plan: RunPlan, worker: PPOWorker, tokenizer:
 
 
 def _start_sglang(
-    config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, folder: Path, note: Say, warn: Say
+    config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, folder: Path, note: Say
 ) -> RolloutEngine:
-    environment = environment_for_engine(os.environ)
-    if plan.device == "cuda" and plan.tensor_parallel > 1:
-        readings = read_gpus(range(plan.tensor_parallel))
-        if warning := check_balance(readings, disabled=disabled_by_user(os.environ)):
-            warn(warning)
     log = folder / "rollout" / "sglang.log"
     note(f"starting SGLang (its output: {log})")
     megabytes = config.actor_rollout_ref.rollout.update_weights_bucket_megabytes
     backend = SGLangProcess(
-        sglang_settings(config, plan), log=log, bucket_bytes=megabytes << 20, environment=environment
+        sglang_settings(config, plan),
+        log=log,
+        bucket_bytes=megabytes << 20,
+        environment=environment_for_engine(os.environ),
     )
     note(backend.describe())
-    model = config.actor_rollout_ref.model
+    return client_of(backend, config, plan, tokenizer)
+
+
+def client_of(backend: Backend, config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase) -> ClientEngine:
+    """Of a new engine, which has no weights of the actor's yet."""
+    model, holds_weights = config.actor_rollout_ref.model, backend.capabilities.holds_weights
     return ClientEngine(
         backend,
         tokenizer,
         eos_token_ids=end_token_ids(tokenizer, model.path),
         max_model_len=plan.context_length,
         vocab_size=vocab_size_of(model),
-        no_weights="it has not been given the actor's weights yet",
+        no_weights="it has not been given the actor's weights yet" if holds_weights else None,
     )
 
 

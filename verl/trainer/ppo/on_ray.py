@@ -17,11 +17,13 @@ from verl.cluster.ray.placement import Seat, check_resources, place, remove
 from verl.cluster.ray.start import RaySettings, connected
 from verl.config.models import Config
 from verl.errors import UserError
+from verl.rollout.router import Router
 from verl.tracking import Trackers
 from verl.trainer.ppo.phases import put_to_sleep
 from verl.trainer.ppo.ranks import WORKER, token_shares
 from verl.trainer.ppo.replicas import Replicas
 from verl.trainer.ppo.trainer import Trained
+from verl.trainer.ppo.worker import READS
 
 PLACE_TIMEOUT = 60.0  # seconds
 # What the ranks' libraries read, and a driver's user sets; the ranks' own environment is that of their node's Ray.
@@ -32,7 +34,7 @@ SECRET = ("_TOKEN", "_KEY")  # stays: what Ray sends is not encrypted
 def seats_of_ranks(stack: ExitStack, config: Config, plan: RunPlan) -> list[Seat]:
     """A device for each rank, until ``stack`` is closed."""
     init = dict(config.ray_kwargs.ray_init)
-    settings = RaySettings(os.environ.get("RAY_ADDRESS"), init, plan.devices_per_node, plan.device)
+    settings = RaySettings(os.environ.get("RAY_ADDRESS"), init, plan.devices_per_node)
     stack.enter_context(connected(settings, lambda text: print(text, flush=True)))
     check_resources(plan.nnodes, plan.devices_per_node, plan.device)
     seats = place(plan.nnodes, plan.devices_per_node, plan.device, PLACE_TIMEOUT)
@@ -78,21 +80,24 @@ def build_on_ray(
     stack.callback(replicas.close)
     if plan.engine == "hf":  # it borrows the actor's module
         workers = _make_workers(ranks, config, plan)
-        rollout = replicas.start()
-        stack.callback(lambda: asyncio.run(rollout.close()))
-        put_to_sleep(rollout)
+        rollout = _start_replicas(stack, replicas)
     else:
-        rollout = replicas.start()
-        stack.callback(lambda: asyncio.run(rollout.close()))
-        put_to_sleep(rollout)
+        rollout = _start_replicas(stack, replicas)
         workers = _make_workers(ranks, config, plan)
     stack.push(ranks.end)
     return Trained(workers, lambda: replicas.weights, rollout, abandon=ranks.close)
 
 
+def _start_replicas(stack: ExitStack, replicas: Replicas) -> Router:
+    rollout = replicas.start()
+    stack.callback(lambda: asyncio.run(rollout.close()))
+    put_to_sleep(rollout)
+    return rollout
+
+
 def _make_workers(ranks: RayRanks, config: Config, plan: RunPlan) -> RayWorkerGroup:
     shares = token_shares(config.trainer.balance_batch)
-    return ranks.make(WORKER, "verl.trainer.ppo.ranks:make_worker", config, plan, shares=shares)
+    return ranks.make(WORKER, "verl.trainer.ppo.ranks:make_worker", config, plan, shares=shares, reads=READS)
 
 
 def check_shared(ranks: RayRanks, folder: Path) -> None:

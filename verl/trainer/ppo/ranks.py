@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 from verl.checks.gpu_memory import check_balance, disabled_by_user, environment_for_engine, read_gpus
 from verl.checks.plan import RunPlan
 from verl.cluster.network import free_port, host_port, interface_of
+from verl.cluster.ray.group import Shares, even_shares
 from verl.config.models import Config
 from verl.data.tokenizer import load_tokenizer
 from verl.rollout.backend import Backend
@@ -52,7 +53,7 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
 
     def place() -> Place:
         meeting = host_port(here.address, free_port(here.address))
-        return Place(sender.endpoint if sender else None, here.gpu, here.address, interface, meeting)
+        return Place(sender.endpoint if sender else None, here.gpu, meeting)
 
     starts, warnings = itertools.count(1), list[str]()
 
@@ -95,13 +96,11 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
     )
 
 
-def token_shares(balance: bool) -> Callable[[pa.Table, int], list[np.ndarray]]:
+def token_shares(balance: bool) -> Shares:
     """How ranks share rows: in order, or so that their tokens even out. Which rows make an optimizer step is settled
     before."""
 
-    def shares(table: pa.Table, ranks: int) -> list[np.ndarray]:
-        if not balance:
-            return np.array_split(np.arange(table.num_rows), ranks)
+    def balanced(table: pa.Table, ranks: int) -> list[np.ndarray]:
         return balanced_partition(sequence_lengths(table), ranks)
 
-    return shares
+    return balanced if balance else even_shares

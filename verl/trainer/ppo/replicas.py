@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from verl.checks.plan import RunPlan
 from verl.cluster.ray.group import RayRanks
 from verl.config.models import Config
-from verl.data.tokenizer import end_token_ids
 from verl.errors import UserError
 from verl.rollout.backend import EngineDied
 from verl.rollout.client import ClientEngine
@@ -21,7 +20,7 @@ from verl.rollout.replicas.remote import RemoteBackend
 from verl.rollout.replicas.weights import WeightsOnRanks
 from verl.rollout.router import Member, Router
 from verl.rollout.sglang.process import START_TIMEOUT
-from verl.trainer.ppo.engines import vocab_size_of
+from verl.trainer.ppo.engines import client_of
 from verl.trainer.ppo.ranks import HOST
 
 Say = Callable[[str], None]
@@ -95,15 +94,7 @@ class Replicas:
 
         pids = {rank: of_rank["pid"] for rank, of_rank in facts.items()}
         backend = self._current[replica.name] = RemoteBackend(replica, ask, facts[replica.first], pids, stop)
-        model, holds_weights = self._config.actor_rollout_ref.model, backend.capabilities.holds_weights
-        return ClientEngine(
-            backend,
-            self._tokenizer,
-            eos_token_ids=end_token_ids(self._tokenizer, model.path),
-            max_model_len=self._plan.context_length,
-            vocab_size=vocab_size_of(model),
-            no_weights="it has not been given the actor's weights yet" if holds_weights else None,
-        )
+        return client_of(backend, self._config, self._plan, self._tokenizer)
 
     def _ask(self, rank: int, method: str, *args: Any, timeout: float | None = None) -> Any:
         return self._ranks.ask(rank, HOST, method, *args, timeout=timeout)

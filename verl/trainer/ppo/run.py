@@ -65,7 +65,17 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
         trainer = PPOTrainer(
             config,
             plan,
-            Parts(*trained, rewards, tokenizer, train_prompts, val_prompts, checkpoints, trackers),
+            Parts(
+                trained.workers,
+                trained.weights,
+                trained.rollout,
+                rewards,
+                tokenizer,
+                train_prompts,
+                val_prompts,
+                checkpoints,
+                trackers,
+            ),
             stop=lambda: stop.requested,
         )
         if start:
@@ -114,8 +124,7 @@ def build_here(
     trackers: Trackers,
 ) -> Trained:
     """One rank, in this process. ``stack`` closes what is started here."""
-    progress = trackers.progress
-    started = start_engine(config, plan, tokenizer, folder, progress.note, progress.warn)
+    started = start_engine(config, plan, tokenizer, folder, trackers.progress.note)
     if started:
         stack.callback(lambda: asyncio.run(started.close()))
         put_to_sleep(started)

@@ -19,7 +19,7 @@ from verl.agent.single_turn import episodes_of, roll_out
 from verl.checks import log_probs
 from verl.checks.plan import RunPlan, UpdatePlan
 from verl.cluster.base import WorkerGroup
-from verl.config.models import ActorConfig, Config, CriticConfig, RolloutConfig
+from verl.config.models import ActorConfig, Config, CriticConfig
 from verl.data.loader import PromptLoader
 from verl.data.schema import ragged, rows_of, with_columns
 from verl.errors import UserError
@@ -38,8 +38,8 @@ from verl.trainer.ppo.corrections import importance_weights
 from verl.trainer.ppo.kl import apply_kl_penalty, kl_control, place_scores
 from verl.trainer.ppo.losses import aggregation_weights
 from verl.trainer.ppo.phases import Phases
+from verl.trainer.ppo.sampling import training_sampling, validation_sampling
 from verl.trainer.ppo.validation_metrics import validation_metrics
-from verl.trainer.ppo.worker import READS
 
 Metrics = dict[str, float]
 VALIDATION = -1  # stands for the step in the seeds of validation responses: the same ones each time
@@ -58,12 +58,11 @@ class Trained(NamedTuple):
 
 @dataclass
 class Parts:
-    """What a run is put together from; ``verl.trainer.ppo.run`` does it. The first four: as in ``Trained``."""
+    """What a run is put together from; ``verl.trainer.ppo.run`` does it. The first three: as in ``Trained``."""
 
     workers: WorkerGroup
     weights: Callable[[], WeightStream]
     rollout: RolloutEngine
-    abandon: Callable[[], None]
     rewards: RewardManager
     tokenizer: PreTrainedTokenizerBase
     train_prompts: pa.Table
@@ -159,7 +158,7 @@ class PPOTrainer:
 
     def old_log_probs(self, table: pa.Table) -> pa.Table:
         with self.stage("old_log_prob"), self.loaded("actor"):
-            return self.parts.workers.map("old_log_probs", table, columns=READS["old_log_probs"]).result()
+            return self.parts.workers.map("old_log_probs", table).result()
 
     def rollout_correction(self, table: pa.Table) -> pa.Table:
         """Weights that make up for the engine's probabilities not being quite the trainer's, where asked for."""
@@ -175,13 +174,13 @@ class PPOTrainer:
         if "reference" not in self.plan.roles:
             return table
         with self.stage("ref"), self.loaded("reference"):
-            return self.parts.workers.map("ref_log_probs", table, columns=READS["ref_log_probs"]).result()
+            return self.parts.workers.map("ref_log_probs", table).result()
 
     def values(self, table: pa.Table) -> pa.Table:
         if "critic" not in self.plan.roles:
             return table
         with self.stage("values"), self.loaded("critic"):
-            return self.parts.workers.map("values", table, columns=READS["values"]).result()
+            return self.parts.workers.map("values", table).result()
 
     def advantages(self, table: pa.Table) -> pa.Table:
         """Token rewards (the score, less the KL penalty where it is on), advantages and returns."""
@@ -232,8 +231,7 @@ class PPOTrainer:
                 weights = aggregation_weights(mask, settings.loss_agg_mode, self.plan.max_response_length)
                 mini = with_columns(mini, loss_weights=weights)
                 tokens = max(int(mask.values.sum()), 1)
-                update = f"update_{role}"
-                metrics = self.parts.workers.reduce(update, mini, columns=READS[update], num_tokens=tokens).result()
+                metrics = self.parts.workers.reduce(f"update_{role}", mini, num_tokens=tokens).result()
                 for name, value in metrics.items():
                     found[name].append(value)
                 progress.advance()
@@ -395,29 +393,3 @@ class PPOTrainer:
         rows = generation_rows(table, decode, self.step)
         self.parts.trackers.dump(folder, self.step, rows)
         return rows
-
-
-def training_sampling(rollout: RolloutConfig, max_new_tokens: int) -> SamplingParams:
-    return SamplingParams(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=rollout.min_new_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        min_p=rollout.min_p,
-        stop=tuple(rollout.stop),
-        stop_token_ids=tuple(rollout.stop_token_ids),
-        ignore_eos=rollout.ignore_eos,
-    )
-
-
-def validation_sampling(rollout: RolloutConfig, max_new_tokens: int) -> SamplingParams:
-    chosen = rollout.val_kwargs
-    return SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=chosen.temperature if chosen.do_sample else 0.0,
-        top_p=chosen.top_p,
-        top_k=chosen.top_k,
-        stop=tuple(rollout.stop),
-        stop_token_ids=tuple(rollout.stop_token_ids),
-    )
