@@ -146,8 +146,8 @@ class RayRanks:
         failed: tuple[int, Answer] | None = None
         deadline = time.monotonic() + timeout
         while pending:
-            if self.failure:
-                raise self.failure
+            if not self.alive:
+                raise self.failure or UserError(ENDED)
             ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=LOOK_EVERY)
             for ref in ready:
                 rank = pending.pop(ref)
@@ -253,7 +253,7 @@ class RayRanks:
             ray.wait(list(self._stays), num_returns=len(self._stays), timeout=LEAVE_TIMEOUT)
         if self._watcher.ident:
             self._watcher.join(LEAVE_TIMEOUT)
-        self._waiters.shutdown(wait=False, cancel_futures=True)
+        self._waiters.shutdown()  # of calls that nothing holds up any more
 
 
 class RayWorkerGroup:
