@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789", "#", "+", "=", *"abcdefghijkl"]
 
 
-def make_model(path: Path, seed: int = 0) -> None:
+def make_model(path: Path, seed: int = 0, **shape: int) -> None:
+    """shape: sizes of the config, where they are not the small job's."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -34,13 +35,17 @@ def make_model(path: Path, seed: int = 0) -> None:
     )
     tokenizer.save_pretrained(path)
     torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        **shape,
+    }
     config = Qwen2Config(
+        **sizes,
         vocab_size=len(WORDS),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         max_position_embeddings=64,
         tie_word_embeddings=True,
         bos_token_id=None,

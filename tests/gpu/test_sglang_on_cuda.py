@@ -2,11 +2,12 @@
 
 import json
 import subprocess
+from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, arguments, command, metrics_of
+from helpers import ROOT, arguments, command, make_model, metrics_of
 
 from verl.rollout.sglang.arguments import installed
 
@@ -54,19 +55,40 @@ def test_ppo_learns_with_equal_weights_at_every_step_and_no_growth_of_memory(sma
 
 
 def test_engine_and_trainer_never_hold_their_peaks_together(small, tmp_path):
-    """The GPU's use is sampled from outside. Awake, SGLang takes its share; training takes the rest."""
-    samples = tmp_path / "samples.txt"
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--loop-ms=50"]
-    with samples.open("w") as output, subprocess.Popen(query, stdout=output) as sampler:
+    """What each process has on the GPU, as the driver counts it, sampled from outside. Alone, the trainer's phase takes
+    some 7 GiB here (float32 weights, gradients and Adam's moments of 0.36 billion parameters), the engine's a fifth of
+    the GPU."""
+    make_model(
+        tmp_path / "model",
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+    )
+    keys = {
+        "actor_rollout_ref__model__path": tmp_path / "model",
+        "actor_rollout_ref__rollout__gpu_memory_utilization": 0.2,
+        "actor_rollout_ref__rollout__max_num_seqs": 64,
+        "trainer__total_training_steps": 3,
+    }
+    samples = tmp_path / "samples.csv"
+    query = ["nvidia-smi", "--query-compute-apps=timestamp,pid,used_memory", "--format=csv,noheader,nounits"]
+    with samples.open("w") as output, subprocess.Popen([*query, "--loop-ms=50"], stdout=output) as sampler:
         try:
-            steps = run(small, tmp_path / "run", trainer__total_training_steps=3)
+            steps = run(small, tmp_path / "run", **keys)
         finally:
             sampler.kill()
-    peak = max(int(line) for line in samples.read_text().split()) / 1024
-    asleep = steps[-1]["perf/device_memory_used_gb"]  # weights awake, KV cache asleep, actor offloaded
-    reserved = max(step["perf/max_memory_reserved_gb"] for step in steps)
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    engine = 0.4 * total + 2  # its share, and CUDA's own
-    buckets = 2 * 64 / 1024
-    assert peak <= max(engine, asleep + reserved) + buckets + 2, (peak, engine, asleep, reserved)
-    print(json.dumps({"peak": peak, "engine": engine, "between phases": asleep, "trainer reserved": reserved}))
+    together: dict[str, float] = defaultdict(float)
+    peaks: dict[str, float] = defaultdict(float)  # of each process
+    for line in samples.read_text().splitlines():
+        time, process, megabytes = (part.strip() for part in line.split(","))
+        together[time] += float(megabytes) / 1024
+        peaks[process] = max(peaks[process], float(megabytes) / 1024)
+    figures = {"together": max(together.values()), "of each": sorted(peaks.values())}
+    print(json.dumps(figures))
+    larger, buckets = max(peaks.values()), 2 * 64 / 1024
+    assert len(peaks) == 2, figures
+    assert min(peaks.values()) > 4, figures  # or the next line would say nothing
+    assert figures["together"] <= larger + buckets + 2, figures
+    assert max(step["perf/max_memory_reserved_gb"] for step in steps) > 4

@@ -58,6 +58,9 @@ class PPOWorker:
         for role in plan.roles:
             self.engines[role] = self._build(role)
             self.unload(role)
+        if plan.device == "cuda":  # what was imported and built stays: free_memory's collections need not go through it
+            gc.collect()
+            gc.freeze()
 
     def _build(self, role: str) -> TrainEngine:
         trained: dict[str, ActorConfig | CriticConfig] = {
