@@ -1,0 +1,102 @@
+"""``python -m verl.rollout.vllm.server``: the process of one vLLM replica."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from verl.rollout.backend import Draw, Drawn
+from verl.rollout.serve import Orders
+from verl.rollout.server import EngineServer, check_arguments, run
+from verl.rollout.vllm.arguments import VLLM
+from verl.rollout.vllm.requests import sampling_params
+
+LOOK_EVERY = 0.2
+
+
+class Server(EngineServer):
+    """vLLM's front end in this process, its scheduler and its workers in children of it."""
+
+    def __init__(self, orders: Orders, arguments: dict[str, Any]):
+        import vllm
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        super().__init__(orders, VLLM)
+        known = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
+        check_arguments(VLLM, arguments, known, vllm.__version__)
+        self.loop = asyncio.new_event_loop()
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._seeded = current_platform.is_cpu()  # as ``capabilities_of`` says
+        self.loop.run_until_complete(self.engine.collective_rpc("prepare"))
+
+    def facts(self) -> dict[str, Any]:
+        import vllm
+
+        cache = self.engine.vllm_config.cache_config
+        return {
+            "version": vllm.__version__,
+            "end_tokens": [],  # all of them come with the request
+            "max_total_tokens": cache.num_gpu_blocks * cache.block_size,
+        }
+
+    async def serve(self, first_order: int) -> None:
+        looking = asyncio.ensure_future(self._look())
+        await super().serve(first_order)
+        looking.cancel()
+
+    async def _look(self) -> None:
+        """A front end that has lost its scheduler or a worker would answer every order with an error: it ends here."""
+        while not self.engine.errored:
+            await asyncio.sleep(LOOK_EVERY)
+        print("vLLM's engine has died", flush=True)
+        os._exit(1)
+
+    def shutdown(self) -> None:
+        self.engine.shutdown()
+
+    # ---- orders
+
+    async def outputs(self, draw: Draw) -> AsyncIterator[Drawn]:
+        prompt = {"prompt_token_ids": draw.prompt_ids}
+        async for output in self.engine.generate(prompt, sampling_params(draw, self._seeded), draw.id):
+            (completion,) = output.outputs
+            ids = list(completion.token_ids)
+            log_probs = completion.logprobs.logprobs[: len(ids)] if ids else []
+            yield Drawn(draw.id, ids, log_probs, completion.finish_reason)
+
+    async def abort(self, draw_ids: Sequence[str]) -> None:
+        await self.engine.abort(draw_ids)
+
+    def drawn_so_far(self, draw_ids: Sequence[str]) -> list[int]:
+        states = self.engine.output_processor.request_states.values()
+        asked = set(draw_ids)
+        return [state.detokenizer.num_output_tokens() for state in states if state.external_req_id in asked]
+
+    async def receive_weights(self, version: int | None) -> None:
+        await self.engine.collective_rpc("receive_weights")
+
+    async def flush(self) -> str | None:
+        return None if await self.engine.reset_prefix_cache() else "blocks of its cache are in use"
+
+    async def sleep(self, tags: Sequence[str]) -> None:
+        """Weights sleep at level 2, which lets go of the cache, too."""
+        if "weights" not in tags:
+            await self.engine.pause_generation()
+            return await self.engine.release_kv_cache_memory()
+        await self.engine.sleep(level=2)
+
+    async def wake(self, tags: Sequence[str]) -> None:
+        await self.engine.wake_up(list(tags))
+
+    async def health(self) -> None:
+        """An answer from the scheduler and every worker, without a forward: the memory may be asleep."""
+        await self.engine.collective_rpc("check_health")
+
+
+if __name__ == "__main__":
+    run(Server)
