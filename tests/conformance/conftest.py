@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -188,6 +189,8 @@ class OwnProcessKit(HFKit):
                 environment={**os.environ, **self.environment},
             )
             self.backends[type(self)] = backend
+            for worker in psutil.Process(backend.process.pid).children(recursive=True):
+                worker.nice(10)  # ranks spin while they wait for each other: draw_some has to get its turns
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             atexit.register(super(Shared, backend).close)
 

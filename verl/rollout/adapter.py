@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl.rollout.base import Capabilities
+from verl.rollout.base import Capabilities, MemoryTag
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def installed(distribution: str) -> bool:
 
 # ---- what adapters share
 
-SLEEP = frozenset({"weights", "kv_cache"})
+SLEEP: frozenset[MemoryTag] = frozenset({"weights", "kv_cache"})
 
 # What a launcher of the trainer's, or its allocator, set for itself.
 _TRAINERS_OWN = {"TORCHELASTIC_USE_AGENT_STORE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LOCAL_RANK", "RANK"}

@@ -100,8 +100,8 @@ class OwnProcess:
         self._listener = listener
 
     def stops_at(self, stop_ids: frozenset[int]) -> bool:
-        """SGLang always ends a response at the model's own end tokens, unless it is told to ignore all stop tokens.
-        An engine that can end at any has no such tokens."""
+        """SGLang always ends a response at the model's own end tokens, unless it is told to ignore all stop tokens;
+        vLLM has no such tokens, and ends at any."""
         return not stop_ids or stop_ids >= self.end_tokens
 
     def draw(self, draws: Sequence[Draw]) -> None:
@@ -158,7 +158,7 @@ class OwnProcess:
         return self._sender.seconds
 
     def sleep(self, tags: Sequence[MemoryTag]) -> None:
-        for tag in tags:
+        for tag in sorted(tags):  # the cache first, which goes with the weights in some engines
             before, _ = torch.cuda.mem_get_info(self._device)
             self.process.call("sleep", [tag])
             self._slept[tag] = torch.cuda.mem_get_info(self._device)[0] - before
@@ -169,8 +169,8 @@ class OwnProcess:
         free, _ = torch.cuda.mem_get_info(self._device)
         if free < needed:
             raise UserError(
-                f"{self.process.name} cannot wake: its {' and '.join(tags)} took {needed / GIB:.1f} GiB when it went to "
-                f"sleep, and {free / GIB:.1f} GiB of the GPU are free, as this process holds "
+                f"{self.process.name} cannot wake: its {' and '.join(tags)} took {needed / GIB:.1f} GiB when it went "
+                f"to sleep, and {free / GIB:.1f} GiB of the GPU are free, as this process holds "
                 f"{torch.cuda.memory_reserved(self._device) / GIB:.1f} GiB. Lower "
                 "actor_rollout_ref.rollout.gpu_memory_utilization, or offload models that are not in use "
                 "(param_offload, optimizer_offload)"

@@ -19,7 +19,7 @@ from verl.rollout.adapter import (
     core_groups,
     installed,
 )
-from verl.rollout.base import Capabilities
+from verl.rollout.base import Capabilities, MemoryTag
 
 # Arguments that other keys of ours decide -> that key.
 OWN_KEYS = {
@@ -121,7 +121,7 @@ def environment_of(settings: EngineSettings, inherited: Mapping[str, str], part:
 
 def capabilities_of(settings: EngineSettings) -> Capabilities:
     return Capabilities(
-        sleep=SLEEP if settings.sleeps else frozenset(),
+        sleep=SLEEP if settings.sleeps else frozenset[MemoryTag](),
         own_process=True,
         min_new_tokens=SGLANG.no_min_new_tokens is None,
         seeded=False,

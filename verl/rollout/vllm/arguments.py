@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from verl.rollout.adapter import SLEEP, WHOLE, Adapter, EngineSettings, Part, common_environment, core_groups
-from verl.rollout.base import Capabilities
+from verl.rollout.base import Capabilities, MemoryTag
 
 # Arguments that other keys of ours decide -> that key.
 OWN_KEYS = {
@@ -29,6 +29,8 @@ OWN_KEYS = {
     "data_parallel_size": "nothing (one replica is one tensor-parallel group)",
     "pipeline_parallel_size": "nothing (one replica is one tensor-parallel group)",
     "distributed_executor_backend": "nothing (a replica's workers are processes of one node)",
+    "quantization": "nothing (new weights come as the trainer has them)",
+    "moe_backend": "nothing (the weight updates need it)",
     "worker_extension_cls": "nothing (the weight updates need it)",
     "logprobs_mode": "nothing (log-probs are at the sampling temperature, over the full vocabulary)",
     "generation_config": "nothing (each request says how it is drawn)",
@@ -53,8 +55,7 @@ def arguments_of(settings: EngineSettings, part: Part = WHOLE) -> dict[str, Any]
         "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else "uni",
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
-        # vLLM cuts prompts to this many tokens a pass, and wants room for a token of every sequence
-        "max_num_batched_tokens": max(settings.max_prefill_tokens, settings.max_num_seqs),
+        "max_num_batched_tokens": settings.max_prefill_tokens,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "enforce_eager": settings.enforce_eager or on_cpu,
         "enable_sleep_mode": settings.sleeps,
@@ -66,6 +67,8 @@ def arguments_of(settings: EngineSettings, part: Part = WHOLE) -> dict[str, Any]
     if on_cpu:
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         arguments["async_scheduling"] = False  # the seeded sampler has to know how many tokens a response has
+    else:
+        arguments["moe_backend"] = "triton"  # others lay experts out anew as they are loaded
     return arguments | dict(settings.extra)
 
 
@@ -87,9 +90,8 @@ def environment_of(settings: EngineSettings, inherited: Mapping[str, str], part:
 
 def capabilities_of(settings: EngineSettings) -> Capabilities:
     """Seeded on a CPU only: on a GPU, seeds of requests would take vLLM's sampling off its fast path."""
-    return Capabilities(
-        sleep=SLEEP if settings.sleeps else frozenset(), own_process=True, seeded=settings.device == "cpu"
-    )
+    sleep = SLEEP if settings.sleeps else frozenset[MemoryTag]()
+    return Capabilities(sleep=sleep, own_process=True, seeded=settings.device == "cpu")
 
 
 def describe(facts: Mapping[str, Any]) -> str:

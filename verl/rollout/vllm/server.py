@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from verl.errors import UserError
 from verl.rollout.backend import Draw, Drawn
 from verl.rollout.serve import Orders
 from verl.rollout.server import EngineServer, check_arguments, run
@@ -31,8 +32,15 @@ class Server(EngineServer):
         check_arguments(VLLM, arguments, known, vllm.__version__)
         self.loop = asyncio.new_event_loop()
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._cache_sleeps = False
         self._seeded = current_platform.is_cpu()  # as ``capabilities_of`` says
-        self.loop.run_until_complete(self.engine.collective_rpc("prepare"))
+        problems = self.loop.run_until_complete(self.engine.collective_rpc("prepare"))
+        if problems[0]:
+            self.engine.shutdown()
+            raise UserError(
+                f"vLLM {vllm.__version__} cannot take new weights for this model: {problems[0]}. Use "
+                "actor_rollout_ref.rollout.name=sglang or hf"
+            )
 
     def facts(self) -> dict[str, Any]:
         import vllm
@@ -84,14 +92,19 @@ class Server(EngineServer):
         return None if await self.engine.reset_prefix_cache() else "blocks of its cache are in use"
 
     async def sleep(self, tags: Sequence[str]) -> None:
-        """Weights sleep at level 2, which lets go of the cache, too."""
-        if "weights" not in tags:
+        """Weights sleep at vLLM's level 2, at which the cache goes, too: it comes back at once where it was to stay."""
+        if "kv_cache" in tags:
             await self.engine.pause_generation()
-            return await self.engine.release_kv_cache_memory()
-        await self.engine.sleep(level=2)
+            await self.engine.release_kv_cache_memory()
+            self._cache_sleeps = True
+        if "weights" in tags:
+            await self.engine.sleep(level=2)
+            if not self._cache_sleeps:
+                await self.engine.wake_up(["kv_cache"])
 
     async def wake(self, tags: Sequence[str]) -> None:
         await self.engine.wake_up(list(tags))
+        self._cache_sleeps = self._cache_sleeps and "kv_cache" not in tags
 
     async def health(self) -> None:
         """An answer from the scheduler and every worker, without a forward: the memory may be asleep."""

@@ -1,9 +1,9 @@
 """The parameters of one tensor-parallel rank of an engine's model, by the names of the checkpoint.
 
-SGLang and vLLM, whose models are of one descent, fuse tensors (q, k and v; gate and up; experts) and keep slices of them. Which tensor goes where is known to
-each model's ``load_weights`` alone, so it is watched once, tensor by tensor: which parameter's loader was called, with
-which part. From then on the part of a parameter that holds (a slice of) a named tensor can be read back, without
-trusting anything that was sent.
+SGLang and vLLM, whose models are of one descent, fuse tensors (q, k and v; gate and up; experts) and keep slices of
+them. Which tensor goes where is known to each model's ``load_weights`` alone, so it is watched once, tensor by tensor:
+which parameter's loader was called, with which part. From then on the part of a parameter that holds (a slice of) a
+named tensor can be read back, without trusting anything that was sent.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class ModelParameters:
             return [(index,) for index in range(len(module.output_sizes))]
         if kind == "experts":
             roles = ("w2",) if parameter.endswith("w2_weight") else ("w1", "w3")
-            return [(role, expert) for expert in range(module.num_experts) for role in roles]
+            return [(role, expert) for expert in range(_experts(module)[0]) for role in roles]
         return [()]
 
     def _parts(self, slot: Slot) -> list[Part]:
@@ -140,8 +140,8 @@ class ModelParameters:
         return [slot.part] if slot.part else self._all_parts(slot.parameter)
 
     def _held(self, slot: Slot, shape: Sequence[int]) -> Iterator[tuple[torch.Tensor, int, int]]:
-        """(slice held, its dimension, its start) of a named tensor of this shape, read from the parameter. An engine may
-        pad what it holds so that ranks share it evenly: what lies past the tensor's end is left out."""
+        """(slice held, its dimension, its start) of a named tensor of this shape, read from the parameter. What lies
+        past the tensor's end is left out: an engine may pad what it holds, so that ranks share it evenly."""
         for held, dim, start in self._padded(slot, shape):
             size = max(0, min(held.shape[dim], shape[dim] - start)) if shape else 1
             yield held.narrow(dim, 0, size) if shape else held, dim, start
@@ -213,7 +213,7 @@ def _load(loader: Callable, parameter: nn.Parameter, args: tuple, kwargs: dict[s
 def _kind(module: nn.Module) -> str:
     if hasattr(module, "num_kv_head_replicas"):
         return "qkv"
-    if hasattr(module, "num_experts") and (hasattr(module, "w13_weight") or hasattr(module, "w2_weight")):
+    if hasattr(module, "w13_weight") or hasattr(module, "w2_weight"):
         return "experts"
     if hasattr(module, "shard_indices"):
         return "vocabulary"
@@ -241,10 +241,19 @@ def _merged(module: Any, parameter: torch.Tensor, part: Part) -> tuple[torch.Ten
     return parameter[offset : offset + size], module.tp_rank * size, sizes[index]
 
 
+def _experts(module: Any) -> tuple[int, int, int]:
+    """(how many there are, the rank among those that share each one, ranks that they are spread over): SGLang's layer
+    says it itself, vLLM's has it in its configuration."""
+    if hasattr(module, "moe_tp_rank"):
+        return module.num_experts, module.moe_tp_rank, getattr(module, "moe_ep_size", 1)
+    parallel = module.moe_config.moe_parallel_config
+    return module.global_num_experts, parallel.tp_rank, parallel.ep_size
+
+
 def _expert(module: Any, parameter: torch.Tensor, part: Part) -> tuple[torch.Tensor, int, int]:
     role, expert = part
-    rank, local = module.moe_tp_rank, module.intermediate_size_per_partition
-    if getattr(module, "moe_ep_size", 1) != 1 or getattr(module, "use_triton_kernels", False):
+    (_, rank, spread), local = _experts(module), module.intermediate_size_per_partition
+    if spread != 1 or getattr(module, "use_triton_kernels", False):
         raise NotImplementedError(f"no checksums of experts that are spread over ranks, or laid out transposed; {SKIP}")
     if role == "w2":
         return parameter[expert], 1, rank * local
