@@ -18,11 +18,10 @@ from verl.rollout.own_process import OwnProcess
 
 SMALL = {
     "vocab_size": 100,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
     "bos_token_id": 0,
@@ -33,6 +32,7 @@ EXPERTS = {
     "intermediate_size": 128,
     "num_experts": 4,
     "num_experts_per_tok": 2,
+    "head_dim": 32,
     "norm_topk_prob": True,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,8 +84,11 @@ def environment_of(settings: EngineSettings, inherited: Mapping[str, str], part:
         environment["VLLM_HOST_IP"] = part.address
     if settings.device == "cpu":
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling the sampler takes longer than it saves
-        groups = core_groups(settings.tensor_parallel)  # one for each rank, where there is no NUMA node for each
-        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(groups))
+        if settings.tensor_parallel == 1:  # the worker lives in the scheduler's process, which takes 7 s less to start
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+        else:  # a rank for each group of cores, where there is no NUMA node for each
+            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(core_groups(settings.tensor_parallel)))
     return environment
 
 

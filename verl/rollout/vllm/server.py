@@ -16,6 +16,7 @@ from verl.rollout.vllm.arguments import VLLM
 from verl.rollout.vllm.requests import sampling_params
 
 LOOK_EVERY = 0.2
+DEATH_TIMEOUT = 5.0  # seconds from a worker's end to that of the engine
 
 
 class Server(EngineServer):
@@ -61,8 +62,15 @@ class Server(EngineServer):
         """A front end that has lost its scheduler or a worker would answer every order with an error: it ends here."""
         while not self.engine.errored:
             await asyncio.sleep(LOOK_EVERY)
-        print("vLLM's engine has died", flush=True)
-        os._exit(1)
+        leave()
+
+    async def _workers(self, method: str) -> None:
+        """Each worker's method. The end of one may be told here first, as an error like any other."""
+        try:
+            await self.engine.collective_rpc(method)
+        except Exception:
+            await asyncio.sleep(DEATH_TIMEOUT)  # in which ``_look`` sees it
+            raise
 
     def shutdown(self) -> None:
         self.engine.shutdown()
@@ -71,11 +79,16 @@ class Server(EngineServer):
 
     async def outputs(self, draw: Draw) -> AsyncIterator[Drawn]:
         prompt = {"prompt_token_ids": draw.prompt_ids}
-        async for output in self.engine.generate(prompt, sampling_params(draw, self._seeded), draw.id):
-            (completion,) = output.outputs
-            ids = list(completion.token_ids)
-            log_probs = completion.logprobs.logprobs[: len(ids)] if ids else []
-            yield Drawn(draw.id, ids, log_probs, completion.finish_reason)
+        try:
+            async for output in self.engine.generate(prompt, sampling_params(draw, self._seeded), draw.id):
+                (completion,) = output.outputs
+                ids = list(completion.token_ids)
+                log_probs = completion.logprobs.logprobs if ids else []
+                yield Drawn(draw.id, ids, log_probs, completion.finish_reason)
+        except Exception:
+            if self.engine.errored:  # the request is not to blame
+                leave()
+            raise
 
     async def abort(self, draw_ids: Sequence[str]) -> None:
         await self.engine.abort(draw_ids)
@@ -86,7 +99,7 @@ class Server(EngineServer):
         return [state.detokenizer.num_output_tokens() for state in states if state.external_req_id in asked]
 
     async def receive_weights(self, version: int | None) -> None:
-        await self.engine.collective_rpc("receive_weights")
+        await self._workers("receive_weights")
 
     async def flush(self) -> str | None:
         return None if await self.engine.reset_prefix_cache() else "blocks of its cache are in use"
@@ -108,7 +121,12 @@ class Server(EngineServer):
 
     async def health(self) -> None:
         """An answer from the scheduler and every worker, without a forward: the memory may be asleep."""
-        await self.engine.collective_rpc("check_health")
+        await self._workers("check_health")
+
+
+def leave() -> None:
+    """The engine has died, and its last words are in the output. What is left of it ends with this process."""
+    os._exit(1)
 
 
 if __name__ == "__main__":
