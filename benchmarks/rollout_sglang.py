@@ -31,10 +31,11 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from verl.rollout.adapter import EngineSettings
 from verl.rollout.base import Request, SamplingParams
 from verl.rollout.client import ClientEngine
-from verl.rollout.sglang.arguments import SGLangSettings, arguments_of, environment_of
-from verl.rollout.sglang.process import SGLangProcess
+from verl.rollout.own_process import OwnProcess
+from verl.rollout.sglang.arguments import SGLANG, arguments_of, environment_of
 
 SHAPES = {
     "7b": {
@@ -76,7 +77,7 @@ def main() -> None:
         config = Qwen2Config(**SHAPES[options.shape], max_position_embeddings=4096, rope_theta=1e6, dtype="bfloat16")
         config.architectures = ["Qwen2ForCausalLM"]
         config.save_pretrained(folder)
-        settings = SGLangSettings(
+        settings = EngineSettings(
             model_path=folder,
             device="cuda" if CUDA else "cpu",
             dtype="bfloat16" if CUDA else "float32",
@@ -90,7 +91,7 @@ def main() -> None:
         )
         started = time.perf_counter()
         bare = BareSGLang(settings, options.response) if "generate" in options.parts else None  # starts meanwhile
-        backend = SGLangProcess(settings, log=Path(options.log), bucket_bytes=options.bucket * MIB)
+        backend = OwnProcess(SGLANG, settings, log=Path(options.log), bucket_bytes=options.bucket * MIB)
         report(results, "start", {"seconds": time.perf_counter() - started, "engine": backend.describe()}, options)
         try:
             for part in options.parts.split(","):
@@ -126,7 +127,7 @@ def report(results: dict[str, Any], part: str, figures: dict[str, Any], options:
 # ---- generation
 
 
-def generation(backend: SGLangProcess, bare_sglang, config: Qwen2Config, settings, options) -> dict[str, Any]:
+def generation(backend: OwnProcess, bare_sglang, config: Qwen2Config, settings, options) -> dict[str, Any]:
     engine = client(backend, config, options)
     bare_sglang.wait()
     ours, bare = [], []
@@ -145,7 +146,7 @@ def generation(backend: SGLangProcess, bare_sglang, config: Qwen2Config, setting
     }
 
 
-def client(backend: SGLangProcess, config: Qwen2Config, options: argparse.Namespace) -> ClientEngine:
+def client(backend: OwnProcess, config: Qwen2Config, options: argparse.Namespace) -> ClientEngine:
     longest = options.prompt + options.response
     return ClientEngine(backend, eos_token_ids=[], max_model_len=longest, vocab_size=config.vocab_size)
 
@@ -163,7 +164,7 @@ def timed_ours(engine: ClientEngine, prompts: list[list[int]], options: argparse
 class BareSGLang:
     """In a process of its own, as its workers' end would be this one's."""
 
-    def __init__(self, settings: SGLangSettings, response: int):
+    def __init__(self, settings: EngineSettings, response: int):
         self._pipe, child = mp.get_context("spawn").Pipe()
         self._process = mp.get_context("spawn").Process(
             target=bare_engine, args=(child, arguments_of(settings), environment_of(settings, {}), response)
@@ -205,7 +206,7 @@ def bare_engine(pipe: Any, arguments: dict[str, Any], environment: dict[str, str
 # ---- weights
 
 
-def updates(backend: SGLangProcess, _, config: Qwen2Config, settings: SGLangSettings, options) -> dict[str, Any]:
+def updates(backend: OwnProcess, _, config: Qwen2Config, settings: EngineSettings, options) -> dict[str, Any]:
     engine = client(backend, config, options)
     if backend.capabilities.sleep:
         asyncio.run(engine.sleep(["kv_cache"]))  # as in a run
@@ -244,7 +245,7 @@ def updates(backend: SGLangProcess, _, config: Qwen2Config, settings: SGLangSett
     return figures
 
 
-def timed_updates(engine: ClientEngine, backend: SGLangProcess, stream: Any, options) -> dict[str, Any]:
+def timed_updates(engine: ClientEngine, backend: OwnProcess, stream: Any, options) -> dict[str, Any]:
     seconds, splits, peak = [], [], 0
     for number in range(options.rounds + 2):
         if CUDA:
@@ -282,7 +283,7 @@ def copy_floor(weights: dict[str, torch.Tensor]) -> float:
 # ---- memory
 
 
-def sleeping(backend: SGLangProcess, _, config: Qwen2Config, settings, options) -> dict[str, Any]:
+def sleeping(backend: OwnProcess, _, config: Qwen2Config, settings, options) -> dict[str, Any]:
     engine = client(backend, config, options)
     torch.cuda.empty_cache()
     rounds = []
@@ -312,7 +313,7 @@ def sleeping(backend: SGLangProcess, _, config: Qwen2Config, settings, options) 
     }
 
 
-def weights_and_cache_bytes(backend: SGLangProcess, config: Qwen2Config) -> int:
+def weights_and_cache_bytes(backend: OwnProcess, config: Qwen2Config) -> int:
     """By the shapes: bfloat16 weights, and keys and values of every token that there is room for."""
     with torch.device("meta"):
         weights = sum(param.numel() for param in Qwen2ForCausalLM(config).parameters()) * 2

@@ -63,7 +63,8 @@ def test_a_key_comes_by_the_name_of_its_variable(problems, monkeypatch):
 
 
 def test_servers_are_sglangs(problems):
-    assert "speaks to SGLang servers" in problems(f"{ROLLOUT}.name=hf", f"{ROLLOUT}.server_urls={NEAR}")["name"]
+    for engine in ("hf", "vllm"):
+        assert "speaks to SGLang" in problems(f"{ROLLOUT}.name={engine}", f"{ROLLOUT}.server_urls={NEAR}")["name"]
 
 
 def test_weights_by_disk_need_a_folder_that_can_be_written(problems, tmp_path):

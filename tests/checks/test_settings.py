@@ -112,6 +112,7 @@ def test_lengths_must_fit_the_model_and_the_engine(checked):
         (["custom_reward_function.path=/no/reward.py"], "custom_reward_function.path"),
         ([f"{ROLLOUT}.name=vlm"], f"{ROLLOUT}.name"),
         ([f"{ROLLOUT}.name=sglang"], f"{ROLLOUT}.name"),
+        ([f"{ROLLOUT}.name=vllm"], f"{ROLLOUT}.name"),
         (["trainer.n_gpus_per_node=2", "trainer.executor=local"], "trainer.executor"),
         (["trainer.n_gpus_per_node=2", f"{ROLLOUT}.mode=server"], f"{ROLLOUT}.mode"),
         (["data.prompt_key=question"], "data.train_files"),
@@ -230,3 +231,32 @@ def test_what_sglang_cannot_do_is_said_before_it_starts(checked, monkeypatch):
         f"{rollout}.engine_kwargs.sglang.dp_size",
     }
     assert any("expandable_segments" in warning for warning in findings.warnings)
+
+
+def test_what_vllm_cannot_do_is_said_before_it_starts(checked):
+    rollout = "actor_rollout_ref.rollout"
+    _, findings = checked(
+        f"{rollout}.name=vllm",
+        f"{rollout}.min_new_tokens=4",
+        f"{rollout}.max_num_batched_tokens=512",
+        f"{rollout}.tensor_model_parallel_size=4",
+        f"+{rollout}.engine_kwargs.vllm.data_parallel_size=2",
+        "trainer.nnodes=2",
+        "trainer.n_gpus_per_node=2",
+        "trainer.device=cuda",
+        dry_run=True,
+    )
+    assert {problem.key for problem in findings.problems} == {
+        f"{rollout}.max_num_batched_tokens",
+        f"{rollout}.tensor_model_parallel_size",
+        f"{rollout}.engine_kwargs.vllm.data_parallel_size",
+    }
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_an_engine_that_is_not_installed_is_named_with_the_commands_that_install_it(checked, monkeypatch, engine):
+    monkeypatch.setattr("verl.rollout.adapter.installed", lambda distribution: False)
+    _, findings = checked(f"actor_rollout_ref.rollout.name={engine}")
+    (fix,) = [problem.fix for problem in findings.problems if problem.key.endswith("rollout.name")]
+    assert f'pip install -e ".[{engine}]"' in fix
+    assert f"make {engine}-cpu" in fix

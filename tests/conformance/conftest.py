@@ -12,20 +12,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from verl.rollout.adapter import Adapter, EngineSettings
 from verl.rollout.base import RolloutEngine
 from verl.rollout.client import ClientEngine
 from verl.rollout.hf import HFEngine
+from verl.rollout.own_process import OwnProcess
 from verl.rollout.replicas.embedded import EmbeddedBackend
 from verl.rollout.replicas.host import EngineHost, Place
 from verl.rollout.replicas.layout import Replica
 from verl.rollout.replicas.remote import RemoteBackend
-from verl.rollout.sglang.arguments import SGLangSettings, installed
-from verl.rollout.sglang.process import SGLangProcess
+from verl.rollout.sglang.arguments import SGLANG
+from verl.rollout.vllm.arguments import VLLM
 
 VOCABULARY, EOS, CONTEXT = 100, 1, 160
 
@@ -141,8 +144,8 @@ class HFOnARankKit(HFKit):
             host.close()
 
 
-class Shared(SGLangProcess):
-    """One SGLang for all tests of a session: a test that closes its engine leaves the process alone."""
+class Shared(OwnProcess):
+    """One engine for all tests of a session: a test that closes its engine leaves the process alone."""
 
     under_test: ClientEngine | None = None
 
@@ -151,22 +154,25 @@ class Shared(SGLangProcess):
             super().close()
 
 
-class SGLangKit(HFKit):
-    """The real SGLang, on the GPU where there is one."""
+class OwnProcessKit(HFKit):
+    """A real engine in a process of its own, on the GPU where there is one. environment: besides ours."""
+
+    adapter: Adapter
+    environment: ClassVar[dict[str, str]] = {}
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tolerance = 0.25 if device == "cuda" else 5e-5  # bfloat16 logits of up to 16, float32
     tensor_parallel = 1
-    backends: ClassVar[dict[int, Shared]] = {}
+    backends: ClassVar[dict[type[OwnProcessKit], Shared]] = {}
 
     def __init__(self) -> None:
         super().__init__()
         dtype = "bfloat16" if self.device == "cuda" else "float32"
         self.trainer.to(self.device, getattr(torch, dtype))
-        if self.tensor_parallel not in self.backends:
+        if type(self) not in self.backends:
             folder = Path(tempfile.mkdtemp(prefix="verl-conformance-"))
             self.trainer.save_pretrained(folder / "model")
-            settings = SGLangSettings(
+            settings = EngineSettings(
                 model_path=str(folder / "model"),
                 device=self.device,
                 dtype=dtype,
@@ -175,15 +181,22 @@ class SGLangKit(HFKit):
                 tensor_parallel=self.tensor_parallel,
                 gpu_memory_utilization=0.3,
             )
-            environment = {**os.environ, "SGLANG_FORCE_STREAM_INTERVAL": "4"}  # so that draw_some can look on
-            backend = Shared(settings, log=folder / "sglang.log", bucket_bytes=50_000, environment=environment)
-            self.backends[self.tensor_parallel] = backend
+            backend = Shared(
+                self.adapter,
+                settings,
+                log=folder / "engine.log",
+                bucket_bytes=50_000,
+                environment={**os.environ, **self.environment},
+            )
+            self.backends[type(self)] = backend
+            for worker in psutil.Process(backend.process.pid).children(recursive=True):
+                worker.nice(10)  # ranks spin while they wait for each other: draw_some has to get its turns
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             atexit.register(super(Shared, backend).close)
 
     @property
     def backend(self) -> Shared:
-        return self.backends[self.tensor_parallel]
+        return self.backends[type(self)]
 
     def build(self, max_num_seqs: int = 8, tokenizer: bool = True, weights: bool = True) -> ClientEngine:
         engine = ClientEngine(
@@ -203,7 +216,7 @@ class SGLangKit(HFKit):
         return self.backend.settings.max_num_seqs
 
     async def draw_some(self) -> None:
-        """Until SGLang has drawn a few tokens of what is running."""
+        """Until the engine has drawn a few tokens of what is running."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             if self.backend.process.call("tokens_under_way") >= 5:
@@ -218,15 +231,29 @@ class SGLangKit(HFKit):
                 asyncio.run(engine.wake(sorted(self.backend.capabilities.sleep - engine._state.awake)))
 
 
+class SGLangKit(OwnProcessKit):
+    adapter = SGLANG
+    environment: ClassVar[dict[str, str]] = {"SGLANG_FORCE_STREAM_INTERVAL": "4"}  # so that draw_some can look on
+
+
 class SGLangTP2Kit(SGLangKit):
     tensor_parallel = 2
 
 
+class VLLMKit(OwnProcessKit):
+    adapter = VLLM
+
+
+class VLLMTP2Kit(VLLMKit):
+    tensor_parallel = 2
+
+
 KITS: dict[str, type[HFKit]] = {"hf": HFKit, "hf on a rank": HFOnARankKit}
-if installed("sglang"):
-    KITS["sglang"] = SGLangKit
-    if SGLangKit.device == "cpu" or torch.cuda.device_count() >= 2:
-        KITS["sglang, tp 2"] = SGLangTP2Kit
+for own_process in (SGLangKit, SGLangTP2Kit, VLLMKit, VLLMTP2Kit):
+    room = own_process.device == "cpu" or torch.cuda.device_count() >= own_process.tensor_parallel
+    if own_process.adapter.installed and room:
+        size = f", tp {own_process.tensor_parallel}" if own_process.tensor_parallel > 1 else ""
+        KITS[f"{own_process.adapter.name}{size}"] = own_process
 
 
 @pytest.fixture(params=KITS)

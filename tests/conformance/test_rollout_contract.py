@@ -307,7 +307,8 @@ def test_an_engine_outlives_event_loops(kit):
     engine = kit.build()
     asked = requests(kit)
     first, second = (generate(engine, asked) for _ in range(2))
-    assert first == second or not engine.capabilities.seeded
+    if engine.capabilities.seeded:
+        assert [result.response_ids for result in first] == [result.response_ids for result in second]
 
     async def interrupted() -> None:
         asyncio.get_running_loop().create_task(engine.generate([one(max_new_tokens=100)]))
@@ -316,7 +317,7 @@ def test_an_engine_outlives_event_loops(kit):
     asyncio.run(interrupted())
     for request, result, before in zip(asked, generate(engine, asked), first, strict=True):
         assert_log_probs_match(kit, request, result)
-        assert result == before or not engine.capabilities.seeded
+        assert not engine.capabilities.seeded or result.response_ids == before.response_ids
 
 
 # --- pause, resume, weights ------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import ROOT, arguments, command, make_model, metrics_of
 
-from verl.rollout.sglang.arguments import installed
+from verl.rollout.sglang.arguments import SGLANG as ADAPTER
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(not installed("sglang"), reason="SGLang is not installed"),
+    pytest.mark.skipif(not ADAPTER.installed, reason="SGLang is not installed"),
 ]
 
 OFFLOAD = {

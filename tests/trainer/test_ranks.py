@@ -27,6 +27,7 @@ from verl.config.models import Config
 from verl.data.ragged import Ragged
 from verl.data.schema import with_columns
 from verl.errors import UserError
+from verl.rollout.adapter import Adapter
 from verl.rollout.backend import Draw, EngineDied
 from verl.rollout.base import Capabilities, Request, SamplingParams
 from verl.rollout.hf import HFEngine
@@ -65,12 +66,12 @@ def planned(model: Path, device: str = "cuda", **keys: object) -> tuple[Config, 
 
 
 class Started:
-    """Stands for ``SGLangProcess``: keeps what it was started with."""
+    """Stands for ``OwnProcess``: keeps what it was started with."""
 
     capabilities, keeps_weights, end_tokens = Capabilities(own_process=True), False, frozenset({1})
     all_of: list[Started]
 
-    def __init__(self, settings: Any, **options: Any):
+    def __init__(self, adapter: Adapter, settings: Any, **options: Any):
         self.settings = settings
         self.log, self.environment, self.part = options["log"], options["environment"], options["part"]
         self.sender, self.senders = options["sender"], options["senders"]
@@ -102,7 +103,7 @@ class Started:
 def started(monkeypatch) -> list[Started]:
     """All that were, in order."""
     Started.all_of = []
-    monkeypatch.setattr(ranks, "SGLangProcess", Started)
+    monkeypatch.setattr(ranks, "OwnProcess", Started)
     monkeypatch.setattr(ranks, "read_gpus", lambda indices, chosen: [])
     ports = itertools.count(20000)  # real ones may come twice
     monkeypatch.setattr(ranks, "free_port", lambda address: next(ports))

@@ -20,11 +20,11 @@ from verl.config.models import Config
 from verl.errors import UserError
 from verl.rollout.base import IllegalState, Request, Result, SamplingParams
 from verl.rollout.router import Router
-from verl.rollout.sglang.arguments import installed
+from verl.rollout.sglang.arguments import SGLANG
 from verl.rollout.sglang.draws import Times
 from verl.rollout.sglang.servers import build_server_rollout
 
-pytestmark = pytest.mark.skipif(not installed("sglang"), reason="SGLang is not installed (make sglang-cpu)")
+pytestmark = pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed (make sglang-cpu)")
 
 KEY_VARIABLE = "VERL_TEST_SERVER_KEY"
 EOS, CONTEXT, VOCABULARY = 1, 400, 100

@@ -10,10 +10,10 @@ import pytest
 from helpers import ROOT, arguments, metrics_of
 from hosts import RAY, can_make_hosts, ray_on, two_hosts
 
-from verl.rollout.sglang.arguments import installed
+from verl.rollout.sglang.arguments import SGLANG
 
 pytestmark = [
-    pytest.mark.skipif(not installed("sglang"), reason="SGLang is not installed (make sglang-cpu)"),
+    pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed (make sglang-cpu)"),
     pytest.mark.skipif(can_make_hosts() is not None, reason=str(can_make_hosts())),
 ]
 

@@ -18,7 +18,8 @@ from verl.checks.plan import RunPlan, plan_run
 from verl.checks.rewards import check_data_sources, check_reward_function
 from verl.checks.servers import check_servers
 from verl.checks.settings import ROLLOUT, check_context, check_settings
-from verl.rollout.sglang.arguments import OWN_KEYS, installed
+from verl.rollout.adapter import Adapter
+from verl.rollout.adapters import ADAPTERS
 from verl.tracking import LOGGERS
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
     from verl.config.models import Config
     from verl.config.problems import Problem
 
-# Engines that rollout.name may name; those with an adapter in this version.
-ENGINES = ("hf", "sglang", "vllm")
-ADAPTERS = ("hf", "sglang")
+ENGINES = ("hf", *ADAPTERS)
 
 DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")  # a key in a text
 
@@ -126,23 +125,8 @@ def _engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) ->
         findings.problem(
             key, name, f"no engine has this name (known: {', '.join(ENGINES)})", f"set it to {_nearest(name, ENGINES)}"
         )
-    elif name not in ADAPTERS:
-        where = "is installed here" if installed(name) else "is not installed here"
-        if dry_run:
-            findings.cannot_check(
-                f"{key}={name}: {name} {where}, and this version cannot start it yet; its own settings are not checked"
-            )
-        else:
-            why = f"this version has no adapter for {name} yet ({name} {where})"
-            findings.problem(key, name, why, "set it to hf, the embedded engine")
-    elif name != "hf" and config.actor_rollout_ref.rollout.mode == "colocated" and not installed(name):
-        if dry_run:
-            findings.cannot_check(f"{key}={name}: {name} is not installed here; its own settings are not checked")
-        else:
-            why = f"{name} is not installed in this environment"
-            findings.problem(key, name, why, f'run pip install -e ".[{name}]", or set it to hf, the embedded engine')
-    if name == "sglang":
-        _sglang(findings, config)
+    elif name in ADAPTERS:
+        _adapter(findings, config, plan, ADAPTERS[name], dry_run)
     working = [size for size in range(1, plan.world_size + 1) if _splits(plan, size)]
     if plan.tensor_parallel not in working:
         nodes = f" ({plan.nnodes} nodes of {plan.devices_per_node})" if plan.nnodes > 1 else ""
@@ -159,21 +143,39 @@ def _splits(plan: RunPlan, size: int) -> bool:
     return plan.world_size % size == 0 and (plan.devices_per_node % size == 0 or size % plan.devices_per_node == 0)
 
 
-def _sglang(findings: Findings, config: Config) -> None:
-    rollout = config.actor_rollout_ref.rollout
-    for argument, value in rollout.engine_kwargs.sglang.items():
-        if argument in OWN_KEYS:
-            key = f"{ROLLOUT}.engine_kwargs.sglang.{argument}"
-            findings.problem(key, value, "another key decides this argument of SGLang", f"set {OWN_KEYS[argument]}")
-    if rollout.min_new_tokens:
-        why = "SGLang needs a tokenizer of its own for it, and runs without one here"
+def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter, dry_run: bool) -> None:
+    rollout, name = config.actor_rollout_ref.rollout, adapter.name
+    if rollout.mode == "colocated" and not adapter.installed:
+        if dry_run:
+            findings.cannot_check(
+                f"{ROLLOUT}.name={name}: {name} is not installed here; its own settings are not checked"
+            )
+        else:
+            why = f"{name} is not installed in this environment"
+            fix = (
+                f'run pip install -e ".[{name}]" (without a GPU: make {name}-cpu), or set it to hf, the embedded engine'
+            )
+            findings.problem(f"{ROLLOUT}.name", name, why, fix)
+    for argument, value in getattr(rollout.engine_kwargs, name).items():
+        if argument in adapter.own_keys:
+            key, why = f"{ROLLOUT}.engine_kwargs.{name}.{argument}", "another key decides this argument"
+            findings.problem(key, value, f"{why} of {adapter.title}", f"set {adapter.own_keys[argument]}")
+    if rollout.min_new_tokens and adapter.no_min_new_tokens:
         fix = f"set it to 0, or {ROLLOUT}.name=hf"
-        findings.problem(f"{ROLLOUT}.min_new_tokens", rollout.min_new_tokens, why, fix)
+        findings.problem(f"{ROLLOUT}.min_new_tokens", rollout.min_new_tokens, adapter.no_min_new_tokens, fix)
+    if plan.tensor_parallel > plan.devices_per_node and not adapter.spans_nodes:
+        why = f"one {adapter.title} is on one node here, which has {plan.devices_per_node} devices"
+        fix = f"set it to at most {plan.devices_per_node}, or {ROLLOUT}.name=sglang"
+        findings.problem(f"{ROLLOUT}.tensor_model_parallel_size", plan.tensor_parallel, why, fix)
+    if name == "vllm" and rollout.max_num_batched_tokens < rollout.max_num_seqs:
+        why = f"vLLM wants room in a pass for a token of each of {ROLLOUT}.max_num_seqs={rollout.max_num_seqs}"
+        fix = f"set it to at least {rollout.max_num_seqs}, or {ROLLOUT}.max_num_seqs lower"
+        findings.problem(f"{ROLLOUT}.max_num_batched_tokens", rollout.max_num_batched_tokens, why, fix)
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         if rollout.mode == "colocated" and "expandable_segments:true" in os.environ.get(variable, "").lower():
             findings.warn(
-                f"{variable} has expandable_segments on: new weights go to SGLang through CUDA IPC, which such memory "
-                "often refuses. Leave it out if the first weight update fails."
+                f"{variable} has expandable_segments on: new weights go to {adapter.title} through CUDA IPC, which "
+                "such memory often refuses. Leave it out if the first weight update fails."
             )
 
 

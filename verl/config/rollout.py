@@ -22,7 +22,7 @@ class ValidationSamplingConfig(Section):
 
 class EngineKwargsConfig(Section):
     sglang: dict[str, Any] = Field({}, description="Further server arguments of SGLang.")
-    vllm: dict[str, Any] = Field({}, description="Further engine arguments of vLLM.")
+    vllm: dict[str, Any] = Field({}, description="Further engine arguments of vLLM (AsyncEngineArgs).")
 
 
 class RolloutConfig(Section):
@@ -51,7 +51,10 @@ class RolloutConfig(Section):
     log_prob_max_token_len_per_gpu: PositiveInt = derived("Tokens of a micro-batch that is cut by tokens.")
     tensor_model_parallel_size: PositiveInt = Field(1, description="GPUs that share one copy of the engine's model.")
     gpu_memory_utilization: float = Field(
-        0.5, gt=0, le=1, description="Share of GPU memory for the engine's weights and KV cache."
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of GPU memory for the engine: of the free one (sglang), of all (vllm).",
     )
     free_cache_engine: bool = Field(
         True, description="The engine gives its weights and KV cache back to the GPU while training runs."

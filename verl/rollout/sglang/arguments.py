@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import glob
-import importlib.metadata
 import importlib.util
-import os
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from verl.rollout.adapter import (
+    SLEEP,
+    WHOLE,
+    Adapter,
+    EngineSettings,
+    Part,
+    common_environment,
+    core_groups,
+    installed,
+)
+from verl.rollout.base import Capabilities, MemoryTag
 
 # Arguments that other keys of ours decide -> that key.
 OWN_KEYS = {
@@ -44,54 +54,7 @@ CPU_CACHE_TOKENS = 1 << 16
 CONTEXT_MARGIN = 8
 
 
-@dataclass(frozen=True)
-class SGLangSettings:
-    """What a replica of ours is; ``extra``: further arguments of SGLang, which stand over ours.
-
-    model_path: a folder in Hugging Face format, or a hub name. dtype: as torch names it. device: cpu or cuda.
-    gpu_memory_utilization: share of the memory that is free when the engine starts.
-    """
-
-    model_path: str
-    device: str
-    dtype: str
-    max_model_len: int
-    max_num_seqs: int = 1024
-    max_prefill_tokens: int = 8192
-    tensor_parallel: int = 1
-    gpu_memory_utilization: float = 0.5
-    free_cache_engine: bool = True
-    enforce_eager: bool = False
-    load_format: str = "dummy"
-    trust_remote_code: bool = False
-    seed: int = 1
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def sleeps(self) -> bool:
-        return self.device == "cuda" and self.free_cache_engine
-
-
-@dataclass(frozen=True)
-class Part:
-    """One process of a replica: there is one on each node that the replica spans.
-
-    meeting: "host:port" where the processes meet. address: of this one's node; interface: that has it. gpus: that the
-    process may see, as CUDA_VISIBLE_DEVICES names them; None: those that it inherits.
-    """
-
-    node_rank: int = 0
-    nnodes: int = 1
-    meeting: str | None = None
-    address: str | None = None
-    interface: str | None = None
-    gpus: tuple[str, ...] | None = None
-
-
-WHOLE = Part()
-
-
-def arguments_of(settings: SGLangSettings, part: Part = WHOLE) -> dict[str, Any]:
+def arguments_of(settings: EngineSettings, part: Part = WHOLE) -> dict[str, Any]:
     arguments = {
         "model_path": settings.model_path,
         "trust_remote_code": settings.trust_remote_code,
@@ -117,6 +80,8 @@ def arguments_of(settings: SGLangSettings, part: Part = WHOLE) -> dict[str, Any]
         arguments["mem_fraction_static"] = settings.gpu_memory_utilization
     if part.meeting:
         arguments |= {"nnodes": part.nnodes, "node_rank": part.node_rank, "dist_init_addr": part.meeting}
+    if settings.override_config:
+        arguments["json_model_override_args"] = json.dumps(dict(settings.override_config))
     return arguments | dict(settings.extra)
 
 
@@ -134,27 +99,17 @@ def backends(device: str) -> dict[str, Any]:
     return chosen
 
 
-def environment_of(settings: SGLangSettings, inherited: Mapping[str, str], part: Part = WHOLE) -> dict[str, str]:
-    """Of the processes of a part. Left out: what a launcher of the trainer's, or its allocator, set for itself."""
-    left_out = {"TORCHELASTIC_USE_AGENT_STORE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LOCAL_RANK", "RANK"}
-    environment = {name: value for name, value in inherited.items() if name not in left_out}
-    environment |= {
-        "PYTHONUNBUFFERED": "1",
+def environment_of(settings: EngineSettings, inherited: Mapping[str, str], part: Part = WHOLE) -> dict[str, str]:
+    environment = common_environment(settings, inherited, part) | {
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # by CONTEXT_MARGIN; no position that far is ever computed
-        "TOKENIZERS_PARALLELISM": "false",
         "SGLANG_BLOCK_NONZERO_RANK_CHILDREN": "0",
     }
     if part.address and part.interface:
         environment["SGLANG_HOST_IP"] = part.address
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            environment.setdefault(name, part.interface)
-    if part.gpus is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(part.gpus)
     if settings.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
-        environment.setdefault("OMP_WAIT_POLICY", "passive")
         if settings.tensor_parallel > 1:  # a rank for each group of cores, where there is no NUMA node for each
-            groups = _core_groups(settings.tensor_parallel // part.nnodes)
+            groups = core_groups(settings.tensor_parallel // part.nnodes)
             environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(groups * part.nnodes))
         return environment
     if not installed("flashinfer-python"):
@@ -164,20 +119,20 @@ def environment_of(settings: SGLangSettings, inherited: Mapping[str, str], part:
     return environment
 
 
-def _core_groups(count: int) -> list[str]:
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < count:
-        return [str(cores[index % len(cores)]) for index in range(count)]
-    share = len(cores) // count
-    return [",".join(map(str, cores[index * share : (index + 1) * share])) for index in range(count)]
+def capabilities_of(settings: EngineSettings) -> Capabilities:
+    return Capabilities(
+        sleep=SLEEP if settings.sleeps else frozenset[MemoryTag](),
+        own_process=True,
+        min_new_tokens=SGLANG.no_min_new_tokens is None,
+        seeded=False,
+    )
 
 
-def installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def describe(facts: Mapping[str, Any]) -> str:
+    return (
+        f"SGLang {facts['version']}: attention by {facts['attention_backend']}, sampling by "
+        f"{facts['sampling_backend']}, room for {facts['max_total_tokens']:,} tokens"
+    )
 
 
 def _has_flash_attention() -> bool:
@@ -194,3 +149,19 @@ def _cuda_library_folders() -> list[str]:
     libraries = [path for root in roots for path in glob.glob(f"{root}/**/libcudart.so*", recursive=True)]
     libraries += [path for root in roots for path in glob.glob(f"{root}/**/libnvrtc.so*", recursive=True)]
     return sorted({str(Path(path).parent) for path in libraries})
+
+
+SGLANG = Adapter(
+    name="sglang",
+    title="SGLang",
+    server="verl.rollout.sglang.server",
+    distributions=("sglang",),
+    own_keys=OWN_KEYS,
+    spans_nodes=True,
+    no_min_new_tokens="SGLang needs a tokenizer of its own for it, and runs without one here",
+    capabilities=capabilities_of,
+    keeps_weights=lambda settings: bool(settings.extra.get("enable_weights_cpu_backup")),
+    arguments=arguments_of,
+    environment=environment_of,
+    describe=describe,
+)

@@ -110,7 +110,7 @@ class SGLangServer:
         self._draws.listener = listener
 
     def stops_at(self, stop_ids: frozenset[int]) -> bool:
-        """As in ``SGLangProcess``. That the end tokens are the server's is checked whenever it stops at one."""
+        """As in ``OwnProcess``. That the end tokens are the server's is checked whenever it stops at one."""
         return not stop_ids or (bool(self._end_tokens) and stop_ids >= self._end_tokens)
 
     def draw(self, draws: Sequence[Draw]) -> None:

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import traceback
-from multiprocessing import AuthenticationError
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from verl.rollout.sglang.parameters import SGLangParameters
-from verl.rollout.weights.receiver import serve_session
+from verl.rollout.weights.parameters import ModelParameters
+from verl.rollout.weights.receiver import serve_worker
 
 LOADER = "verl.rollout.sglang.receiver.receive"
-SENDERS_VARIABLE = "VERL_WEIGHT_SENDERS"  # JSON: tensor-parallel rank -> [address, key]
 
-_parameters: WeakKeyDictionary[nn.Module, SGLangParameters] = WeakKeyDictionary()
+_parameters: WeakKeyDictionary[nn.Module, ModelParameters] = WeakKeyDictionary()
 
 
 def receive(model: nn.Module, _: Any) -> None:
-    """An exception here would end the scheduler, and the engine with it; the sender has been told already."""
     from sglang.srt.distributed import get_tensor_model_parallel_rank
+    from sglang.srt.model_loader.weight_utils import default_weight_loader
 
     if model not in _parameters:
-        _parameters[model] = SGLangParameters(model)
-    rank = get_tensor_model_parallel_rank()
-    address, key = json.loads(os.environ[SENDERS_VARIABLE])[str(rank)]
-    try:
-        serve_session(address, bytes.fromhex(key), rank, _parameters[model])
-    except (AuthenticationError, EOFError, OSError):
-        traceback.print_exc()
+        _parameters[model] = ModelParameters(model, default_weight_loader)
+    serve_worker(get_tensor_model_parallel_rank(), _parameters[model])

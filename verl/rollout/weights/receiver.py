@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import traceback
 from collections.abc import Sequence
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from typing import Any, Protocol
 
@@ -11,6 +14,8 @@ import torch
 
 from verl.rollout.weights.buckets import Place, opened
 from verl.rollout.weights.checksums import Piece
+
+SENDERS_VARIABLE = "VERL_WEIGHT_SENDERS"  # JSON: tensor-parallel rank -> [address, key]
 
 NamedTensors = Sequence[tuple[str, torch.Tensor]]
 
@@ -33,6 +38,16 @@ class Holder(Protocol):
     def pieces(self) -> list[Piece]:
         """What is held, from the parameters themselves."""
         ...
+
+
+def serve_worker(rank: int, holder: Holder) -> None:
+    """One session with this rank's sender. What goes wrong raises nothing: it would be the worker's end, and so the
+    engine's, and the sender knows already."""
+    address, key = json.loads(os.environ[SENDERS_VARIABLE])[str(rank)]
+    try:
+        serve_session(address, bytes.fromhex(key), rank, holder)
+    except (AuthenticationError, EOFError, OSError):
+        traceback.print_exc()
 
 
 def serve_session(address: str, key: bytes, rank: int, holder: Holder) -> None:

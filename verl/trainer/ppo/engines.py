@@ -3,7 +3,6 @@ is a share of the memory that it finds free; or made of the actor's module."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,13 @@ from verl.checks.plan import RunPlan
 from verl.data.tokenizer import end_token_ids
 from verl.engine.model import read_config
 from verl.engine.precision import compute_dtype
+from verl.rollout.adapter import EngineSettings
+from verl.rollout.adapters import ADAPTERS
 from verl.rollout.backend import Backend
 from verl.rollout.base import RolloutEngine
 from verl.rollout.client import ClientEngine
 from verl.rollout.hf import HFEngine
-from verl.rollout.sglang.arguments import SGLangSettings
-from verl.rollout.sglang.process import SGLangProcess
+from verl.rollout.own_process import OwnProcess
 from verl.rollout.sglang.servers import build_server_rollout
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def start_engine(
         return None
     if config.actor_rollout_ref.rollout.mode == "server":
         return _servers(config, plan, tokenizer, note)
-    return _start_sglang(config, plan, tokenizer, folder, note)
+    return _start_process(config, plan, tokenizer, folder, note)
 
 
 def embedded_engine(config: Config, plan: RunPlan, worker: PPOWorker, tokenizer: PreTrainedTokenizerBase) -> HFEngine:
@@ -58,14 +58,16 @@ def embedded_engine(config: Config, plan: RunPlan, worker: PPOWorker, tokenizer:
     )
 
 
-def _start_sglang(
+def _start_process(
     config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, folder: Path, note: Say
 ) -> RolloutEngine:
-    log = folder / "rollout" / "sglang.log"
-    note(f"starting SGLang (its output: {log})")
+    adapter = ADAPTERS[plan.engine]
+    log = folder / "rollout" / f"{adapter.name}.log"
+    note(f"starting {adapter.title} (its output: {log})")
     megabytes = config.actor_rollout_ref.rollout.update_weights_bucket_megabytes
-    backend = SGLangProcess(
-        sglang_settings(config, plan),
+    backend = OwnProcess(
+        adapter,
+        engine_settings(config, plan),
         log=log,
         bucket_bytes=megabytes << 20,
         environment=environment_for_engine(os.environ),
@@ -111,10 +113,9 @@ def engine_dtype(config: Config, plan: RunPlan) -> str:
     return str(compute_dtype(actor, torch.device(plan.device))).removeprefix("torch.") if asked == "auto" else asked
 
 
-def sglang_settings(config: Config, plan: RunPlan) -> SGLangSettings:
+def engine_settings(config: Config, plan: RunPlan) -> EngineSettings:
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
-    overrides = {"json_model_override_args": json.dumps(model.override_config)} if model.override_config else {}
-    return SGLangSettings(
+    return EngineSettings(
         model_path=os.path.expanduser(model.path),
         trust_remote_code=model.trust_remote_code,
         device=plan.device,
@@ -127,6 +128,7 @@ def sglang_settings(config: Config, plan: RunPlan) -> SGLangSettings:
         free_cache_engine=rollout.free_cache_engine,
         enforce_eager=rollout.enforce_eager,
         load_format=rollout.load_format,
+        override_config=model.override_config,
         seed=config.trainer.seed,
-        extra={**overrides, **rollout.engine_kwargs.sglang},
+        extra=getattr(rollout.engine_kwargs, plan.engine),
     )

@@ -17,14 +17,15 @@ from verl.cluster.network import free_port, host_port, interface_of
 from verl.cluster.ray.group import Shares, even_shares
 from verl.config.models import Config
 from verl.data.tokenizer import load_tokenizer
+from verl.rollout.adapter import Part
+from verl.rollout.adapters import ADAPTERS
 from verl.rollout.backend import Backend
+from verl.rollout.own_process import OwnProcess, weight_sender
 from verl.rollout.replicas.embedded import EmbeddedBackend
 from verl.rollout.replicas.host import EngineHost, Place
 from verl.rollout.replicas.layout import replicas_of
-from verl.rollout.sglang.arguments import Part
-from verl.rollout.sglang.process import SGLangProcess, weight_sender
 from verl.trainer.ppo.batches import balanced_partition
-from verl.trainer.ppo.engines import embedded_engine, sglang_settings
+from verl.trainer.ppo.engines import embedded_engine, engine_settings
 from verl.trainer.ppo.metrics import sequence_lengths
 from verl.trainer.ppo.worker import PPOWorker
 
@@ -48,7 +49,7 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
     if plan.engine == "hf":
         sender = None
     else:
-        settings = sglang_settings(config, plan)
+        settings = engine_settings(config, plan)
         sender = weight_sender(settings, 1, megabytes << 20)
 
     def place() -> Place:
@@ -68,14 +69,15 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
         first = node * replica.per_node  # tensor-parallel rank
         of_node = range(first, first + replica.per_node)
         gpus = tuple(gpu for rank in of_node if (gpu := places[rank].gpu) is not None)
-        if len(gpus) > 1:
+        if len(gpus) > 1 and plan.engine == "sglang":  # which sizes every rank by the fullest GPU
             readings = read_gpus(range(len(gpus)), ",".join(gpus))
             if warning := check_balance(readings, disabled=disabled_by_user(os.environ)):
                 warnings.append(warning)
-        name = f"sglang-{replica.index}"
+        name = f"{plan.engine}-{replica.index}"
         name += f"-node-{node}" if len(replica.hosts) > 1 else ""
         name += f"-start-{number}" if number > 1 else ""  # what the one before had to say stays
-        return SGLangProcess(
+        return OwnProcess(
+            ADAPTERS[plan.engine],
             settings,
             log=logs / f"{name}.log",
             environment=environment_for_engine(os.environ),

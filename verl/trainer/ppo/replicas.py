@@ -15,11 +15,11 @@ from verl.config.models import Config
 from verl.errors import UserError
 from verl.rollout.backend import EngineDied
 from verl.rollout.client import ClientEngine
+from verl.rollout.own_process import START_TIMEOUT
 from verl.rollout.replicas.layout import Replica, replicas_of
 from verl.rollout.replicas.remote import RemoteBackend
 from verl.rollout.replicas.weights import WeightsOnRanks
 from verl.rollout.router import Member, Router
-from verl.rollout.sglang.process import START_TIMEOUT
 from verl.trainer.ppo.engines import client_of
 from verl.trainer.ppo.ranks import HOST
 

@@ -1,9 +1,9 @@
-"""The parameters of one tensor-parallel rank of an SGLang model, by the names of the checkpoint.
+"""The parameters of one tensor-parallel rank of an engine's model, by the names of the checkpoint.
 
-SGLang fuses tensors (q, k and v; gate and up; experts) and keeps slices of them. Which tensor goes where is known to
-each model's ``load_weights`` alone, so it is watched once, tensor by tensor: which parameter's loader was called, with
-which part. From then on the part of a parameter that holds (a slice of) a named tensor can be read back, without
-trusting anything that was sent.
+SGLang and vLLM, whose models are of one descent, fuse tensors (q, k and v; gate and up; experts) and keep slices of
+them. Which tensor goes where is known to each model's ``load_weights`` alone, so it is watched once, tensor by tensor:
+which parameter's loader was called, with which part. From then on the part of a parameter that holds (a slice of) a
+named tensor can be read back, without trusting anything that was sent.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Slot:
     again: Callable[[torch.Tensor], None] | None
 
 
-class SGLangParameters:
-    """See ``verl.rollout.weights.receiver.Holder``."""
+class ModelParameters:
+    """See ``verl.rollout.weights.receiver.Holder``. default_loader: of parameters that have none of their own."""
 
-    def __init__(self, model: Any):
-        self._model = model
+    def __init__(self, model: Any, default_loader: Callable):
+        self._model, self._default_loader = model, default_loader
         self._slots: dict[str, list[Slot]] = {}  # by checkpoint name
         self._shapes: dict[str, tuple[int, ...]] = {}
         # A model that computes further tensors from its weights has to see them come.
@@ -109,7 +109,7 @@ class SGLangParameters:
 
     def _load_watched(self, name: str, tensor: torch.Tensor) -> None:
         seen: list[Slot] = []
-        with _watched(self._parameters(), tensor, seen):
+        with _watched(self._parameters(), self._default_loader, tensor, seen):
             try:
                 self._model.load_weights(iter([(name, tensor)]))
             except Exception as error:
@@ -132,7 +132,7 @@ class SGLangParameters:
             return [(index,) for index in range(len(module.output_sizes))]
         if kind == "experts":
             roles = ("w2",) if parameter.endswith("w2_weight") else ("w1", "w3")
-            return [(role, expert) for expert in range(module.num_experts) for role in roles]
+            return [(role, expert) for expert in range(_experts(module)[0]) for role in roles]
         return [()]
 
     def _parts(self, slot: Slot) -> list[Part]:
@@ -140,8 +140,8 @@ class SGLangParameters:
         return [slot.part] if slot.part else self._all_parts(slot.parameter)
 
     def _held(self, slot: Slot, shape: Sequence[int]) -> Iterator[tuple[torch.Tensor, int, int]]:
-        """(slice held, its dimension, its start) of a named tensor of this shape, read from the parameter. SGLang may
-        pad what it holds so that ranks share it evenly: what lies past the tensor's end is left out."""
+        """(slice held, its dimension, its start) of a named tensor of this shape, read from the parameter. What lies
+        past the tensor's end is left out: an engine may pad what it holds, so that ranks share it evenly."""
         for held, dim, start in self._padded(slot, shape):
             size = max(0, min(held.shape[dim], shape[dim] - start)) if shape else 1
             yield held.narrow(dim, 0, size) if shape else held, dim, start
@@ -169,16 +169,16 @@ class SGLangParameters:
 class _watched:  # noqa: N801
     """While it is open, every call of a parameter's loader is noted in ``seen``."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], whole: torch.Tensor, seen: list[Slot]):
-        self._parameters, self._whole, self._seen = parameters, whole, seen
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], default_loader: Callable, whole: torch.Tensor, seen: list[Slot]
+    ):
+        self._parameters, self._default_loader, self._whole, self._seen = parameters, default_loader, whole, seen
         self._had: dict[str, Any] = {}
 
     def __enter__(self) -> None:
-        from sglang.srt.model_loader.weight_utils import default_weight_loader
-
         for name, parameter in self._parameters.items():
-            loader = getattr(parameter, "weight_loader", default_weight_loader)
-            self._had[name] = parameter.__dict__.get("weight_loader")
+            self._had[name] = getattr(parameter, "weight_loader", None)
+            loader = self._had[name] or self._default_loader
             parameter.weight_loader = partial(self._note, name, loader)  # type: ignore[attr-defined]
 
     def _note(
@@ -207,13 +207,13 @@ def _load(loader: Callable, parameter: nn.Parameter, args: tuple, kwargs: dict[s
     loader(parameter, tensor, *args, **kwargs)
 
 
-# ---- SGLang's layers, by what they are and not by their import path
+# ---- the engines' layers, by what they are and not by their import path
 
 
 def _kind(module: nn.Module) -> str:
     if hasattr(module, "num_kv_head_replicas"):
         return "qkv"
-    if hasattr(module, "num_experts") and (hasattr(module, "w13_weight") or hasattr(module, "w2_weight")):
+    if hasattr(module, "w13_weight") or hasattr(module, "w2_weight"):
         return "experts"
     if hasattr(module, "shard_indices"):
         return "vocabulary"
@@ -225,7 +225,8 @@ def _kind(module: nn.Module) -> str:
 def _qkv(module: Any, parameter: torch.Tensor, part: Part) -> tuple[torch.Tensor, int, int]:
     """(rows of this part here, their start in the part's whole tensor, the whole tensor's rows)."""
     role = part[0]
-    sizes = {"q": module.q_proj_shard_size, "k": module.kv_proj_shard_size, "v": module.v_proj_shard_size}
+    q, k = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
+    sizes = {"q": q, "k": k, "v": module.num_kv_heads * module.v_head_size}
     offset = {"q": 0, "k": sizes["q"], "v": sizes["q"] + sizes["k"]}[role]
     heads = module.total_num_heads if role == "q" else module.total_num_kv_heads
     head_size = module.v_head_size if role == "v" else module.head_size
@@ -240,10 +241,19 @@ def _merged(module: Any, parameter: torch.Tensor, part: Part) -> tuple[torch.Ten
     return parameter[offset : offset + size], module.tp_rank * size, sizes[index]
 
 
+def _experts(module: Any) -> tuple[int, int, int]:
+    """(how many there are, the rank among those that share each one, ranks that they are spread over): SGLang's layer
+    says it itself, vLLM's has it in its configuration."""
+    if hasattr(module, "moe_tp_rank"):
+        return module.num_experts, module.moe_tp_rank, getattr(module, "moe_ep_size", 1)
+    parallel = module.moe_config.moe_parallel_config
+    return module.global_num_experts, parallel.tp_rank, parallel.ep_size
+
+
 def _expert(module: Any, parameter: torch.Tensor, part: Part) -> tuple[torch.Tensor, int, int]:
     role, expert = part
-    rank, local = module.moe_tp_rank, module.intermediate_size_per_partition
-    if getattr(module, "moe_ep_size", 1) != 1 or getattr(module, "use_triton_kernels", False):
+    (_, rank, spread), local = _experts(module), module.intermediate_size_per_partition
+    if spread != 1 or getattr(module, "use_triton_kernels", False):
         raise NotImplementedError(f"no checksums of experts that are spread over ranks, or laid out transposed; {SKIP}")
     if role == "w2":
         return parameter[expert], 1, rank * local
@@ -253,12 +263,10 @@ def _expert(module: Any, parameter: torch.Tensor, part: Part) -> tuple[torch.Ten
 
 def _sliced(module: Any, parameter: torch.Tensor, shape: Sequence[int], name: str) -> tuple[torch.Tensor, int, int]:
     """Along the dimension that the layer shares out; all of the tensor where it shares none."""
-    if hasattr(module, "input_size_per_partition"):  # row parallel; its bias is whole
-        dim = 1 if len(shape) == 2 else None
-    else:
-        dim = 0 if hasattr(module, "output_size_per_partition") else None
-    if dim is not None:
-        return parameter, dim, module.tp_rank * parameter.shape[dim]
+    for dim, side in ((1, "input_size"), (0, "output_size")):
+        share = getattr(module, f"{side}_per_partition", None)
+        if share is not None and share != getattr(module, side) and dim < len(shape):  # a bias of rows is whole
+            return parameter, dim, module.tp_rank * parameter.shape[dim]
     if tuple(parameter.shape) != tuple(shape):
         raise NotImplementedError(
             f"no checksum of {name}: it is not known how {list(parameter.shape)} are a part of {list(shape)}; {SKIP}"

@@ -1,4 +1,4 @@
-"""SGLang replicas on the ranks of a job, on this machine."""
+"""Replicas of an engine on the ranks of a job, on this machine."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ import signal
 import subprocess
 
 import psutil
-import pytest
 from helpers import ROOT, arguments, command, metrics_of, wait_for_steps
 
-from verl.rollout.sglang.arguments import installed
-
-pytestmark = pytest.mark.skipif(not installed("sglang"), reason="SGLang is not installed (make sglang-cpu)")
+# How a process of an engine's second worker is called, and what an engine says of each batch or request.
+SECOND_WORKER = {"sglang": "sglang::scheduler_TP1", "vllm": "VLLM::Worker_TP1"}
+HAS_DRAWN = {"sglang": "Prefill batch", "vllm": "Added request"}
 
 KEYS = {
     "trainer__device": "cpu",
     "trainer__n_gpus_per_node": 2,
     "trainer__check_weights": "always",
     "trainer__val_before_train": False,
-    "actor_rollout_ref__rollout__name": "sglang",
     "actor_rollout_ref__rollout__max_num_seqs": 64,
     "actor_rollout_ref__actor__optim__lr": 5e-3,
 }
@@ -31,10 +29,11 @@ def processes(run: subprocess.Popen, words: str) -> list[psutil.Process]:
     return [child for child in children if words in " ".join(child.cmdline())]
 
 
-def test_a_replica_of_two_ranks_that_dies_is_started_again_and_no_prompt_is_lost(small, tmp_path):
+def test_a_replica_of_two_ranks_that_dies_is_started_again_and_no_prompt_is_lost(engine, small, tmp_path):
     """The only one there is: its prompts wait for it."""
     keys = {
         **KEYS,
+        "actor_rollout_ref__rollout__name": engine.name,
         "actor_rollout_ref__rollout__tensor_model_parallel_size": 2,
         "trainer__total_training_steps": 6,
         "trainer__rollout_data_dir": tmp_path / "rollouts",
@@ -44,13 +43,13 @@ def test_a_replica_of_two_ranks_that_dies_is_started_again_and_no_prompt_is_lost
         run = subprocess.Popen(command(arguments(small, tmp_path / "run", **keys)), stdout=file, stderr=file, cwd=ROOT)
     try:
         wait_for_steps(run, tmp_path / "run", 2, lambda: output.read_text()[-4000:])
-        (scheduler,) = processes(run, "sglang::scheduler_TP1")
-        os.kill(scheduler.pid, signal.SIGKILL)
+        (worker,) = processes(run, SECOND_WORKER[engine.name])
+        os.kill(worker.pid, signal.SIGKILL)
         assert run.wait(300) == 0, output.read_text()[-4000:]
     finally:
         run.kill()
     assert "replica 0 (ranks 0 to 1) is started again" in output.read_text()
-    assert (tmp_path / "run" / "rollout" / "sglang-0-start-2.log").exists()
+    assert (tmp_path / "run" / "rollout" / f"{engine.name}-0-start-2.log").exists()
     steps = metrics_of(tmp_path / "run")
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert max(step["training/rollout_log_probs_diff_max"] for step in steps) < 1e-3
@@ -59,11 +58,18 @@ def test_a_replica_of_two_ranks_that_dies_is_started_again_and_no_prompt_is_lost
         assert len({json.loads(line)["uid"] for line in lines}) == len(lines) == 16
 
 
-def test_replicas_share_the_prompts_and_hold_the_actors_weights(small, tmp_path):
-    keys = {**KEYS, "trainer__total_training_steps": 2, "trainer__rollout_restarts": 0}
+def test_replicas_share_the_prompts_and_hold_the_actors_weights(engine, small, tmp_path):
+    keys = {
+        **KEYS,
+        "actor_rollout_ref__rollout__name": engine.name,
+        "trainer__total_training_steps": 2,
+        "trainer__rollout_restarts": 0,
+    }
+    if engine.name == "vllm":
+        keys["actor_rollout_ref__rollout__engine_kwargs__vllm__enable_log_requests"] = True
     done = subprocess.run(command(arguments(small, tmp_path, **keys)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "2 replicas of it" in done.stdout
     assert all(step["timing_s/check_weights"] > 0 for step in metrics_of(tmp_path))
     for replica in range(2):  # each has drawn
-        assert "Prefill batch" in (tmp_path / "rollout" / f"sglang-{replica}.log").read_text()
+        assert HAS_DRAWN[engine.name] in (tmp_path / "rollout" / f"{engine.name}-{replica}.log").read_text()

@@ -1,4 +1,4 @@
-"""SGLang in a process of its own, as a backend of ``ClientEngine``.
+"""An engine in a process of its own, as a backend of ``ClientEngine``: what does not depend on which engine it is.
 
 A replica that spans nodes has a process on each. The first one's is the backend; of the others only their being there
 is asked, and their workers come to senders of their own node for weights.
@@ -17,21 +17,20 @@ from typing import Any
 import torch
 
 from verl.errors import UserError
+from verl.rollout.adapter import WHOLE, Adapter, EngineSettings, Part
 from verl.rollout.backend import Draw, Drawn, EngineDied, Listener, WeightStream
-from verl.rollout.base import Capabilities, MemoryTag
+from verl.rollout.base import MemoryTag
 from verl.rollout.process import EngineProcess
-from verl.rollout.sglang.arguments import WHOLE, Part, SGLangSettings, arguments_of, environment_of
-from verl.rollout.sglang.receiver import SENDERS_VARIABLE
 from verl.rollout.weights.checksums import Piece, differences
+from verl.rollout.weights.receiver import SENDERS_VARIABLE
 from verl.rollout.weights.sender import Endpoint, ReceiverLost, Session, WeightSender
 
-SERVER = "verl.rollout.sglang.server"
 GIB = 1 << 30
 START_TIMEOUT = 1800.0  # a first start compiles kernels, or reads a large model from a slow disk
-BREAK_TIMEOUT = 30.0  # seconds in which SGLang notices that a weight update was broken off
+BREAK_TIMEOUT = 30.0  # seconds in which an engine notices that a weight update was broken off
 
 
-def weight_sender(settings: SGLangSettings, receivers: int, bucket_bytes: int) -> WeightSender:
+def weight_sender(settings: EngineSettings, receivers: int, bucket_bytes: int) -> WeightSender:
     return WeightSender(
         receivers=receivers,
         device=device_of(settings),
@@ -40,22 +39,23 @@ def weight_sender(settings: SGLangSettings, receivers: int, bucket_bytes: int) -
     )
 
 
-def device_of(settings: SGLangSettings) -> torch.device:
+def device_of(settings: EngineSettings) -> torch.device:
     """That the process which sends weights works on."""
     return torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", 0)
 
 
-class SGLangProcess:
-    """See ``verl.rollout.backend.Backend``. Returns once SGLang is up.
+class OwnProcess:
+    """See ``verl.rollout.backend.Backend``. Returns once the engine is up.
 
-    log: file of SGLang's output. bucket_bytes: of one of the two buckets of a weight update.
+    log: file of its output. bucket_bytes: of one of the two buckets of a weight update.
     part: of the replica. sender, senders: this process's, and where each tensor-parallel rank of the part finds its
         own; None: one is made for all of them.
     """
 
     def __init__(
         self,
-        settings: SGLangSettings,
+        adapter: Adapter,
+        settings: EngineSettings,
         *,
         log: Path,
         bucket_bytes: int = 0,
@@ -64,14 +64,8 @@ class SGLangProcess:
         sender: WeightSender | None = None,
         senders: Mapping[int, Endpoint] | None = None,
     ):
-        self.settings = settings
-        self.keeps_weights = bool(settings.extra.get("enable_weights_cpu_backup"))
-        self.capabilities = Capabilities(
-            sleep=frozenset({"weights", "kv_cache"} if settings.sleeps else ()),
-            own_process=True,
-            min_new_tokens=False,  # needs SGLang's own tokenizer
-            seeded=False,
-        )
+        self.adapter, self.settings = adapter, settings
+        self.keeps_weights, self.capabilities = adapter.keeps_weights(settings), adapter.capabilities(settings)
         self._device = device_of(settings)
         self._slept: dict[MemoryTag, int] = {}  # bytes that each tag gave back
         self._sender = sender or weight_sender(settings, settings.tensor_parallel, bucket_bytes)
@@ -80,15 +74,17 @@ class SGLangProcess:
         variables = {SENDERS_VARIABLE: json.dumps({rank: [end.address, end.key] for rank, end in found.items()})}
         self._listener: Listener | None = None
         self.process = EngineProcess(
-            SERVER,
-            name="the SGLang engine",
+            adapter.server,
+            name=f"the {adapter.title} engine",
             log=log,
-            environment=environment_of(settings, os.environ if environment is None else environment, part) | variables,
+            environment=adapter.environment(settings, os.environ if environment is None else environment, part)
+            | variables,
             on_report=self._reported,
             on_death=self._died,
         )
         try:
-            self.facts: dict[str, Any] = self.process.call("start", arguments_of(settings, part), timeout=START_TIMEOUT)
+            arguments = adapter.arguments(settings, part)
+            self.facts: dict[str, Any] = self.process.call("start", arguments, timeout=START_TIMEOUT)
         except BaseException:  # it takes no leave while it starts
             self.process.close(timeout=0)
             self._close_sender()
@@ -96,11 +92,7 @@ class SGLangProcess:
         self.end_tokens = frozenset(self.facts.get("end_tokens", ()))
 
     def describe(self) -> str:
-        facts = self.facts
-        return (
-            f"SGLang {facts['version']}: attention by {facts['attention_backend']}, sampling by "
-            f"{facts['sampling_backend']}, room for {facts['max_total_tokens']:,} tokens"
-        )
+        return self.adapter.describe(self.facts)
 
     # ---- draws
 
@@ -108,7 +100,8 @@ class SGLangProcess:
         self._listener = listener
 
     def stops_at(self, stop_ids: frozenset[int]) -> bool:
-        """SGLang always ends a response at the model's own end tokens, unless it is told to ignore all stop tokens."""
+        """SGLang always ends a response at the model's own end tokens, unless it is told to ignore all stop tokens;
+        vLLM has no such tokens, and ends at any."""
         return not stop_ids or stop_ids >= self.end_tokens
 
     def draw(self, draws: Sequence[Draw]) -> None:
@@ -146,14 +139,14 @@ class SGLangProcess:
 
     @contextmanager
     def _session(self, version: int | None) -> Iterator[Session]:
-        """SGLang's workers, each at the other end of a connection, for as long as this is open."""
+        """The engine's workers, each at the other end of a connection, for as long as this is open."""
         received = self.process.ask("receive_weights", version)
         try:
             with self._sender.session(lambda: self.process.alive() and not received.done()) as session:
                 yield session
-        except ReceiverLost as error:  # a worker is gone: SGLang goes, too, and its output says why
+        except ReceiverLost as error:  # a worker is gone: the engine goes, too, and its output says why
             self.process.wait_for(received, "receive_weights", BREAK_TIMEOUT)
-            raise EngineDied(f"the SGLang engine broke off a weight update: {error}") from error
+            raise EngineDied(f"{self.process.name} broke off a weight update: {error}") from error
         except BaseException:  # ours, or names that were refused
             with contextlib.suppress(EngineDied, RuntimeError):
                 self.process.wait_for(received, "receive_weights", BREAK_TIMEOUT)
@@ -165,19 +158,19 @@ class SGLangProcess:
         return self._sender.seconds
 
     def sleep(self, tags: Sequence[MemoryTag]) -> None:
-        for tag in tags:
+        for tag in sorted(tags):  # the cache first, which goes with the weights in some engines
             before, _ = torch.cuda.mem_get_info(self._device)
             self.process.call("sleep", [tag])
             self._slept[tag] = torch.cuda.mem_get_info(self._device)[0] - before
 
     def wake(self, tags: Sequence[MemoryTag]) -> None:
-        """SGLang would be aborted by its allocator where the memory is not there: then it is not asked."""
+        """An engine would be aborted by its allocator where the memory is not there: then it is not asked."""
         needed = sum(self._slept[tag] for tag in tags)
         free, _ = torch.cuda.mem_get_info(self._device)
         if free < needed:
             raise UserError(
-                f"the SGLang engine cannot wake: its {' and '.join(tags)} took {needed / GIB:.1f} GiB when it went to "
-                f"sleep, and {free / GIB:.1f} GiB of the GPU are free, as this process holds "
+                f"{self.process.name} cannot wake: its {' and '.join(tags)} took {needed / GIB:.1f} GiB when it went "
+                f"to sleep, and {free / GIB:.1f} GiB of the GPU are free, as this process holds "
                 f"{torch.cuda.memory_reserved(self._device) / GIB:.1f} GiB. Lower "
                 "actor_rollout_ref.rollout.gpu_memory_utilization, or offload models that are not in use "
                 "(param_offload, optimizer_offload)"
