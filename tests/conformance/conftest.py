@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -155,9 +154,10 @@ class Shared(OwnProcess):
 
 
 class OwnProcessKit(HFKit):
-    """A real engine in a process of its own, on the GPU where there is one. environment: besides ours."""
+    """A real engine in a process of its own, on the GPU where there is one. environment, extra: besides ours."""
 
     adapter: Adapter
+    extra: ClassVar[dict[str, Any]] = {}
     environment: ClassVar[dict[str, str]] = {}
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,6 +180,7 @@ class OwnProcessKit(HFKit):
                 max_num_seqs=4,
                 tensor_parallel=self.tensor_parallel,
                 gpu_memory_utilization=0.3,
+                extra=self.extra,
             )
             backend = Shared(
                 self.adapter,
@@ -189,8 +190,6 @@ class OwnProcessKit(HFKit):
                 environment={**os.environ, **self.environment},
             )
             self.backends[type(self)] = backend
-            for worker in psutil.Process(backend.process.pid).children(recursive=True):
-                worker.nice(10)  # ranks spin while they wait for each other: draw_some has to get its turns
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             atexit.register(super(Shared, backend).close)
 
@@ -246,6 +245,10 @@ class VLLMKit(OwnProcessKit):
 
 class VLLMTP2Kit(VLLMKit):
     tensor_parallel = 2
+    extra: ClassVar[dict[str, Any]] = {"worker_extension_cls": "slow_vllm.Worker"}
+    environment: ClassVar[dict[str, str]] = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    }
 
 
 KITS: dict[str, type[HFKit]] = {"hf": HFKit, "hf on a rank": HFOnARankKit}

@@ -1,0 +1,21 @@
+"""vLLM with a pause at each token: its ranks spin while they wait for each other, and on two cores a test would not get
+its turns before a response has ended."""
+
+import time
+
+from verl.rollout.vllm import worker
+
+PAUSE = 0.003  # seconds
+
+
+class Worker(worker.Worker):
+    def prepare(self) -> str | None:
+        why_not = super().prepare()
+        sample = self.model_runner.sampler.forward
+
+        def slowly(*args, **kwargs):
+            time.sleep(PAUSE)
+            return sample(*args, **kwargs)
+
+        self.model_runner.sampler.forward = slowly
+        return why_not
