@@ -241,14 +241,14 @@ class SGLangTP2Kit(SGLangKit):
 
 class VLLMKit(OwnProcessKit):
     adapter = VLLM
-
-
-class VLLMTP2Kit(VLLMKit):
-    tensor_parallel = 2
     extra: ClassVar[dict[str, Any]] = {"worker_extension_cls": "slow_vllm.Worker"}
     environment: ClassVar[dict[str, str]] = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     }
+
+
+class VLLMTP2Kit(VLLMKit):
+    tensor_parallel = 2
 
 
 KITS: dict[str, type[HFKit]] = {"hf": HFKit, "hf on a rank": HFOnARankKit}

@@ -1,11 +1,11 @@
-"""vLLM with a pause at each token: its ranks spin while they wait for each other, and on two cores a test would not get
-its turns before a response has ended."""
+"""vLLM with a pause at each token: on two busy cores a test would not get its turns before a response has ended, as a
+tiny model's token takes 2 ms, and ranks spin while they wait for each other."""
 
 import time
 
 from verl.rollout.vllm import worker
 
-PAUSE = 0.003  # seconds
+PAUSE = 0.012  # seconds
 
 
 class Worker(worker.Worker):

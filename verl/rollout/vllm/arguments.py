@@ -33,6 +33,7 @@ OWN_KEYS = {
     "quantization": "nothing (new weights come as the trainer has them)",
     "moe_backend": "nothing (the weight updates need it)",
     "worker_extension_cls": "nothing (the weight updates need it)",
+    "speculative_config": "nothing (log-probs of drafted tokens are of another kind)",
     "logprobs_mode": "nothing (log-probs are at the sampling temperature, over the full vocabulary)",
     "generation_config": "nothing (each request says how it is drawn)",
     "skip_tokenizer_init": "nothing (token ids go in and come out)",
