@@ -500,7 +500,7 @@ def test_an_id_in_flight_is_refused(kit):
     async def run() -> None:
         with pytest.raises(IllegalState, match="'same'"):
             await engine.generate([one(id="same"), one(id="same")])
-        call = asyncio.create_task(engine.generate([one(id="same")]))
+        call = asyncio.create_task(engine.generate([one(id="same", max_new_tokens=120)]))
         await asyncio.sleep(0)
         with pytest.raises(IllegalState, match="'same'"):
             await engine.generate([one(id="other"), one(id="same")])

@@ -217,8 +217,11 @@ if __name__ == "__main__":
     pool = WorkerPool(calls.make_actor, [], workers=2, timeout=1000)
     pids = {{pool.submit(("sleep", 0.1)) and pool.submit(("pid", None)).result().value for _ in range(8)}}
     busy = [pool.submit(("hang", None)) for _ in range(1)]
-    print(*pids, flush=True)
-    {then}
+    try:
+        print(*pids, flush=True)
+        {then}
+    except KeyboardInterrupt:
+        print(pool.submit(("keep", "scored after the interrupt")).result().value, flush=True)
 """
 
 
@@ -248,13 +251,7 @@ def test_a_program_that_forgets_to_close_ends_all_the_same(tmp_path):
 
 
 def test_an_interrupt_of_the_program_does_not_reach_the_calls(tmp_path):
-    then = """
-    try:
-        time.sleep(1000)
-    except KeyboardInterrupt:
-        print(pool.submit(("keep", "scored after the interrupt")).result().value, flush=True)
-"""
-    with driver(tmp_path, then.strip()) as (process, _):
+    with driver(tmp_path, "time.sleep(1000)") as (process, _):
         os.killpg(process.pid, signal.SIGINT)  # as the terminal does: all processes of the job
         assert process.stdout is not None
         assert process.stdout.readline() == "scored after the interrupt\n"
