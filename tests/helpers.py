@@ -10,10 +10,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[1]
+# Every model leaves the GPU between stages.
+OFFLOAD = {
+    f"{owner}__{part}_offload": True
+    for owner in ("actor_rollout_ref__actor__fsdp_config", "critic__model__fsdp_config")
+    for part in ("param", "optimizer")
+}
 WORDS = ["<pad>", "<eos>", "<unk>", *"0123456789", "#", "+", "=", *"abcdefghijkl"]
 
 
@@ -109,6 +116,12 @@ def wait_for_steps(process: subprocess.Popen, run: Path, steps: int, told: Calla
         assert process.poll() is None, told()
         assert time.monotonic() < deadline, "waited 240 s"
         time.sleep(0.05)
+
+
+def descendants(process: subprocess.Popen, words: str) -> list[psutil.Process]:
+    """Processes that it started, or that those did, with these words in their command."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if words in " ".join(child.cmdline())]
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from verl.rollout.adapter import Adapter, EngineSettings
-from verl.rollout.base import RolloutEngine
+from verl.rollout.base import Result, RolloutEngine
 from verl.rollout.client import ClientEngine
 from verl.rollout.hf import HFEngine
 from verl.rollout.own_process import OwnProcess
@@ -83,6 +83,10 @@ class HFKit:
     def slots(self, asked: int) -> int:
         """How many responses an engine built with this max_num_seqs draws at a time."""
         return asked
+
+    def same(self, result: Result, other: Result) -> bool:
+        """Whether a seeded engine answered one request alike: to the last bit."""
+        return result == other
 
     def train(self) -> None:
         """Change the trainer's weights."""
@@ -245,6 +249,10 @@ class VLLMKit(OwnProcessKit):
     environment: ClassVar[dict[str, str]] = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     }
+
+    def same(self, result: Result, other: Result) -> bool:
+        """Its prefix cache changes the last bits of log-probs, which are compared with the trainer's everywhere."""
+        return result.response_ids == other.response_ids and result.finish_reason == other.finish_reason
 
 
 class VLLMTP2Kit(VLLMKit):

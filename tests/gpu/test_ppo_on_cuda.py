@@ -3,17 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from helpers import arguments, metrics_of
+from helpers import OFFLOAD, arguments, metrics_of
 
 from verl.trainer.main_ppo import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-OFFLOAD = {
-    f"{owner}__{part}_offload": True
-    for owner in ("actor_rollout_ref__actor__fsdp_config", "critic__model__fsdp_config")
-    for part in ("param", "optimizer")
-}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

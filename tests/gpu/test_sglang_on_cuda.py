@@ -7,21 +7,16 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, arguments, command, make_model, metrics_of
+from helpers import OFFLOAD, ROOT, arguments, command, make_model, metrics_of
 
-from verl.rollout.sglang.arguments import SGLANG as ADAPTER
+from verl.rollout.sglang.arguments import SGLANG
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(not ADAPTER.installed, reason="SGLang is not installed"),
+    pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed"),
 ]
 
-OFFLOAD = {
-    f"{owner}__{part}_offload": True
-    for owner in ("actor_rollout_ref__actor__fsdp_config", "critic__model__fsdp_config")
-    for part in ("param", "optimizer")
-}
-SGLANG = {
+KEYS = {
     "actor_rollout_ref__rollout__name": "sglang",
     "actor_rollout_ref__rollout__gpu_memory_utilization": 0.4,
     "actor_rollout_ref__rollout__update_weights_bucket_megabytes": 64,
@@ -29,12 +24,11 @@ SGLANG = {
     "trainer__check_weights": "always",
     **OFFLOAD,
 }
-GIB = 1 << 30
 
 
 def run(small, folder, **keys) -> list[dict[str, float]]:
     done = subprocess.run(
-        command(arguments(small, folder, **{**SGLANG, **keys})), capture_output=True, text=True, cwd=ROOT
+        command(arguments(small, folder, **{**KEYS, **keys})), capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return [step for step in metrics_of(folder) if step["step"] > 0]

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 
-import psutil
-from helpers import ROOT, arguments, command, metrics_of, wait_for_steps
+from helpers import ROOT, arguments, command, descendants, metrics_of, wait_for_steps
 
 # How a process of an engine's second worker is called, and what an engine says of each batch or request.
 SECOND_WORKER = {"sglang": "sglang::scheduler_TP1", "vllm": "VLLM::Worker_TP1"}
@@ -22,11 +21,6 @@ KEYS = {
     "actor_rollout_ref__rollout__max_num_seqs": 64,
     "actor_rollout_ref__actor__optim__lr": 5e-3,
 }
-
-
-def processes(run: subprocess.Popen, words: str) -> list[psutil.Process]:
-    children = psutil.Process(run.pid).children(recursive=True)
-    return [child for child in children if words in " ".join(child.cmdline())]
 
 
 def test_a_replica_of_two_ranks_that_dies_is_started_again_and_no_prompt_is_lost(engine, small, tmp_path):
@@ -43,7 +37,7 @@ def test_a_replica_of_two_ranks_that_dies_is_started_again_and_no_prompt_is_lost
         run = subprocess.Popen(command(arguments(small, tmp_path / "run", **keys)), stdout=file, stderr=file, cwd=ROOT)
     try:
         wait_for_steps(run, tmp_path / "run", 2, lambda: output.read_text()[-4000:])
-        (worker,) = processes(run, SECOND_WORKER[engine.name])
+        (worker,) = descendants(run, SECOND_WORKER[engine.name])
         os.kill(worker.pid, signal.SIGKILL)
         assert run.wait(300) == 0, output.read_text()[-4000:]
     finally:

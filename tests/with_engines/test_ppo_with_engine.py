@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import psutil
 import pytest
-from helpers import ROOT, arguments, command, metrics_of, start, wait_for_steps
+from helpers import ROOT, arguments, command, descendants, metrics_of, start, wait_for_steps
 
 from verl.rollout.adapter import Adapter
 
@@ -19,12 +19,6 @@ WORKERS = {"sglang": "scheduler", "vllm": "VLLM::EngineCore"}
 
 def rollout_with(engine: Adapter) -> dict[str, object]:
     return {"actor_rollout_ref__rollout__name": engine.name, "actor_rollout_ref__rollout__max_num_seqs": 64}
-
-
-def descendants_named(process: subprocess.Popen, name: str) -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process(process.pid).children(recursive=True) if name in " ".join(child.cmdline())
-    ]
 
 
 def test_ppo_learns_and_the_engines_weights_are_the_actors_at_every_step(engine, small, tmp_path):
@@ -78,7 +72,7 @@ def test_the_death_of_the_engine_ends_the_run_with_a_message_and_leaves_no_proce
     started: list[psutil.Process] = []
     try:
         wait_for_steps(run, tmp_path, 3, run.communicate)
-        (process,) = descendants_named(run, engine.server)
+        (process,) = descendants(run, engine.server)
         started = [process, *process.children(recursive=True)]
         workers = [child for child in started if WORKERS[engine.name] in " ".join(child.cmdline())]
         chosen = process if victim == "engine" else workers[0]

@@ -167,8 +167,10 @@ def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter
         why = f"one {adapter.title} is on one node here, which has {plan.devices_per_node} devices"
         fix = f"set it to at most {plan.devices_per_node}, or {ROLLOUT}.name=sglang"
         findings.problem(f"{ROLLOUT}.tensor_model_parallel_size", plan.tensor_parallel, why, fix)
-    if name == "vllm" and rollout.max_num_batched_tokens < rollout.max_num_seqs:
-        why = f"vLLM wants room in a pass for a token of each of {ROLLOUT}.max_num_seqs={rollout.max_num_seqs}"
+    if adapter.pass_has_all and rollout.max_num_batched_tokens < rollout.max_num_seqs:
+        why = (
+            f"{adapter.title} wants room in a pass for a token of each of {ROLLOUT}.max_num_seqs={rollout.max_num_seqs}"
+        )
         fix = f"set it to at least {rollout.max_num_seqs}, or {ROLLOUT}.max_num_seqs lower"
         findings.problem(f"{ROLLOUT}.max_num_batched_tokens", rollout.max_num_batched_tokens, why, fix)
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):

@@ -68,6 +68,8 @@ class Adapter:
     distributions: of Python, any of which brings it.
     own_keys: arguments of the engine that other keys of ours decide -> that key.
     spans_nodes: whether one replica may. no_min_new_tokens: why it cannot; None: it can.
+    wants_even_memory: whether it gives every GPU of a replica as little memory as the fullest one has free.
+    pass_has_all: whether max_num_batched_tokens has to have room for a token of each of max_num_seqs responses.
     capabilities, keeps_weights: as a ``Backend`` has them. arguments: that the server gets; environment: of the
     processes of a part, from the inherited one. describe: what the server told of itself, for the user.
     """
@@ -79,6 +81,8 @@ class Adapter:
     own_keys: Mapping[str, str]
     spans_nodes: bool
     no_min_new_tokens: str | None
+    wants_even_memory: bool
+    pass_has_all: bool
     capabilities: Callable[[EngineSettings], Capabilities]
     keeps_weights: Callable[[EngineSettings], bool]
     arguments: Callable[[EngineSettings, Part], dict[str, Any]]

@@ -49,7 +49,7 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
     if plan.engine == "hf":
         sender = None
     else:
-        settings = engine_settings(config, plan)
+        adapter, settings = ADAPTERS[plan.engine], engine_settings(config, plan)
         sender = weight_sender(settings, 1, megabytes << 20)
 
     def place() -> Place:
@@ -69,7 +69,7 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
         first = node * replica.per_node  # tensor-parallel rank
         of_node = range(first, first + replica.per_node)
         gpus = tuple(gpu for rank in of_node if (gpu := places[rank].gpu) is not None)
-        if len(gpus) > 1 and plan.engine == "sglang":  # which sizes every rank by the fullest GPU
+        if len(gpus) > 1 and adapter.wants_even_memory:
             readings = read_gpus(range(len(gpus)), ",".join(gpus))
             if warning := check_balance(readings, disabled=disabled_by_user(os.environ)):
                 warnings.append(warning)
@@ -77,7 +77,7 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
         name += f"-node-{node}" if len(replica.hosts) > 1 else ""
         name += f"-start-{number}" if number > 1 else ""  # what the one before had to say stays
         return OwnProcess(
-            ADAPTERS[plan.engine],
+            adapter,
             settings,
             log=logs / f"{name}.log",
             environment=environment_for_engine(os.environ),
