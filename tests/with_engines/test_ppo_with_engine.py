@@ -18,7 +18,7 @@ WORKERS = {"sglang": "scheduler", "vllm": "VLLM::EngineCore"}
 
 
 def rollout_with(engine: Adapter) -> dict[str, object]:
-    return {"actor_rollout_ref__rollout__name": engine.name, "actor_rollout_ref__rollout__max_num_seqs": 64}
+    return {"actor_rollout_ref__rollout__name": engine.name}
 
 
 def test_ppo_learns_and_the_engines_weights_are_the_actors_at_every_step(engine, small, tmp_path):

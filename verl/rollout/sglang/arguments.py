@@ -50,6 +50,8 @@ OWN_KEYS = {
 
 # Without a GPU, SGLang would size its KV cache by the machine's memory.
 CPU_CACHE_TOKENS = 1 << 16
+# Its own share of memory there falls with the requests that may run at once, below nothing with the usual 1024.
+CPU_MEMORY_SHARE = 0.9
 # SGLang keeps a few places of the context to itself.
 CONTEXT_MARGIN = 8
 
@@ -76,6 +78,7 @@ def arguments_of(settings: EngineSettings, part: Part = WHOLE) -> dict[str, Any]
     if settings.device == "cpu":
         wanted = settings.max_num_seqs * (settings.max_model_len + CONTEXT_MARGIN)
         arguments["max_total_tokens"] = max(min(wanted, CPU_CACHE_TOKENS), 2 * settings.max_model_len)
+        arguments["mem_fraction_static"] = CPU_MEMORY_SHARE
     else:
         arguments["mem_fraction_static"] = settings.gpu_memory_utilization
     if part.meeting:
