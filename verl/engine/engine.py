@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from verl.engine import checkpoint, offload
+from verl.engine.attention import packed_attention, why_padded
 from verl.engine.checkpoint_names import CheckpointNames, share_conversions
+from verl.engine.compile import CompiledLayers
 from verl.engine.distributed import (
     full,
     max_over_ranks,
@@ -54,7 +56,8 @@ class TrainEngine:
     number, none included).
 
     module: the transformers model (its parameters sharded, with several ranks). root: the module around it that is the
-    root of sharding. compute_dtype: of the forward. params_loaded: whether the parameters are on the device.
+    root of sharding. compute_dtype: of the forward. padded: why sequences are padded; None when they are packed.
+    params_loaded: whether the parameters are on the device.
     """
 
     def __init__(
@@ -75,9 +78,13 @@ class TrainEngine:
         self.compute_dtype = compute_dtype(fsdp_config.dtype, self.device)
         self.trainable = optim_config is not None
         self.config = read_config(model_config, kind)
+        self.compiles = fsdp_config.use_torch_compile and self.device.type == "cuda"
         self.root = self._build(model_config, fsdp_config, seed)
         self.root.eval()
         self.module: transformers.PreTrainedModel = self.root.hf
+        reason = why_padded(self.module, self.device, self.compute_dtype)
+        self.padded: str | None = reason if model_config.use_remove_padding else "use_remove_padding=False"
+        self._layers = CompiledLayers(self.module) if self.compiles else nullcontext
         self.optimizer: Optimizer | None = None
         if optim_config is None:
             self.root.requires_grad_(False)
@@ -93,8 +100,8 @@ class TrainEngine:
         whole = on_first_rank(lambda: read_model(model_config, self.kind, self.config, stored, seed))
         if world_size() == 1:
             assert whole is not None
-            return wrap(whole, self.kind).to(self.device)
-        root = wrap(empty_model(model_config, self.kind, self.config, stored), self.kind)
+            return wrap(whole, self.kind, self.compiles).to(self.device)
+        root = wrap(empty_model(model_config, self.kind, self.config, stored), self.kind, self.compiles)
         shard(root, set(root.hf._no_split_modules or ()), fsdp_config, self.device, self.compute_dtype)
         receive_from_first(root, None if whole is None else wrap(whole, self.kind), self.device)
         share_conversions(root.hf, whole)
@@ -120,14 +127,15 @@ class TrainEngine:
     @torch.no_grad()
     def _infer(self, table: pa.Table, batching: Batching, **options: Any) -> dict[str, pa.ListArray]:
         self._need(params=True)
-        packer = Packer(table, self.device)
+        packer = Packer(table, self.device, packed=self.padded is None)
         tokens: list[np.ndarray] = []
         found: dict[str, list[torch.Tensor]] = {}
-        for micro in self._micro_batches(packer, batching):
-            outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
-            tokens.append(micro.tokens)
-            for name, values in outputs.items():
-                found.setdefault(name, []).append(values[: len(micro.tokens)])  # none of a filler's
+        with self._forwarding():
+            for micro in self._micro_batches(packer, batching):
+                outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
+                tokens.append(micro.tokens)
+                for name, values in outputs.items():
+                    found.setdefault(name, []).append(values[: len(micro.tokens)])  # none of a filler's
         self._reshard()
         return {name: packer.column(tokens, values) for name, values in found.items()}
 
@@ -155,9 +163,9 @@ class TrainEngine:
             raise RuntimeError("this engine was built without an optimizer")
         self._need(params=True, optimizer=True)
         options = {"temperature": _positive(temperature), "entropy": entropy} if self.kind == "policy" else {}
-        packer = Packer(table, self.device)
+        packer = Packer(table, self.device, packed=self.padded is None)
         totals: dict[str, Any] = {}
-        with self._recomputing():
+        with self._forwarding(), self._recomputing():
             for micro in self._micro_batches(packer, batching):
                 outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
                 if len(micro.tokens):
@@ -189,8 +197,15 @@ class TrainEngine:
         for _ in range(forwards - len(plan)):
             yield packer.filler()
 
-    def _arguments(self, micro: MicroBatch) -> tuple[torch.Tensor, ...]:
-        return (micro.positions, micro.targets) if self.kind == "policy" else (micro.positions,)
+    def _arguments(self, micro: MicroBatch) -> tuple[Any, ...]:
+        places = (micro.layout, micro.positions)
+        return (*places, micro.targets) if self.kind == "policy" else places
+
+    @contextmanager
+    def _forwarding(self) -> Iterator[None]:
+        """What makes the module's forwards those of this engine, and not those of a rollout that borrows it."""
+        with nullcontext() if self.padded else packed_attention(self.module), self._layers():
+            yield
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -311,6 +326,7 @@ class TrainEngine:
         self.__dict__.pop("module", None)
         self.__dict__.pop("_checkpoint_names", None)
         self.root = nn.Module()
+        self._layers = nullcontext
         self.params_loaded = self._optimizer_loaded = False
         self._free_cache()
 
