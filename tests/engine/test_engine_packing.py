@@ -69,7 +69,9 @@ def test_what_was_cut_comes_back_in_the_order_of_the_table(lengths, rows):
 def test_packed_rows_are_cut_within_both_limits_and_none_has_room_for_an_earlier_one(lengths, rows, tokens):
     plan = packer_of(lengths, packed=True).micro_batches(Batching(rows, tokens))
     totals = np.array([prompt + response for prompt, response in lengths])
-    assert sorted(row for part in plan for row in part) == [row for row, (_, response) in enumerate(lengths) if response]
+    assert sorted(row for part in plan for row in part) == [
+        row for row, (_, response) in enumerate(lengths) if response
+    ]
     for number, part in enumerate(plan):
         assert rows is None or len(part) <= rows
         assert tokens is None or len(part) == 1 or totals[part].sum() <= tokens

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 LossFunction = Callable[[Tensors, Tensors], tuple[torch.Tensor, Tensors]]
 CPU = torch.device("cpu")
+SPARE = 2 << 30  # bytes of a device that stay free
 
 
 class OffloadedError(RuntimeError):
@@ -79,6 +80,7 @@ class TrainEngine:
         self.trainable = optim_config is not None
         self.config = read_config(model_config, kind)
         self.compiles = fsdp_config.use_torch_compile and self.device.type == "cuda"
+        self._copies = offload.Copies(self.device)
         self.root = self._build(model_config, fsdp_config, seed)
         self.root.eval()
         self.module: transformers.PreTrainedModel = self.root.hf
@@ -88,19 +90,29 @@ class TrainEngine:
         self.optimizer: Optimizer | None = None
         if optim_config is None:
             self.root.requires_grad_(False)
+            self.root.to(self.device)
         else:
-            self.masters = Masters(self.module, self.compute_dtype, sharded=world_size() > 1)
-            self.optimizer = Optimizer(self.masters.by_name, optim_config, grad_clip, total_steps)
+            self._build_optimizer(optim_config, grad_clip, total_steps, on_host=fsdp_config.optimizer_offload)
             if model_config.enable_gradient_checkpointing:
                 self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.params_loaded = self._optimizer_loaded = True
+        self._params = offload.MovableModule(self.root, self._copies)
+
+    def _build_optimizer(self, config: OptimConfig, grad_clip: float | None, steps: int, on_host: bool) -> None:
+        """on_host: its state is made there, and need never fit on the device as a whole."""
+        home = CPU if on_host else self.device
+        self.masters = Masters(self.module, self.compute_dtype, world_size() > 1, self.device, home)
+        if world_size() == 1:
+            self.root.to(self.device)
+        self.optimizer = optimizer = Optimizer(self.masters, config, grad_clip, steps, home)
+        self._state = offload.MovableTensors(optimizer.movable(), self._copies, loaded=not on_host)
+        self._state_fits = self.device.type == "cpu"  # beside an update; found out in the first one
 
     def _build(self, model_config: ModelConfig, fsdp_config: FSDPConfig, seed: int) -> Any:
         stored = torch.float32 if self.trainable else self.compute_dtype
         whole = on_first_rank(lambda: read_model(model_config, self.kind, self.config, stored, seed))
         if world_size() == 1:
             assert whole is not None
-            return wrap(whole, self.kind, self.compiles).to(self.device)
+            return wrap(whole, self.kind, self.compiles)
         root = wrap(empty_model(model_config, self.kind, self.config, stored), self.kind, self.compiles)
         shard(root, set(root.hf._no_split_modules or ()), fsdp_config, self.device, self.compute_dtype)
         receive_from_first(root, None if whole is None else wrap(whole, self.kind), self.device)
@@ -126,7 +138,7 @@ class TrainEngine:
 
     @torch.no_grad()
     def _infer(self, table: pa.Table, batching: Batching, **options: Any) -> dict[str, pa.ListArray]:
-        self._need(params=True)
+        self._need_params()
         packer = Packer(table, self.device, packed=self.padded is None)
         tokens: list[np.ndarray] = []
         found: dict[str, list[torch.Tensor]] = {}
@@ -161,7 +173,7 @@ class TrainEngine:
         """
         if self.optimizer is None:
             raise RuntimeError("this engine was built without an optimizer")
-        self._need(params=True, optimizer=True)
+        self._need_params()
         options = {"temperature": _positive(temperature), "entropy": entropy} if self.kind == "policy" else {}
         packer = Packer(table, self.device, packed=self.padded is None)
         totals: dict[str, Any] = {}
@@ -177,9 +189,9 @@ class TrainEngine:
                 loss.backward()
         self._reshard()
         lr = self.optimizer.lr
-        grad_norm, stepped = self.optimizer.step()
-        if stepped:
-            self.masters.publish()
+        self._copies.wait()
+        grad_norm, stepped = self.optimizer.step(None if self._state.loaded else self._copies)
+        self._state_fits = self._state_fits or self._fits_beside_an_update()
         sums = sum_over_ranks({name: float(value) for name, value in totals.items()})
         return {**sums, "grad_norm": grad_norm, "lr": lr, "skipped": float(not stepped)}
 
@@ -238,7 +250,7 @@ class TrainEngine:
 
     def _module_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All that is saved, under the names that it has in the module."""
-        self._need(params=True)
+        self._need_params()
         for name, param in self.module.named_parameters():
             yield name, full(param.detach().to(self.compute_dtype))
         for name in self._checkpoint_names.persistent_buffers:
@@ -263,43 +275,40 @@ class TrainEngine:
     # ---- memory
 
     def offload(self, *, params: bool = False, optimizer: bool = False) -> None:
-        """Move parameters, and optimizer state with separate masters, to the host. What is there already stays."""
-        if params and self.params_loaded:
-            offload.move_module(self.root, CPU)
-            self.params_loaded = False
-        if optimizer and self._optimizer_loaded:
-            offload.move_tensors(self._optimizer_tensors(), CPU)
-            self._optimizer_loaded = False
-        self._free_cache()
+        """Move parameters, and optimizer state with separate masters, to the host. What is there already stays. The
+        device's memory is free once the copies are done, which nothing here waits for."""
+        if params:
+            self._params.offload()
+        if optimizer and self.trainable:
+            self._state.offload()
 
     def onload(self, *, params: bool = False, optimizer: bool = False) -> None:
-        if params and not self.params_loaded:
-            offload.move_module(self.root, self.device)
-            self.params_loaded = True
-        if optimizer and not self._optimizer_loaded:
-            offload.move_tensors(self._optimizer_tensors(), self.device)
-            self._optimizer_loaded = True
+        """An optimizer state that would not fit beside an update stays on the host; updates then pass it through the
+        device, part by part. Whether it would is known after the first update."""
+        if params:
+            self._params.onload()
+        if optimizer and self.trainable and self._state_fits:
+            self._state.onload()
 
-    def _optimizer_tensors(self) -> list[torch.Tensor]:
-        if self.optimizer is None:
-            return []
-        masters = list(self.masters.by_name.values()) if self.masters.separate else []
-        return [*masters, *self.optimizer.tensors().values()]
+    @property
+    def params_loaded(self) -> bool:
+        return self._params.loaded
 
-    def _need(self, params: bool = False, optimizer: bool = False) -> None:
-        if params and not self.params_loaded:
+    def _fits_beside_an_update(self) -> bool:
+        if self._state.loaded:
+            return True
+        ours = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        return torch.cuda.max_memory_allocated(self.device) + self._state.nbytes + SPARE <= ours
+
+    def _need_params(self) -> None:
+        if not self.params_loaded:
             raise OffloadedError("the parameters are on the host: call onload(params=True) first")
-        if optimizer and not self._optimizer_loaded:
-            raise OffloadedError("the optimizer is on the host: call onload(optimizer=True) first")
-
-    def _free_cache(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     # ---- checkpoints
 
     def save(self, path: str | os.PathLike) -> None:
         """Masters, optimizer state and schedule into a fresh folder. Collective."""
+        self._copies.finish()
         state: dict[str, Any] = {"kind": self.kind}
         if self.optimizer is not None:
             state["schedule_steps"] = self.optimizer.steps
@@ -307,6 +316,7 @@ class TrainEngine:
 
     def load(self, path: str | os.PathLike) -> None:
         """Go on exactly where ``save`` was called, on any number of ranks. Collective."""
+        self._copies.finish()
         state = checkpoint.load(Path(path), self._state_tensors())
         if self.optimizer is not None:
             self.optimizer.steps = state["schedule_steps"]
@@ -321,14 +331,17 @@ class TrainEngine:
 
     def close(self) -> None:
         """Drop the model and all state."""
+        self._params.close()
+        if self.trainable:
+            self._state.close()
         self.optimizer = None
         self.__dict__.pop("masters", None)
         self.__dict__.pop("module", None)
         self.__dict__.pop("_checkpoint_names", None)
         self.root = nn.Module()
         self._layers = nullcontext
-        self.params_loaded = self._optimizer_loaded = False
-        self._free_cache()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _positive(temperature: float) -> float:
