@@ -31,6 +31,7 @@ from verl.engine.distributed import (
     sum_over_ranks,
     world_size,
 )
+from verl.engine.flops import ForwardFlops, peak_flops
 from verl.engine.model import Kind, empty_model, read_config, read_model, wrap, write_model
 from verl.engine.optim import Optimizer
 from verl.engine.packing import Batching, MicroBatch, Packer
@@ -86,6 +87,7 @@ class TrainEngine:
         self.module: transformers.PreTrainedModel = self.root.hf
         reason = why_padded(self.module, self.device, self.compute_dtype)
         self.padded: str | None = reason if model_config.use_remove_padding else "use_remove_padding=False"
+        self._forward_flops = ForwardFlops(self.module)
         self._layers = CompiledLayers(self.module) if self.compiles else nullcontext
         self.optimizer: Optimizer | None = None
         if optim_config is None:
@@ -169,14 +171,16 @@ class TrainEngine:
             batch: the table's token columns and ``row_ids`` (see ``MicroBatch.columns``).
             Loss and metrics must add up over micro-batches and ranks to the mini-batch's.
         Gives the metrics' sums over micro-batches and ranks, and ``grad_norm`` (before clipping), ``lr``, and
-        ``skipped``: 1.0 if the gradient was not finite, so that nothing was changed.
+        ``skipped``: 1.0 if the gradient was not finite, so that nothing was changed; ``flops`` of the model and
+        ``peak_flops`` a second of the devices (``verl.engine.flops``), over all ranks.
         """
         if self.optimizer is None:
             raise RuntimeError("this engine was built without an optimizer")
         self._need_params()
         options = {"temperature": _positive(temperature), "entropy": entropy} if self.kind == "policy" else {}
         packer = Packer(table, self.device, packed=self.padded is None)
-        totals: dict[str, Any] = {}
+        flops = 3 * self._forward_flops(*packer.sizes())  # a backward is two forwards
+        totals: dict[str, Any] = {"flops": flops, "peak_flops": peak_flops(self.device, self.compute_dtype)}
         with self._forwarding(), self._recomputing():
             for micro in self._micro_batches(packer, batching):
                 outputs = self.root(micro.input_ids, *self._arguments(micro), **options)

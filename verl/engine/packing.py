@@ -83,6 +83,12 @@ class Packer:
             return [rows[each] for each in _bins(lengths, batching)]
         return [rows[cut] for cut in _cuts(lengths, batching)]
 
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each row with a response: the tokens of its forward, and those of them that predict."""
+        rows = np.flatnonzero(self.responses.lengths)
+        responses = self.responses.lengths[rows]
+        return self.prompts.lengths[rows] + responses - 1, responses
+
     def micro_batch(self, rows: np.ndarray) -> MicroBatch:
         prompt_lengths, response_lengths = self.prompts.lengths[rows], self.responses.lengths[rows]
         lengths = prompt_lengths + response_lengths - 1

@@ -36,7 +36,7 @@ class Masters:
         if not self.separate:
             self.by_name: dict[str, torch.Tensor] = {**self.params}
             return
-        self.by_name = {name: param.detach().to(home, copy=True) for name, param in self.params.items()}
+        self.by_name = {name: param.detach().to(home) for name, param in self.params.items()}
         for name, param in self.params.items():
             param.data = param.data.to(device, compute_dtype)
             param.register_post_accumulate_grad_hook(partial(self._add_gradient, name))
