@@ -1,4 +1,4 @@
-"""The training engine as it runs on a GPU: packed, compiled, in blocks of logits, its optimizer at times on the host."""
+"""The training engine as it runs on a GPU: packed, compiled, logits in blocks, its optimizer at times on the host."""
 
 import numpy as np
 import pyarrow as pa
@@ -145,5 +145,6 @@ def test_fused_numbers_and_gradients_are_the_plain_ones():
     outputs = token_statistics(hidden, head, targets, 0.7, True, block=128 * 50_000, fused=True)
     found = torch.stack([outputs["log_probs"], outputs["entropy"]])
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
-    for one, two in zip(torch.autograd.grad((weights * found).sum(), [hidden, head.weight, head.bias]), expected):
+    gradients = torch.autograd.grad((weights * found).sum(), [hidden, head.weight, head.bias])
+    for one, two in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
