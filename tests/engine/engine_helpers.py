@@ -60,10 +60,12 @@ def build(
     total_steps: int = 10,
     seed: int = 0,
     override_config: dict[str, Any] | None = None,
+    packed: bool = False,
     **optim: Any,
 ) -> TrainEngine:
+    """packed: although there is no kernel for it on a CPU (``verl.engine.attention`` takes sequences one by one)."""
     model = ModelConfig(path=path, enable_gradient_checkpointing=checkpointing, override_config=override_config or {})
-    return TrainEngine(
+    engine = TrainEngine(
         model,
         kind,
         FSDPConfig(fsdp_size=fsdp_size, reshard_after_forward=reshard_after_forward, dtype=dtype),
@@ -73,6 +75,8 @@ def build(
         device="cpu",
         seed=seed,
     )
+    engine.padded = None if packed else engine.padded
+    return engine
 
 
 def make_table(rows: int = 7, empty_rows: tuple[int, ...] = (2,)) -> pa.Table:

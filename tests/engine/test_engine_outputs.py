@@ -9,7 +9,7 @@ from engine_helpers import ALL, VOCAB, build, make_table, save_tiny_model
 
 from verl.data.ragged import Ragged
 from verl.engine import Batching
-from verl.engine.model import token_statistics
+from verl.engine.token_statistics import token_statistics
 
 SPLITS = [ALL, Batching(1), Batching(3), Batching(max_tokens=30), Batching(2, max_tokens=30)]
 
@@ -32,13 +32,24 @@ def close(column: pa.ListArray, rows: list, tolerance: float) -> bool:
     return np.allclose(np.concatenate(column.to_pylist()), np.concatenate(rows), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("batching", SPLITS, ids=str)
-def test_log_probs_and_entropy_equal_those_of_a_plain_forward_row_by_row(any_tiny, batching):
+def test_log_probs_and_entropy_equal_those_of_a_plain_forward_row_by_row(any_tiny, batching, packed):
     table = make_table()
     log_probs, entropy = reference(any_tiny, table, temperature=0.7)
-    found = build(any_tiny, trained=False).log_probs(table, temperature=0.7, batching=batching)
+    found = build(any_tiny, trained=False, packed=packed).log_probs(table, temperature=0.7, batching=batching)
     assert close(found["log_probs"], log_probs, 2e-5)
     assert close(found["entropy"], entropy, 2e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_packed_sequences_see_as_much_of_a_sliding_window_as_plain_ones(tmp_path, window):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MistralConfig(vocab_size=VOCAB, num_key_value_heads=1, sliding_window=window, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    table = make_table()
+    found = build(str(tmp_path), trained=False, packed=True).log_probs(table, temperature=1.0, batching=ALL)
+    assert close(found["log_probs"], reference(str(tmp_path), table, 1.0)[0], 2e-5)
 
 
 def test_entropy_is_left_out_when_not_asked_for(tiny):

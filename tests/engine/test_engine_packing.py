@@ -16,13 +16,13 @@ LIMIT = st.none() | st.integers(1, 40)
 LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12)
 
 
-def packer_of(lengths: list[tuple[int, int]]) -> Packer:
+def packer_of(lengths: list[tuple[int, int]], packed: bool = False) -> Packer:
     """Prompts count down from -1 and responses up from 1, so that every token is known by its value."""
     prompts = [-1 - np.arange(prompt) for prompt, _ in lengths]
     responses = [1 + np.arange(response) for _, response in lengths]
     columns = {"prompt_ids": prompts, "response_ids": responses}
     table = pa.table({name: Ragged.from_rows(rows, np.int32).to_column() for name, rows in columns.items()})
-    return Packer(table, torch.device("cpu"))
+    return Packer(table, torch.device("cpu"), packed)
 
 
 @given(LENGTHS, LIMIT, LIMIT)
@@ -63,3 +63,39 @@ def test_what_was_cut_comes_back_in_the_order_of_the_table(lengths, rows):
         [micro.tokens for micro in micros], [micro.targets.float()[: len(micro.tokens)] for micro in micros]
     )
     assert column.to_pylist() == [list(range(1, response + 1)) for _, response in lengths]
+
+
+@given(LENGTHS, LIMIT, LIMIT)
+def test_packed_rows_are_cut_within_both_limits_and_none_has_room_for_an_earlier_one(lengths, rows, tokens):
+    plan = packer_of(lengths, packed=True).micro_batches(Batching(rows, tokens))
+    totals = np.array([prompt + response for prompt, response in lengths])
+    assert sorted(row for part in plan for row in part) == [
+        row for row, (_, response) in enumerate(lengths) if response
+    ]
+    for number, part in enumerate(plan):
+        assert rows is None or len(part) <= rows
+        assert tokens is None or len(part) == 1 or totals[part].sum() <= tokens
+        for earlier in plan[:number]:
+            full = rows is not None and len(earlier) == rows
+            assert full or (tokens is not None and totals[earlier].sum() + totals[part[-1]] > tokens)
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_packed_sequences_lie_end_to_end_each_with_positions_of_its_own(lengths, rows):
+    packer = packer_of(lengths, packed=True)
+    for part in packer.micro_batches(Batching(rows)):
+        micro = packer.micro_batch(part)
+        ids, positions, ends, targets, before = [], [], [0], [], []
+        for prompt, response in (lengths[row] for row in part):
+            sequence = [*(-1 - np.arange(prompt)), *(1 + np.arange(response))]
+            ids += sequence[:-1]
+            positions += range(len(sequence) - 1)
+            ends.append(len(ids))
+            targets += sequence[prompt:]
+            before += sequence[prompt - 1 : -1]
+        assert micro.input_ids.tolist() == [ids]
+        assert micro.layout["position_ids"].tolist() == [positions]
+        assert micro.layout["cu_seq_lens_q"].tolist() == micro.layout["cu_seq_lens_k"].tolist() == ends
+        assert micro.layout["max_length_q"] >= max(np.diff(ends))
+        assert micro.targets.tolist() == targets
+        assert micro.input_ids[0, micro.positions].tolist() == before

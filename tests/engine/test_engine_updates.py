@@ -40,11 +40,12 @@ def reference_weights(path: str, kind: str, steps: int, clip: float) -> dict[str
     return {name: param.detach() for name, param in hf.named_parameters()}
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("kind", ["policy", "value"])
-def test_three_updates_equal_a_plain_training_loop(any_tiny, tmp_path, kind, checkpointing):
+def test_three_updates_equal_a_plain_training_loop(any_tiny, tmp_path, kind, checkpointing, packed):
     build(any_tiny, kind, trained=False).export_hf(tmp_path)  # gives the value model its head
-    engine = build(str(tmp_path), kind, checkpointing=checkpointing, eps=EPS)
+    engine = build(str(tmp_path), kind, checkpointing=checkpointing, packed=packed, eps=EPS)
     for _ in range(3):
         engine.update(make_table(), LOSSES[kind], batching=Batching(3))
     assert largest_difference(weights_of(engine), reference_weights(str(tmp_path), kind, 3, clip=1.0)) < 1e-5
@@ -156,7 +157,7 @@ def test_an_update_without_any_response_token_is_an_update_with_gradient_zero(ti
     engine = build(tiny, weight_decay=0.0)
     before = weights_of(engine)
     metrics = engine.update(table, policy_loss, batching=ALL)
-    assert metrics == {"grad_norm": 0.0, "lr": 1e-3, "skipped": 0.0}
+    assert metrics == {"grad_norm": 0.0, "lr": 1e-3, "skipped": 0.0, "flops": 0.0, "peak_flops": 0.0}
     assert largest_difference(weights_of(engine), before) == 0
 
 

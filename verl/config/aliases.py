@@ -14,6 +14,8 @@ RENAMED = {
     "actor_rollout_ref.actor.checkpoint.contents": "actor_rollout_ref.actor.checkpoint.save_contents",
     "actor_rollout_ref.rollout.prompt_length": "data.max_prompt_length",
     "actor_rollout_ref.rollout.response_length": "data.max_response_length",
+    "actor_rollout_ref.actor.use_torch_compile": "actor_rollout_ref.actor.fsdp_config.use_torch_compile",
+    "actor_rollout_ref.ref.use_torch_compile": "actor_rollout_ref.ref.fsdp_config.use_torch_compile",
     "critic.optim.warmup_style": "critic.optim.lr_scheduler_type",
     "critic.checkpoint.contents": "critic.checkpoint.save_contents",
     "critic.fsdp": "critic.model.fsdp_config",

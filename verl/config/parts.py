@@ -61,6 +61,9 @@ class FSDPConfig(Section):
     reshard_after_forward: bool = Field(
         True, description="Free the gathered weights between forward and backward: less memory, one more all-gather."
     )
+    use_torch_compile: bool = Field(
+        True, description="On GPUs, compile the layers and the work on logits: faster, after a minute at the start."
+    )
     dtype: DType = Field(
         "auto",
         description="Type of the computation; master weights are always float32. auto: bfloat16 on GPUs, else float32.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from verl.engine import checkpoint, offload
+from verl.engine.attention import packed_attention, why_padded
 from verl.engine.checkpoint_names import CheckpointNames, share_conversions
+from verl.engine.compile import CompiledLayers
 from verl.engine.distributed import (
     full,
     max_over_ranks,
@@ -29,6 +31,7 @@ from verl.engine.distributed import (
     sum_over_ranks,
     world_size,
 )
+from verl.engine.flops import ForwardFlops, peak_flops
 from verl.engine.model import Kind, empty_model, read_config, read_model, wrap, write_model
 from verl.engine.optim import Optimizer
 from verl.engine.packing import Batching, MicroBatch, Packer
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 LossFunction = Callable[[Tensors, Tensors], tuple[torch.Tensor, Tensors]]
 CPU = torch.device("cpu")
+SPARE = 2 << 30  # bytes of a device that stay free
 
 
 class OffloadedError(RuntimeError):
@@ -54,7 +58,8 @@ class TrainEngine:
     number, none included).
 
     module: the transformers model (its parameters sharded, with several ranks). root: the module around it that is the
-    root of sharding. compute_dtype: of the forward. params_loaded: whether the parameters are on the device.
+    root of sharding. compute_dtype: of the forward. padded: why sequences are padded; None when they are packed.
+    params_loaded: whether the parameters are on the device.
     """
 
     def __init__(
@@ -75,26 +80,42 @@ class TrainEngine:
         self.compute_dtype = compute_dtype(fsdp_config.dtype, self.device)
         self.trainable = optim_config is not None
         self.config = read_config(model_config, kind)
+        self.compiles = fsdp_config.use_torch_compile and self.device.type == "cuda"
+        self._copies = offload.Copies(self.device)
         self.root = self._build(model_config, fsdp_config, seed)
         self.root.eval()
         self.module: transformers.PreTrainedModel = self.root.hf
+        reason = why_padded(self.module, self.device, self.compute_dtype)
+        self.padded: str | None = reason if model_config.use_remove_padding else "use_remove_padding=False"
+        self._forward_flops = ForwardFlops(self.module)
+        self._layers = CompiledLayers(self.module) if self.compiles else nullcontext
         self.optimizer: Optimizer | None = None
         if optim_config is None:
             self.root.requires_grad_(False)
+            self.root.to(self.device)
         else:
-            self.masters = Masters(self.module, self.compute_dtype, sharded=world_size() > 1)
-            self.optimizer = Optimizer(self.masters.by_name, optim_config, grad_clip, total_steps)
+            self._build_optimizer(optim_config, grad_clip, total_steps, on_host=fsdp_config.optimizer_offload)
             if model_config.enable_gradient_checkpointing:
                 self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.params_loaded = self._optimizer_loaded = True
+        self._params = offload.MovableModule(self.root, self._copies)
+
+    def _build_optimizer(self, config: OptimConfig, grad_clip: float | None, steps: int, on_host: bool) -> None:
+        """on_host: its state is made there, and need never fit on the device as a whole."""
+        home = CPU if on_host else self.device
+        self.masters = Masters(self.module, self.compute_dtype, world_size() > 1, self.device, home)
+        if world_size() == 1:
+            self.root.to(self.device)
+        self.optimizer = optimizer = Optimizer(self.masters, config, grad_clip, steps, home)
+        self._state = offload.MovableTensors(optimizer.movable(), self._copies, loaded=not on_host)
+        self._state_fits = self.device.type == "cpu"  # beside an update; found out in the first one
 
     def _build(self, model_config: ModelConfig, fsdp_config: FSDPConfig, seed: int) -> Any:
         stored = torch.float32 if self.trainable else self.compute_dtype
         whole = on_first_rank(lambda: read_model(model_config, self.kind, self.config, stored, seed))
         if world_size() == 1:
             assert whole is not None
-            return wrap(whole, self.kind).to(self.device)
-        root = wrap(empty_model(model_config, self.kind, self.config, stored), self.kind)
+            return wrap(whole, self.kind, self.compiles)
+        root = wrap(empty_model(model_config, self.kind, self.config, stored), self.kind, self.compiles)
         shard(root, set(root.hf._no_split_modules or ()), fsdp_config, self.device, self.compute_dtype)
         receive_from_first(root, None if whole is None else wrap(whole, self.kind), self.device)
         share_conversions(root.hf, whole)
@@ -119,15 +140,16 @@ class TrainEngine:
 
     @torch.no_grad()
     def _infer(self, table: pa.Table, batching: Batching, **options: Any) -> dict[str, pa.ListArray]:
-        self._need(params=True)
-        packer = Packer(table, self.device)
+        self._need_params()
+        packer = Packer(table, self.device, packed=self.padded is None)
         tokens: list[np.ndarray] = []
         found: dict[str, list[torch.Tensor]] = {}
-        for micro in self._micro_batches(packer, batching):
-            outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
-            tokens.append(micro.tokens)
-            for name, values in outputs.items():
-                found.setdefault(name, []).append(values[: len(micro.tokens)])  # none of a filler's
+        with self._forwarding():
+            for micro in self._micro_batches(packer, batching):
+                outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
+                tokens.append(micro.tokens)
+                for name, values in outputs.items():
+                    found.setdefault(name, []).append(values[: len(micro.tokens)])  # none of a filler's
         self._reshard()
         return {name: packer.column(tokens, values) for name, values in found.items()}
 
@@ -149,15 +171,17 @@ class TrainEngine:
             batch: the table's token columns and ``row_ids`` (see ``MicroBatch.columns``).
             Loss and metrics must add up over micro-batches and ranks to the mini-batch's.
         Gives the metrics' sums over micro-batches and ranks, and ``grad_norm`` (before clipping), ``lr``, and
-        ``skipped``: 1.0 if the gradient was not finite, so that nothing was changed.
+        ``skipped``: 1.0 if the gradient was not finite, so that nothing was changed; ``flops`` of the model and
+        ``peak_flops`` a second of the devices (``verl.engine.flops``), over all ranks.
         """
         if self.optimizer is None:
             raise RuntimeError("this engine was built without an optimizer")
-        self._need(params=True, optimizer=True)
+        self._need_params()
         options = {"temperature": _positive(temperature), "entropy": entropy} if self.kind == "policy" else {}
-        packer = Packer(table, self.device)
-        totals: dict[str, Any] = {}
-        with self._recomputing():
+        packer = Packer(table, self.device, packed=self.padded is None)
+        flops = 3 * self._forward_flops(*packer.sizes())  # a backward is two forwards
+        totals: dict[str, Any] = {"flops": flops, "peak_flops": peak_flops(self.device, self.compute_dtype)}
+        with self._forwarding(), self._recomputing():
             for micro in self._micro_batches(packer, batching):
                 outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
                 if len(micro.tokens):
@@ -169,9 +193,9 @@ class TrainEngine:
                 loss.backward()
         self._reshard()
         lr = self.optimizer.lr
-        grad_norm, stepped = self.optimizer.step()
-        if stepped:
-            self.masters.publish()
+        self._copies.wait()
+        grad_norm, stepped = self.optimizer.step(None if self._state.loaded else self._copies)
+        self._state_fits = self._state_fits or self._fits_beside_an_update()
         sums = sum_over_ranks({name: float(value) for name, value in totals.items()})
         return {**sums, "grad_norm": grad_norm, "lr": lr, "skipped": float(not stepped)}
 
@@ -189,8 +213,15 @@ class TrainEngine:
         for _ in range(forwards - len(plan)):
             yield packer.filler()
 
-    def _arguments(self, micro: MicroBatch) -> tuple[torch.Tensor, ...]:
-        return (micro.positions, micro.targets) if self.kind == "policy" else (micro.positions,)
+    def _arguments(self, micro: MicroBatch) -> tuple[Any, ...]:
+        places = (micro.layout, micro.positions)
+        return (*places, micro.targets) if self.kind == "policy" else places
+
+    @contextmanager
+    def _forwarding(self) -> Iterator[None]:
+        """What makes the module's forwards those of this engine, and not those of a rollout that borrows it."""
+        with nullcontext() if self.padded else packed_attention(self.module), self._layers():
+            yield
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -223,7 +254,7 @@ class TrainEngine:
 
     def _module_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All that is saved, under the names that it has in the module."""
-        self._need(params=True)
+        self._need_params()
         for name, param in self.module.named_parameters():
             yield name, full(param.detach().to(self.compute_dtype))
         for name in self._checkpoint_names.persistent_buffers:
@@ -248,43 +279,40 @@ class TrainEngine:
     # ---- memory
 
     def offload(self, *, params: bool = False, optimizer: bool = False) -> None:
-        """Move parameters, and optimizer state with separate masters, to the host. What is there already stays."""
-        if params and self.params_loaded:
-            offload.move_module(self.root, CPU)
-            self.params_loaded = False
-        if optimizer and self._optimizer_loaded:
-            offload.move_tensors(self._optimizer_tensors(), CPU)
-            self._optimizer_loaded = False
-        self._free_cache()
+        """Move parameters, and optimizer state with separate masters, to the host. What is there already stays. The
+        device's memory is free once the copies are done, which nothing here waits for."""
+        if params:
+            self._params.offload()
+        if optimizer and self.trainable:
+            self._state.offload()
 
     def onload(self, *, params: bool = False, optimizer: bool = False) -> None:
-        if params and not self.params_loaded:
-            offload.move_module(self.root, self.device)
-            self.params_loaded = True
-        if optimizer and not self._optimizer_loaded:
-            offload.move_tensors(self._optimizer_tensors(), self.device)
-            self._optimizer_loaded = True
+        """An optimizer state that would not fit beside an update stays on the host; updates then pass it through the
+        device, part by part. Whether it would is known after the first update."""
+        if params:
+            self._params.onload()
+        if optimizer and self.trainable and self._state_fits:
+            self._state.onload()
 
-    def _optimizer_tensors(self) -> list[torch.Tensor]:
-        if self.optimizer is None:
-            return []
-        masters = list(self.masters.by_name.values()) if self.masters.separate else []
-        return [*masters, *self.optimizer.tensors().values()]
+    @property
+    def params_loaded(self) -> bool:
+        return self._params.loaded
 
-    def _need(self, params: bool = False, optimizer: bool = False) -> None:
-        if params and not self.params_loaded:
+    def _fits_beside_an_update(self) -> bool:
+        if self._state.loaded:
+            return True
+        ours = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        return torch.cuda.max_memory_allocated(self.device) + self._state.nbytes + SPARE <= ours
+
+    def _need_params(self) -> None:
+        if not self.params_loaded:
             raise OffloadedError("the parameters are on the host: call onload(params=True) first")
-        if optimizer and not self._optimizer_loaded:
-            raise OffloadedError("the optimizer is on the host: call onload(optimizer=True) first")
-
-    def _free_cache(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     # ---- checkpoints
 
     def save(self, path: str | os.PathLike) -> None:
         """Masters, optimizer state and schedule into a fresh folder. Collective."""
+        self._copies.finish()
         state: dict[str, Any] = {"kind": self.kind}
         if self.optimizer is not None:
             state["schedule_steps"] = self.optimizer.steps
@@ -292,6 +320,7 @@ class TrainEngine:
 
     def load(self, path: str | os.PathLike) -> None:
         """Go on exactly where ``save`` was called, on any number of ranks. Collective."""
+        self._copies.finish()
         state = checkpoint.load(Path(path), self._state_tensors())
         if self.optimizer is not None:
             self.optimizer.steps = state["schedule_steps"]
@@ -306,13 +335,17 @@ class TrainEngine:
 
     def close(self) -> None:
         """Drop the model and all state."""
+        self._params.close()
+        if self.trainable:
+            self._state.close()
         self.optimizer = None
         self.__dict__.pop("masters", None)
         self.__dict__.pop("module", None)
         self.__dict__.pop("_checkpoint_names", None)
         self.root = nn.Module()
-        self.params_loaded = self._optimizer_loaded = False
-        self._free_cache()
+        self._layers = nullcontext
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _positive(temperature: float) -> float:

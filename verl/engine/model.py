@@ -6,7 +6,7 @@ Each wraps a transformers model and is the root of sharding: all that touches pa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,8 +15,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from verl.engine.token_statistics import token_statistics
 from verl.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,35 +25,34 @@ if TYPE_CHECKING:
 Kind = Literal["policy", "value"]
 Outputs = dict[str, torch.Tensor]
 
-# Elements of one float32 (tokens, vocabulary) block: what stands in memory at once, a few times over.
-LOGIT_BLOCK = 1 << 27
-
 # Config entries that change logits after the head; a model that sets one is refused rather than computed wrongly.
 _LOGIT_CHANGERS = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
 
 
 class PolicyModel(nn.Module):
-    """Log-probabilities of given tokens under a causal language model."""
+    """Log-probabilities of given tokens under a causal language model. fused: see ``token_statistics``."""
 
-    def __init__(self, hf: transformers.PreTrainedModel):
+    def __init__(self, hf: transformers.PreTrainedModel, fused: bool = False):
         super().__init__()
-        self.hf = hf
+        self.hf, self.fused = hf, fused
 
     def forward(
         self,
         input_ids: torch.Tensor,
+        layout: Mapping[str, Any],
         positions: torch.Tensor,
         targets: torch.Tensor,
         temperature: float = 1.0,
         entropy: bool = True,
     ) -> Outputs:
-        """input_ids (B, L), positions (T,) and targets (T,) as in ``MicroBatch``. Gives float32 (T,) each:
+        """input_ids (B, L), layout, positions (T,) and targets (T,) as in ``MicroBatch``. Gives float32 (T,) each:
 
         log_probs: ``log_softmax(logits / temperature)`` over the full vocabulary, at the target.
         entropy: of that distribution, in nats; left out if not asked for.
         """
-        hidden = _hidden_states(self.hf, input_ids, positions)
-        return token_statistics(hidden, self.hf.get_output_embeddings(), targets, temperature, entropy)
+        hidden = _hidden_states(self.hf, input_ids, layout, positions)
+        head = cast(nn.Linear, self.hf.get_output_embeddings())
+        return token_statistics(hidden, head, targets, temperature, entropy, fused=self.fused)
 
 
 class ValueModel(nn.Module):
@@ -63,39 +62,18 @@ class ValueModel(nn.Module):
         super().__init__()
         self.hf = hf
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Outputs:
+    def forward(self, input_ids: torch.Tensor, layout: Mapping[str, Any], positions: torch.Tensor) -> Outputs:
         """values: float32 (T,), of the state in which each response token is chosen, before it is emitted."""
         head: Any = self.hf.score
-        values = _hidden_states(self.hf, input_ids, positions).float() @ head.weight[0].float()
+        values = _hidden_states(self.hf, input_ids, layout, positions).float() @ head.weight[0].float()
         return {"values": values if head.bias is None else values + head.bias.float()}
 
 
-def token_statistics(
-    hidden_TH: torch.Tensor,
-    head: nn.Module,
-    targets_T: torch.Tensor,
-    temperature: float,
-    entropy: bool,
-    block: int = LOGIT_BLOCK,
-) -> Outputs:
-    """What ``PolicyModel.forward`` gives, ``block`` logits at a time; backward computes them again."""
-
-    def of(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        log_probs_TV = (head(hidden).float() / temperature).log_softmax(-1)
-        chosen = log_probs_TV.gather(-1, targets[:, None]).squeeze(-1)
-        return (chosen, -(log_probs_TV.exp() * log_probs_TV).sum(-1)) if entropy else (chosen,)
-
-    tokens = max(1, block // cast(torch.Tensor, head.weight).shape[0])
-    parts = [
-        checkpoint(of, *chunk, use_reentrant=False) if torch.is_grad_enabled() else of(*chunk)
-        for chunk in zip(hidden_TH.split(tokens), targets_T.split(tokens), strict=True)
-    ]
-    return dict(zip(("log_probs", "entropy"), map(torch.cat, zip(*parts, strict=True)), strict=False))
-
-
-def _hidden_states(hf: transformers.PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _hidden_states(
+    hf: transformers.PreTrainedModel, input_ids: torch.Tensor, layout: Mapping[str, Any], positions: torch.Tensor
+) -> torch.Tensor:
     """The backbone's last hidden state at ``positions``: (T, H). Without a mask attention is plainly causal."""
-    hidden_BLH = hf.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden_BLH = hf.base_model(input_ids=input_ids, use_cache=False, **layout).last_hidden_state
     return hidden_BLH.flatten(0, 1).index_select(0, positions)
 
 
@@ -177,8 +155,8 @@ def write_model(hf: transformers.PreTrainedModel, folder: str | Path, state: dic
         raise OSError(str(error)) from error
 
 
-def wrap(hf: transformers.PreTrainedModel, kind: Kind) -> PolicyModel | ValueModel:
-    return PolicyModel(hf) if kind == "policy" else ValueModel(hf)
+def wrap(hf: transformers.PreTrainedModel, kind: Kind, fused: bool = False) -> PolicyModel | ValueModel:
+    return PolicyModel(hf, fused) if kind == "policy" else ValueModel(hf)
 
 
 def _auto_class(kind: Kind):

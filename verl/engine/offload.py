@@ -1,38 +1,182 @@
-"""Moving an engine's tensors between the device and the host, in place. On the host they are pinned."""
+"""Tensors between the device and the host: moved in place, or worked on a bucket at a time while they live on the host.
+
+On the host each has one place for good, in memory that is pinned once. Copies run on a stream of their own, beside
+compute; who reads what was copied waits for it first (``Copies.wait``, ``Copies.finish``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-
-def move_tensors(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-    """Each tensor keeps its identity and gets storage on ``device``."""
-    for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            tensor._local_tensor = _moved(tensor._local_tensor, device)
-        else:
-            tensor.data = _moved(tensor.data, device)
+ALIGNMENT = 64  # bytes
+IN_FLIGHT = 2  # buckets on the device at a time
 
 
-def move_module(module: nn.Module, device: torch.device) -> None:
+class Copies:
+    """The copies between one device and the host. Without a GPU all is done at once, in order."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def wait(self) -> None:
+        """What the device does next sees what has been copied."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def finish(self) -> None:
+        """The host sees what has been copied."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def mark(self) -> Callable[[], None]:
+        """Waits for what has been copied until now."""
+        return (lambda: None) if self._stream is None else self._stream.record_event().synchronize
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Copies inside start once the device has done what it was told before, and nothing waits for them."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def to_host(self, tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        place.copy_(tensor, non_blocking=True)
+        if self._stream is not None and tensor.is_cuda:
+            tensor.record_stream(self._stream)
+        return place
+
+    def to_device(self, place: torch.Tensor) -> torch.Tensor:
+        """To be used after ``wait``."""
+        tensor = place.to(self.device, non_blocking=True)
+        if self._stream is not None:
+            tensor.record_stream(torch.cuda.default_stream(self.device))
+        return tensor
+
+
+class HostPlaces:
+    """A place on the host for each of these tensors, in one piece of memory, pinned if the machine has a GPU."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]):
+        shards = [local(tensor) for tensor in tensors]
+        starts, end = [], 0
+        for shard in shards:
+            starts.append(end)
+            end += -(-shard.nbytes // ALIGNMENT) * ALIGNMENT
+        self._memory = torch.empty(end, dtype=torch.uint8)
+        self._pinned = end > 0 and torch.cuda.is_available()
+        if self._pinned:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), end, 0)))
+        self.places = [
+            self._memory[start : start + shard.nbytes].view(shard.dtype).view(shard.shape)
+            for start, shard in zip(starts, shards, strict=True)
+        ]
+
+    def close(self) -> None:
+        if self._pinned:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())))
+        self._pinned = False
+
+
+def through_device(
+    buckets: Iterable[list[torch.Tensor]], copies: Copies, work: Callable[[int, list[torch.Tensor]], None]
+) -> None:
+    """``work(number, tensors)`` on each bucket of host tensors, as copies on the device that go back to the host
+    afterwards. The next bucket comes in and the last one goes out while one is worked on."""
+    outward = Copies(copies.device)
+    done: list[Callable[[], None]] = []
+    for number, places in enumerate(buckets):
+        if len(done) >= IN_FLIGHT:
+            done[-IN_FLIGHT]()  # its memory is free again
+        with copies.beside():
+            tensors = [copies.to_device(place) for place in places]
+        copies.wait()
+        work(number, tensors)
+        with outward.beside():
+            for tensor, place in zip(tensors, places, strict=True):
+                outward.to_host(tensor, place)
+            done.append(outward.mark())
+    outward.finish()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor, or the tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.data
+
+
+class MovableTensors:
+    """Tensors that keep their identity and get storage on the host or on the device."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], copies: Copies, loaded: bool = True):
+        """loaded: whether they are on the device now."""
+        self._tensors, self._copies, self.loaded = tensors, copies, loaded
+        self._host = None if loaded else HostPlaces(tensors)
+        if self._host:
+            for tensor, place in zip(tensors, self._host.places, strict=True):
+                give_storage(tensor, place.copy_(local(tensor)))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(local(tensor).nbytes for tensor in self._tensors)
+
+    def offload(self) -> None:
+        if not self.loaded:
+            return
+        self._host = self._host or HostPlaces(self._tensors)
+        with self._copies.beside():
+            for tensor, place in zip(self._tensors, self._host.places, strict=True):
+                give_storage(tensor, self._copies.to_host(local(tensor), place))
+        self.loaded = False
+
+    def onload(self) -> None:
+        if self.loaded:
+            return
+        with self._copies.beside():
+            for tensor in self._tensors:  # FSDP may have put a tensor that it pads elsewhere on the host
+                give_storage(tensor, self._copies.to_device(local(tensor)))
+        self.loaded = True
+
+    def close(self) -> None:
+        if self._host is not None:
+            self._copies.finish()
+            self._host.close()
+        self._host, self._tensors, self.loaded = None, (), False
+
+
+class MovableModule(MovableTensors):
     """Parameters, sharded or not, and buffers. ``_apply`` is what ``Module.to`` calls: there FSDP learns where its
     shards are now."""
-    with torch.no_grad():
-        module._apply(lambda tensor: _moved(tensor, device))
+
+    def __init__(self, module: nn.Module, copies: Copies):
+        super().__init__([*module.parameters(), *module.buffers()], copies)
+        self._module = module
+
+    def offload(self) -> None:
+        if self.loaded:
+            super().offload()
+            self._tell()
+
+    def onload(self) -> None:
+        if not self.loaded:
+            super().onload()
+            self._copies.wait()
+            self._tell()
+
+    def _tell(self) -> None:
+        with torch.no_grad():
+            self._module._apply(lambda tensor: tensor)
 
 
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if tensor.device.type == device.type:
-        return tensor
-    if device.type != "cpu":
-        return tensor.to(device)
-    if isinstance(tensor, DTensor):  # Tensor.to would leave it unpinned, and DTensor.from_local on the device
-        host = cast(DTensor, torch.empty_like(tensor, device=device))
-        host._local_tensor = _moved(tensor._local_tensor, device)
-        return host
-    return torch.empty_like(tensor, device=device, pin_memory=True).copy_(tensor)
+def give_storage(tensor: torch.Tensor, storage: torch.Tensor) -> None:
+    if isinstance(tensor, DTensor):
+        tensor._local_tensor = storage
+    else:
+        tensor.data = storage

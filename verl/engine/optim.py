@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
+from torch.optim.adamw import adamw
 
 from verl.engine.distributed import full
+from verl.engine.offload import Copies, give_storage, local, through_device
+from verl.engine.precision import Masters
 
 if TYPE_CHECKING:
     from verl.config.parts import OptimConfig
+
+BUCKET = 1 << 30  # bytes of state that pass through the device together
 
 
 class Optimizer:
@@ -23,25 +27,22 @@ class Optimizer:
     """
 
     def __init__(
-        self, masters: Mapping[str, nn.Parameter], config: OptimConfig, grad_clip: float | None, total_steps: int
+        self,
+        masters: Masters,
+        config: OptimConfig,
+        grad_clip: float | None,
+        total_steps: int,
+        home: torch.device,
     ):
+        """home: the device on which its moments are made."""
         self.masters, self.config, self.grad_clip, self.total_steps = masters, config, grad_clip, total_steps
         self.warmup_steps = warmup_steps(config, total_steps)
         self.steps = 0
-        self.adamw = torch.optim.AdamW(
-            list(masters.values()),
-            lr=self.lr,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        for master in masters.values():
-            self.adamw.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
+        self.state = {
+            "exp_avg": {name: _zeros(master, home) for name, master in masters.by_name.items()},
+            "exp_avg_sq": {name: _zeros(master, home) for name, master in masters.by_name.items()},
+            "step": {name: torch.zeros((), device=param.device) for name, param in masters.params.items()},
+        }
 
     @property
     def lr(self) -> float:
@@ -54,30 +55,103 @@ class Optimizer:
         )
         return self.config.lr * factor
 
-    def step(self) -> tuple[float, bool]:
+    @torch.no_grad()
+    def step(self, copies: Copies | None = None) -> tuple[float, bool]:
         """One step on the accumulated gradients, which are then dropped. Gives their norm before clipping, and whether
-        a step was made: with a gradient that is not finite neither parameters nor state change."""
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = full(get_total_norm(gradients))
+        a step was made: with a gradient that is not finite neither parameters nor state change.
+
+        copies: when ``movable`` is on the host; it then passes through the device, ``BUCKET`` bytes at a time.
+        """
+        gradients = self.masters.gradients()
+        norm = full(get_total_norm(list(gradients.values())))
         stepped = bool(torch.isfinite(norm))
         if stepped:
             if self.grad_clip is not None:
-                clip_grads_with_norm_(self.masters.values(), self.grad_clip, norm)
-            self.adamw.param_groups[0]["lr"] = self.lr
-            self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+                factor = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+                torch._foreach_mul_([local(gradient) for gradient in gradients.values()], factor)
+            if copies is None:
+                self._adamw(list(gradients), *(list(map(local, kind)) for kind in self._tensors_of(gradients)))
+                self.masters.publish()
+            else:
+                self._step_through_device(list(gradients), copies)
+        self.masters.drop_gradients()
         return float(norm), stepped
+
+    def _step_through_device(self, names: list[str], copies: Copies) -> None:
+        buckets = _buckets(names, {name: 3 * local(self.masters.by_name[name]).nbytes for name in names})
+
+        def work(number: int, tensors: list[torch.Tensor]) -> None:
+            bucket = buckets[number]
+            masters, exp_avg, exp_avg_sq = self._split(bucket, tensors)
+            self._adamw(bucket, masters, exp_avg, exp_avg_sq)
+            self.masters.publish(dict(zip(bucket, masters, strict=True)))
+
+        through_device((list(map(local, self._on_host(bucket))) for bucket in buckets), copies, work)
+
+    def _on_host(self, names: Sequence[str]) -> list[torch.Tensor]:
+        """Of these parameters, the tensors that live on the host while the optimizer is offloaded."""
+        masters, exp_avg, exp_avg_sq = self._tensors_of(names)
+        return [*masters, *exp_avg, *exp_avg_sq] if self.masters.separate else [*exp_avg, *exp_avg_sq]
+
+    def _split(self, names: Sequence[str], tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """``tensors`` in the order of ``_on_host`` as masters, exp_avg, exp_avg_sq."""
+        if not self.masters.separate:
+            tensors = [*(local(self.masters.by_name[name]) for name in names), *tensors]
+        size = len(names)
+        return [tensors[:size], tensors[size : 2 * size], tensors[2 * size :]]
+
+    def _tensors_of(self, names: Iterable[str]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        kinds = (self.masters.by_name, self.state["exp_avg"], self.state["exp_avg_sq"])
+        masters, exp_avg, exp_avg_sq = ([kind[name] for name in names] for kind in kinds)
+        return masters, exp_avg, exp_avg_sq
+
+    def _adamw(self, names: list[str], masters: list, exp_avg: list, exp_avg_sq: list) -> None:
+        gradients = self.masters.gradients()
+        adamw(
+            masters,
+            [local(gradients[name]) for name in names],
+            exp_avg,
+            exp_avg_sq,
+            [],
+            [self.state["step"][name] for name in names],
+            fused=True,
+            amsgrad=False,
+            beta1=self.config.betas[0],
+            beta2=self.config.betas[1],
+            lr=self.lr,
+            weight_decay=self.config.weight_decay,
+            eps=self.config.eps,
+            maximize=False,
+        )
 
     def step_schedule(self) -> None:
         self.steps += 1
 
+    def movable(self) -> list[torch.Tensor]:
+        """What ``optimizer_offload`` keeps on the host: the moments, and masters that are not the parameters."""
+        return self._on_host(list(self.masters.by_name))
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state by name: ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``, ``step.<parameter>``."""
-        return {
-            f"{key}.{name}": value
-            for name, master in self.masters.items()
-            for key, value in self.adamw.state[master].items()
-        }
+        return {f"{key}.{name}": value for key, values in self.state.items() for name, value in values.items()}
+
+
+def _zeros(master: torch.Tensor, home: torch.device) -> torch.Tensor:
+    zeros = torch.zeros_like(master)
+    give_storage(zeros, local(zeros).to(home))
+    return zeros
+
+
+def _buckets(names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
+    buckets: list[list[str]] = []
+    room = 0
+    for name in names:
+        if sizes[name] > room:
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(name)
+        room -= sizes[name]
+    return buckets
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:

@@ -1,14 +1,17 @@
 """Where tables become tensors: rows are cut into micro-batches, and a micro-batch becomes the tensors of one forward.
 
-The only place that knows how rows lie in a forward. Here: one row a sequence, padded on the right to the micro-batch's
-longest. Causal attention never looks right, so no real token sees the padding and no attention mask is needed. A
-response's last token is predicted but never an input, so a row takes ``prompt + response - 1`` positions.
+The only place that knows how sequences lie in a forward. Padded: one row a sequence, filled up on the right to the
+micro-batch's longest; causal attention never looks right, so no real token sees the padding and no attention mask is
+needed. Packed: all end to end in one row, of which attention is told where each begins (``verl.engine.attention``). A
+response's last token is predicted but never an input, so a sequence takes ``prompt + response - 1`` positions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +20,17 @@ import torch
 from verl.data.ragged import Ragged
 from verl.data.schema import ragged
 
+# The longest sequence of a packed row is told rounded up to this: few values, and the kernel needs a bound only.
+LENGTH_STEP = 256
+
 
 @dataclass(frozen=True)
 class Batching:
     """How a rank's rows are cut into micro-batches. None is no limit; where both are given, both hold.
 
     micro_batch_size: rows of a micro-batch.
-    max_tokens: its tokens, padding counted: rows x (longest row's prompt and response). A single longer row goes alone.
+    max_tokens: its tokens, prompts and responses, and the padding where there is any: rows x longest row. A single
+        longer row goes alone.
     """
 
     micro_batch_size: int | None = None
@@ -32,15 +39,18 @@ class Batching:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows with T response tokens in all, in the padded layout.
+    """Rows with T response tokens in all.
 
-    input_ids: int64, (B, L).
+    input_ids: int64, (B, L); B is 1 when packed.
     positions: int64, (T,): for each response token, the place in the flattened (B * L) of the token before it, whose
         hidden state predicts it.
     targets: int64, (T,): the response tokens.
     tokens: int64 numpy, (T,): their places among all response tokens of the table.
     columns: the table's token columns, (T,) each: floats as float32, flags and ids as they are; and ``row_ids``,
         int64, the row of the table that each token belongs to.
+    layout: what a model's forward needs besides ``input_ids``, under transformers' names: nothing when padded; when
+        packed ``position_ids``, int64 (1, L), from 0 in each sequence; ``cu_seq_lens_q`` and ``_k``, int32 (N + 1,),
+        where the N sequences begin and end; ``max_length_q`` and ``_k``, the longest, rounded up.
     """
 
     input_ids: torch.Tensor
@@ -48,13 +58,14 @@ class MicroBatch:
     targets: torch.Tensor
     tokens: np.ndarray
     columns: dict[str, torch.Tensor]
+    layout: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Packer:
     """A table's token columns, ready to be cut into micro-batches. Needs ``prompt_ids`` and ``response_ids``."""
 
-    def __init__(self, table: pa.Table, device: torch.device):
-        self.device = device
+    def __init__(self, table: pa.Table, device: torch.device, packed: bool = False):
+        self.device, self.packed = device, packed
         self.prompts = ragged(table, "prompt_ids")
         self.responses = ragged(table, "response_ids")
         if len(self.prompts) and not self.prompts.lengths.all():
@@ -67,31 +78,54 @@ class Packer:
         rows = np.flatnonzero(self.responses.lengths)
         lengths = self.prompts.lengths[rows] + self.responses.lengths[rows]
         longest_first = np.argsort(-lengths, kind="stable")
-        return [rows[longest_first[cut]] for cut in _cuts(lengths[longest_first], batching)]
+        rows, lengths = rows[longest_first], lengths[longest_first]
+        if self.packed:
+            return [rows[each] for each in _bins(lengths, batching)]
+        return [rows[cut] for cut in _cuts(lengths, batching)]
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each row with a response: the tokens of its forward, and those of them that predict."""
+        rows = np.flatnonzero(self.responses.lengths)
+        responses = self.responses.lengths[rows]
+        return self.prompts.lengths[rows] + responses - 1, responses
 
     def micro_batch(self, rows: np.ndarray) -> MicroBatch:
         prompt_lengths, response_lengths = self.prompts.lengths[rows], self.responses.lengths[rows]
-        width = int((prompt_lengths + response_lengths).max()) - 1
-        input_ids = np.zeros((len(rows), width), np.int64)
-        for line, row in enumerate(rows):
-            prompt, response = self.prompts[row], self.responses[row]
-            input_ids[line, : len(prompt)] = prompt
-            input_ids[line, len(prompt) : len(prompt) + len(response) - 1] = response[:-1]
+        lengths = prompt_lengths + response_lengths - 1
+        starts = np.cumsum(lengths) - lengths if self.packed else np.arange(len(rows)) * lengths.max()
+        input_ids = np.zeros(lengths.sum() if self.packed else len(rows) * lengths.max(), np.int64)
+        input_ids[_ranges(starts, prompt_lengths)] = self.prompts.values[
+            _ranges(self.prompts.offsets[rows], prompt_lengths)
+        ]
+        input_ids[_ranges(starts + prompt_lengths, response_lengths - 1)] = self.responses.values[
+            _ranges(self.responses.offsets[rows], response_lengths - 1)
+        ]
         tokens = _ranges(self.responses.offsets[rows], response_lengths)
         columns = {name: self._tensor(values[tokens]) for name, values in self.columns.items()}
         columns["row_ids"] = self._tensor(np.repeat(rows, response_lengths))
         return MicroBatch(
-            input_ids=self._tensor(input_ids),
-            positions=self._tensor(_ranges(np.arange(len(rows)) * width + prompt_lengths - 1, response_lengths)),
+            input_ids=self._tensor(input_ids.reshape(1 if self.packed else len(rows), -1)),
+            positions=self._tensor(_ranges(starts + prompt_lengths - 1, response_lengths)),
             targets=self._tensor(self.responses.values[tokens].astype(np.int64)),
             tokens=tokens,
             columns=columns,
+            layout=self._layout(lengths) if self.packed else {},
         )
 
     def filler(self) -> MicroBatch:
-        """One token of nobody's: the forward (and backward, with zero loss) of a rank that has run out of rows."""
-        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return MicroBatch(zero[None], zero, zero, np.empty(0, np.int64), {})
+        """Tokens of nobody's: the forward (and backward, with zero loss) of a rank that has run out of rows."""
+        zeros = torch.zeros(2, dtype=torch.int64, device=self.device)
+        layout = self._layout(np.array([2])) if self.packed else {}
+        return MicroBatch(zeros[None], zeros[:1], zeros[:1], np.empty(0, np.int64), {}, layout)
+
+    def _layout(self, lengths: np.ndarray) -> dict[str, Any]:
+        ends = self._tensor(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        longest = -(-int(lengths.max()) // LENGTH_STEP) * LENGTH_STEP
+        return {
+            "position_ids": self._tensor(_ranges(np.zeros_like(lengths), lengths)[None]),
+            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends),
+            **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+        }
 
     def column(self, tokens: Sequence[np.ndarray], values: Sequence[torch.Tensor]) -> pa.ListArray:
         """float32 token column in the table's order from each micro-batch's ``tokens`` and values, shape (T,)."""
@@ -127,6 +161,24 @@ def _cuts(lengths: np.ndarray, batching: Batching) -> list[slice]:
         cuts.append(slice(start, start + size))
         start += size
     return cuts
+
+
+def _bins(lengths: np.ndarray, batching: Batching) -> list[list[int]]:
+    """First-fit decreasing: each row, longest first, goes to the first micro-batch that has room for it."""
+    max_rows = batching.micro_batch_size or len(lengths)
+    bins: list[list[int]] = []
+    room = np.zeros(len(lengths), np.int64)  # tokens that each micro-batch can still take; none once its rows are full
+    for row, length in enumerate(lengths):
+        fits = np.flatnonzero(room[: len(bins)] >= length)
+        if len(fits):
+            number = int(fits[0])
+        else:
+            number = len(bins)
+            bins.append([])
+            room[number] = max(length, np.iinfo(np.int64).max if batching.max_tokens is None else batching.max_tokens)
+        bins[number].append(row)
+        room[number] = 0 if len(bins[number]) == max_rows else room[number] - length
+    return bins
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

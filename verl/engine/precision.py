@@ -8,6 +8,9 @@ that summing many micro-batches, and steps smaller than bfloat16 resolves, are n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -20,34 +23,46 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class Masters:
-    """Names are the module's parameter names (tied parameters once)."""
+    """by_name: the masters under the module's parameter names (tied parameters once). home: where separate ones live.
+    separate: whether the parameters are others."""
 
-    def __init__(self, module: nn.Module, compute_dtype: torch.dtype, sharded: bool):
-        """module: its parameters float32; in one process they become ``compute_dtype`` here."""
+    def __init__(
+        self, module: nn.Module, compute_dtype: torch.dtype, sharded: bool, device: torch.device, home: torch.device
+    ):
+        """module: its parameters float32; in one process they become ``compute_dtype`` here, and go to ``device``."""
         self.params = dict(module.named_parameters())
         self.separate = compute_dtype != torch.float32 and not sharded
-        self.by_name = {name: self._split(param, compute_dtype) for name, param in self.params.items()}
-
-    def _split(self, param: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+        self._sums: dict[str, torch.Tensor] = {}  # gradients of separate masters
         if not self.separate:
-            return param
-        master = nn.Parameter(param.detach().clone())
-        param.data = param.data.to(dtype)
+            self.by_name: dict[str, torch.Tensor] = {**self.params}
+            return
+        self.by_name = {name: param.detach().to(home) for name, param in self.params.items()}
+        for name, param in self.params.items():
+            param.data = param.data.to(device, compute_dtype)
+            param.register_post_accumulate_grad_hook(partial(self._add_gradient, name))
 
-        def add_gradient(param: torch.Tensor) -> None:
-            assert param.grad is not None
-            if master.grad is None:
-                master.grad = param.grad.to(master.dtype)
-            else:
-                master.grad.add_(param.grad)
+    def _add_gradient(self, name: str, param: torch.Tensor) -> None:
+        assert param.grad is not None
+        if name in self._sums:
+            self._sums[name].add_(param.grad)
+        else:
+            self._sums[name] = param.grad.float()
+        param.grad = None
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Accumulated since the last ``drop_gradients``, float32, on the device, of the parameters that have any."""
+        if self.separate:
+            return self._sums
+        return {name: param.grad for name, param in self.params.items() if param.grad is not None}
+
+    def drop_gradients(self) -> None:
+        self._sums.clear()
+        for param in self.params.values():
             param.grad = None
 
-        param.register_post_accumulate_grad_hook(add_gradient)
-        return master
-
     @torch.no_grad()
-    def publish(self) -> None:
-        """The masters' values become the parameters' (after a step or a load)."""
+    def publish(self, values: Mapping[str, torch.Tensor] | None = None) -> None:
+        """The masters' values become the parameters' (after a step or a load). values: what some of them hold."""
         if self.separate:
-            for name, master in self.by_name.items():
+            for name, master in (self.by_name if values is None else values).items():
                 self.params[name].copy_(master)

@@ -236,7 +236,9 @@ class PPOTrainer:
                     found[name].append(value)
                 progress.advance()
             self.parts.workers.call("step_schedule", role).result()
-        skipped = found.pop(f"{role}/skipped_steps")
+        skipped, flops, peak = (found.pop(f"{role}/{name}") for name in ("skipped_steps", "flops", "peak_flops"))
+        if peak[0]:
+            self.metrics[f"perf/mfu/{role}"] = sum(flops) / (peak[0] * self.timer.seconds[f"update_{role}"])
         self.metrics |= {name: float(np.mean(values)) for name, values in found.items()}
         self.metrics[f"{role}/skipped_steps"] = sum(skipped)
 

@@ -200,5 +200,6 @@ def as_batching(split: Split) -> Batching:
 
 def of_role(role: str, found: dict[str, float]) -> dict[str, float]:
     """An engine's metrics under the names that a run reports."""
-    own = {"grad_norm": f"{role}/grad_norm", "lr": f"{role}/lr", "skipped": f"{role}/skipped_steps"}
+    own = {name: f"{role}/{name}" for name in ("grad_norm", "lr", "flops", "peak_flops")}
+    own["skipped"] = f"{role}/skipped_steps"
     return {own.get(name, name): value for name, value in found.items()}

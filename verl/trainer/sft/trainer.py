@@ -79,8 +79,10 @@ class SFTTrainer:
         with self.timer("update"):
             found = self.engine.update(weighted(batch), nll_loss, batching=self.batching, entropy=False)
             self.engine.step_schedule()
+        flops, peak = found.pop("flops"), found.pop("peak_flops")
         own = {"grad_norm": "train/grad_norm", "lr": "train/lr", "skipped": "train/skipped_steps"}
-        return {own.get(name, name): value for name, value in found.items()}
+        mfu = {"perf/mfu": flops / (peak * self.timer.seconds["update"])} if peak else {}
+        return {own.get(name, name): value for name, value in found.items()} | mfu
 
     def validate(self) -> Metrics:
         """val/loss: mean negative log-likelihood of the validation examples' response tokens, in nats."""

@@ -1,0 +1,150 @@
+"""The training engine as it runs on a GPU: packed, compiled, logits in blocks, its optimizer at times on the host."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import transformers
+
+from verl.config.parts import FSDPConfig, ModelConfig, OptimConfig
+from verl.data.ragged import Ragged
+from verl.engine import Batching, TrainEngine
+from verl.engine.token_statistics import token_statistics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+BATCHING = Batching(max_tokens=600)
+VOCAB = 1000
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    config = transformers.Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+def table() -> pa.Table:
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, VOCAB, random.integers(1, 60)) for _ in range(24)]
+    response = Ragged.from_rows([random.integers(3, VOCAB, random.integers(1, 200)) for _ in range(24)], np.int32)
+    weights = random.standard_normal(len(response.values)).astype(np.float32) / len(response.values)
+    columns = {"response_ids": response, "loss_weights": response.like(weights)}
+    prompt_ids = Ragged.from_rows(prompts, np.int32)
+    return pa.table({name: each.to_column() for name, each in ({"prompt_ids": prompt_ids} | columns).items()})
+
+
+def loss(outputs, batch):
+    value = -(batch["loss_weights"] * (outputs["log_probs"] + 0.1 * outputs["entropy"])).sum()
+    return value, {"loss": value.detach()}
+
+
+def build(path: str, *, packed: bool = True, checkpointing: bool = True, **fsdp) -> TrainEngine:
+    model = ModelConfig(path=path, use_remove_padding=packed, enable_gradient_checkpointing=checkpointing)
+    optim = OptimConfig(lr=1e-3)
+    return TrainEngine(model, "policy", FSDPConfig(**fsdp), optim_config=optim, device="cuda")
+
+
+def gradients(engine: TrainEngine) -> torch.Tensor:
+    kept = []
+    drop = engine.masters.drop_gradients
+    engine.masters.drop_gradients = lambda: (kept.append(dict(engine.masters.gradients())), drop())
+    engine.optimizer.grad_clip = None
+    engine.update(table(), loss, batching=BATCHING)
+    return torch.cat([kept[0][name].flatten() for name in sorted(kept[0])])
+
+
+def flat(column: pa.ListArray) -> np.ndarray:
+    return np.concatenate(column.to_pylist())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_packed_numbers_are_those_of_one_sequence_at_a_time(path, compiled):
+    engine = build(path, use_torch_compile=compiled)
+    assert engine.padded is None
+    found = engine.log_probs(table(), temperature=0.7, batching=BATCHING)
+    whole = build(path, packed=False, dtype="float32", use_torch_compile=False)
+    assert "use_remove_padding" in whole.padded
+    expected = whole.log_probs(table(), temperature=0.7, batching=Batching(1))
+    rounded = build(path, packed=False, use_torch_compile=False).log_probs(
+        table(), temperature=0.7, batching=Batching(1)
+    )
+    for name in expected:
+        error, usual = (np.abs(flat(each[name]) - flat(expected[name])) for each in (found, rounded))
+        print(f"{name}: mean error {error.mean():.2g}, of padded bfloat16 {usual.mean():.2g}")
+        assert error.mean() < 1.2 * usual.mean()
+        assert error.max() < 2 * usual.max()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_packed_gradients_are_those_of_float32(path, compiled, checkpointing):
+    exact = gradients(build(path, packed=False, dtype="float32", use_torch_compile=False))
+    usual = gradients(build(path, packed=False, use_torch_compile=False))
+    found = gradients(build(path, use_torch_compile=compiled, checkpointing=checkpointing))
+    error, usual_error = ((each - exact).norm() / exact.norm() for each in (found, usual))
+    print(f"relative error {error:.2g}, of padded bfloat16 {usual_error:.2g}")
+    assert error < 1.2 * usual_error
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_optimizer_on_the_host_trains_bitwise_as_one_on_the_device(path, monkeypatch, dtype):
+    monkeypatch.setattr("verl.engine.optim.BUCKET", 1 << 20)
+    still, moved, streamed = (build(path, dtype=dtype, optimizer_offload=each) for each in (False, True, True))
+    for _ in range(3):
+        for engine in (moved, streamed):
+            engine.offload(params=True, optimizer=True)
+            engine.onload(params=True)
+        moved.onload(optimizer=True)
+        streamed._state_fits = False
+        metrics = [each.update(table(), loss, batching=BATCHING) for each in (still, moved, streamed)]
+        assert metrics[0] == metrics[1] == metrics[2]
+    for one, two, three in zip(*(each.weights() for each in (still, moved, streamed)), strict=True):
+        assert torch.equal(one[1], two[1])
+        assert torch.equal(one[1], three[1])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_memory_for_logits_does_not_grow_with_tokens(fused):
+    head = torch.nn.Linear(256, 50_000, bias=False, device="cuda", dtype=torch.bfloat16)
+
+    def peak(tokens: int) -> int:
+        hidden = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        targets = torch.randint(50_000, (tokens,), device="cuda")
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            outputs = token_statistics(hidden, head, targets, 0.7, True, block=1 << 26, fused=fused)
+            (outputs["log_probs"] + outputs["entropy"]).sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    small, large = peak(4096), peak(32768)
+    print(f"peak {small / 1e6:.0f} MB for 4096 tokens, {large / 1e6:.0f} MB for 32768, of logits {32768 * 0.1:.0f} MB")
+    assert large < small + 8 * 32768 * 256 * 2
+
+
+def test_fused_numbers_and_gradients_are_the_plain_ones():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(256, 50_000, bias=True, device="cuda", dtype=torch.float32)
+    hidden = torch.randn(300, 256, device="cuda", requires_grad=True)
+    targets, weights = torch.randint(50_000, (300,), device="cuda"), torch.randn(2, 300, device="cuda")
+    log_probs = (head(hidden) / 0.7).log_softmax(-1)
+    plain = torch.stack([log_probs[torch.arange(300), targets], -(log_probs.exp() * log_probs).sum(-1)])
+    expected = torch.autograd.grad((weights * plain).sum(), [hidden, head.weight, head.bias])
+    outputs = token_statistics(hidden, head, targets, 0.7, True, block=128 * 50_000, fused=True)
+    found = torch.stack([outputs["log_probs"], outputs["entropy"]])
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+    gradients = torch.autograd.grad((weights * found).sum(), [hidden, head.weight, head.bias])
+    for one, two in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,110 @@
+"""Attention over packed rows: sequences end to end in one row, none sees another.
+
+torch's ``varlen_attn`` on a GPU, in 16-bit types. On a CPU one sequence at a time, which is what tests compare with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+NAME = "verl_packed"
+OWN = ("sdpa",)  # attn_implementation for which packed rows come here
+NATIVE = ("flash_attention_2", "flash_attention_3")  # and those that take packed rows themselves
+
+
+def why_padded(hf: transformers.PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What there or in the model stands against packing; None when its sequences can be packed."""
+    config = hf.config
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return f"attention over packed rows needs a GPU and a 16-bit type, not {device.type} and {dtype}"
+    if config._attn_implementation not in OWN + NATIVE:
+        return f"attn_implementation={config._attn_implementation} does not take packed rows"
+    if not hf._supports_attention_backend:
+        return f"{config.model_type} has an attention of its own in transformers"
+    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "kv_lora_rank", None):
+        return f"{config.model_type} caps attention logits, or attends over latents"
+    layers = set(getattr(config, "layer_types", None) or ())
+    if hf._is_stateful or layers - {"full_attention", "sliding_attention"}:
+        return f"{config.model_type} has layers that are not attention over all tokens, or over a sliding window"
+    return None
+
+
+@contextmanager
+def packed_attention(hf: transformers.PreTrainedModel) -> Iterator[None]:
+    """Forwards and backwards inside are of packed rows; around a backward too, which may run layers again."""
+    given = hf.config._attn_implementation
+    if given in OWN:
+        hf.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        hf.config._attn_implementation = given
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function. query (1, heads, L, D), key and value (1, key heads, L, D); cu_seq_lens_q:
+    int32 (N + 1,), where the sequences begin and end. Gives (1, L, heads, D)."""
+    # flash attention's window counts tokens to the left of a query, transformers' the query as well
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    of = _on_gpu if query.is_cuda else _one_by_one
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    return of(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)[None], None
+
+
+def _on_gpu(q, k, v, ends, longest, scale, window):
+    from torch.nn.attention.varlen import varlen_attn
+
+    if _takes_grouped_heads():
+        return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=window, enable_gqa=True)
+    if (groups := q.shape[1] // k.shape[1]) > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=window)
+
+
+@cache
+def _takes_grouped_heads() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _one_by_one(q, k, v, ends, longest, scale, window):
+    lengths = ends.diff().tolist()
+    return torch.cat(
+        [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(each.transpose(0, 1)[None] for each in one), attn_mask=_mask(len(one[0]), window[0]), scale=scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+            for one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        ]
+    )  # fmt: skip
+
+
+def _mask(length: int, window: int) -> torch.Tensor:
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return causal if window < 0 else causal.triu(-window)
+
+
+transformers.AttentionInterface.register(NAME, attend)
+assert NAME not in ALL_MASK_ATTENTION_FUNCTIONS  # which is how transformers knows that it needs no mask

@@ -1,0 +1,34 @@
+"""Decoder layers compiled by torch, one at a time, for the engine's own forwards and backwards only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+
+# Code is compiled once for all layers, but anew for each model, with and without gradient, packed and not.
+VARIANTS = 64
+
+
+class CompiledLayers:
+    """What transformers calls a layer (``_no_split_modules``): small models are no longer held up by their launches,
+    large ones no longer by the memory traffic between matrix products."""
+
+    def __init__(self, hf: transformers.PreTrainedModel):
+        names = set(hf._no_split_modules or ())
+        layers = [module for module in hf.modules() if type(module).__name__ in names]
+        self._calls = [(layer, torch.compile(layer._call_impl, dynamic=True)) for layer in layers]
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside, calls of the layers run the compiled code; around a backward too, which may run layers again."""
+        for layer, call in self._calls:
+            layer._compiled_call_impl = call
+        try:
+            yield
+        finally:
+            for layer, _ in self._calls:
+                layer._compiled_call_impl = None
