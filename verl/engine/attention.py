@@ -8,15 +8,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 import transformers
+from torch.nn.attention.varlen import varlen_attn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 NAME = "verl_packed"
 OWN = ("sdpa",)  # attn_implementation for which packed rows come here
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 NATIVE = ("flash_attention_2", "flash_attention_3")  # and those that take packed rows themselves
 
 
@@ -72,20 +73,7 @@ def attend(
 
 
 def _on_gpu(q, k, v, ends, longest, scale, window):
-    from torch.nn.attention.varlen import varlen_attn
-
-    if _takes_grouped_heads():
-        return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=window, enable_gqa=True)
-    if (groups := q.shape[1] // k.shape[1]) > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=window)
-
-
-@cache
-def _takes_grouped_heads() -> bool:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=window, **_GROUPED)
 
 
 def _one_by_one(q, k, v, ends, longest, scale, window):

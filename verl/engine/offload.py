@@ -6,6 +6,7 @@ compute; who reads what was copied waits for it first (``Copies.wait``, ``Copies
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -72,18 +73,18 @@ class HostPlaces:
             starts.append(end)
             end += -(-shard.nbytes // ALIGNMENT) * ALIGNMENT
         self._memory = torch.empty(end, dtype=torch.uint8)
-        self._pinned = end > 0 and torch.cuda.is_available()
-        if self._pinned:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), end, 0)))
+        self._unpin: Callable[[], object] = lambda: None
+        if end and torch.cuda.is_available():
+            address = self._memory.data_ptr()
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, end, 0)))
+            self._unpin = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
         self.places = [
             self._memory[start : start + shard.nbytes].view(shard.dtype).view(shard.shape)
             for start, shard in zip(starts, shards, strict=True)
         ]
 
     def close(self) -> None:
-        if self._pinned:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())))
-        self._pinned = False
+        self._unpin()
 
 
 def through_device(
