@@ -19,16 +19,17 @@ class CompiledLayers:
     def __init__(self, hf: transformers.PreTrainedModel):
         names = set(hf._no_split_modules or ())
         layers = [module for module in hf.modules() if type(module).__name__ in names]
-        self._calls = [(layer, torch.compile(layer._call_impl, dynamic=True)) for layer in layers]
+        self._forwards = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Inside, calls of the layers run the compiled code; around a backward too, which may run layers again."""
-        for layer, call in self._calls:
-            layer._compiled_call_impl = call
+        """Inside, the layers run compiled code, hooks around it as ever. Around a backward too, which may run layers
+        again."""
+        for layer, forward in self._forwards:
+            layer.forward = forward
         try:
             yield
         finally:
-            for layer, _ in self._calls:
-                layer._compiled_call_impl = None
+            for layer, _ in self._forwards:
+                del layer.forward  # the class's own again

@@ -6,6 +6,7 @@ compute; who reads what was copied waits for it first (``Copies.wait``, ``Copies
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 ALIGNMENT = 64  # bytes
+PIECE = 1 << 30  # of pinned memory, or one larger tensor
 IN_FLIGHT = 2  # buckets on the device at a time
 
 
@@ -64,27 +66,48 @@ class Copies:
 
 
 class HostPlaces:
-    """A place on the host for each of these tensors, in one piece of memory, pinned if the machine has a GPU."""
+    """A place on the host for each of these tensors, in a few pieces of memory, pinned if the machine has a GPU.
+
+    Pieces are made as places are first asked for: what moves there one by one never needs twice the memory.
+    """
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
-        shards = [local(tensor) for tensor in tensors]
-        starts, end = [], 0
-        for shard in shards:
-            starts.append(end)
-            end += -(-shard.nbytes // ALIGNMENT) * ALIGNMENT
-        self._memory = torch.empty(end, dtype=torch.uint8)
-        self._unpin: Callable[[], object] = lambda: None
-        if end and torch.cuda.is_available():
-            address = self._memory.data_ptr()
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, end, 0)))
-            self._unpin = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
-        self.places = [
-            self._memory[start : start + shard.nbytes].view(shard.dtype).view(shard.shape)
-            for start, shard in zip(starts, shards, strict=True)
-        ]
+        self._pieces: list[list[torch.Tensor]] = []  # the tensors that each is for
+        room = 0
+        for shard in map(local, tensors):
+            if _aligned(shard.nbytes) > room:
+                self._pieces.append([])
+                room = max(PIECE, _aligned(shard.nbytes))
+            self._pieces[-1].append(torch.empty_like(shard, device="meta"))
+            room -= _aligned(shard.nbytes)
+        self._places: list[list[torch.Tensor]] = []
+        self._unpin: list[Callable[[], object]] = []
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for number, shards in enumerate(self._pieces):
+            if number == len(self._places):
+                self._places.append(self._make(shards))
+            yield from self._places[number]
+
+    def _make(self, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+        sizes = [_aligned(shard.nbytes) for shard in shards]
+        if not sum(sizes):
+            return [torch.empty_like(shard, device="cpu") for shard in shards]
+        memory = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)  # pages that are its own, to be pinned
+        if torch.cuda.is_available():
+            address, runtime = memory.data_ptr(), torch.cuda.cudart()
+            torch.cuda.check_error(int(runtime.cudaHostRegister(address, memory.nbytes, 0)))
+            self._unpin.append(weakref.finalize(self, runtime.cudaHostUnregister, address))
+        parts = zip(memory.split(sizes), shards, strict=True)
+        return [part[: shard.nbytes].view(shard.dtype).view(shard.shape) for part, shard in parts]
 
     def close(self) -> None:
-        self._unpin()
+        for unpin in self._unpin:
+            unpin()
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def through_device(
@@ -121,7 +144,7 @@ class MovableTensors:
         self._tensors, self._copies, self.loaded = tensors, copies, loaded
         self._host = None if loaded else HostPlaces(tensors)
         if self._host:
-            for tensor, place in zip(tensors, self._host.places, strict=True):
+            for tensor, place in zip(tensors, self._host, strict=True):
                 give_storage(tensor, place.copy_(local(tensor)))
 
     @property
@@ -133,7 +156,7 @@ class MovableTensors:
             return
         self._host = self._host or HostPlaces(self._tensors)
         with self._copies.beside():
-            for tensor, place in zip(self._tensors, self._host.places, strict=True):
+            for tensor, place in zip(self._tensors, self._host, strict=True):
                 give_storage(tensor, self._copies.to_host(local(tensor), place))
         self.loaded = False
 
