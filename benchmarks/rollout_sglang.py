@@ -10,7 +10,7 @@ update: the whole model from bfloat16 tensors on the GPU, from float32 ones that
     a bucket. Memory: what the update took at most beyond the tensors themselves.
 sleep: what the GPU gets back, and the seconds of sleep and of wake by tag.
 
-Figures are medians; every part prints its own as it ends. On a machine without a GPU, ``--shape toy`` runs it all but
+Figures are medians; every part prints its own as it ends. On a machine without a GPU, ``--shape tiny`` runs it all but
 sleep.
 """
 
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from shapes import SHAPES, shape_config
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from verl.rollout.adapter import EngineSettings
@@ -37,35 +38,6 @@ from verl.rollout.client import ClientEngine
 from verl.rollout.own_process import OwnProcess
 from verl.rollout.sglang.arguments import SGLANG, arguments_of, environment_of
 
-SHAPES = {
-    "7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-    "0.5b": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "toy": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 512,
-        "tie_word_embeddings": True,
-    },
-}
 CUDA = torch.cuda.is_available()
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -74,8 +46,7 @@ def main() -> None:
     options = parse()
     results: dict[str, Any] = {"shape": options.shape, "device": device_name(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
-        config = Qwen2Config(**SHAPES[options.shape], max_position_embeddings=4096, rope_theta=1e6, dtype="bfloat16")
-        config.architectures = ["Qwen2ForCausalLM"]
+        config = shape_config(options.shape)
         config.save_pretrained(folder)
         settings = EngineSettings(
             model_path=folder,
@@ -104,7 +75,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="7b" if CUDA else "toy")
+    parser.add_argument("--shape", choices=SHAPES, default="7b" if CUDA else "tiny")
     parser.add_argument("--parts", default="generate,update,sleep" if CUDA else "generate,update")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=256 if CUDA else 8)

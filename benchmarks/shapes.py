@@ -13,55 +13,51 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "demo"))
 from make_model import make_tokenizer
 
-COMMON = {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
-SHAPES = {  # of Qwen2.5
-    "tiny": Qwen2Config(
-        vocab_size=2048,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        **COMMON,
-    ),
-    "0.5b": Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        **COMMON,
-    ),
-    "1.5b": Qwen2Config(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        **COMMON,
-    ),
-    "7b": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-        **COMMON,
-    ),
+SHAPES = {  # Qwen2.5's, and one for a CPU
+    "tiny": {"hidden": 128, "mlp": 256, "layers": 2, "heads": 4, "key_heads": 2, "vocab": 2048, "tied": True},
+    "0.5b": {"hidden": 896, "mlp": 4864, "layers": 24, "heads": 14, "key_heads": 2, "vocab": 151936, "tied": True},
+    "1.5b": {
+        "hidden": 1536,
+        "mlp": 8960,
+        "layers": 28,
+        "heads": 12,
+        "key_heads": 2,
+        "vocab": 151936,
+        "tied": True,
+    },
+    "7b": {
+        "hidden": 3584,
+        "mlp": 18944,
+        "layers": 28,
+        "heads": 28,
+        "key_heads": 4,
+        "vocab": 152064,
+        "tied": False,
+    },
 }
+
+
+def shape_config(shape: str) -> Qwen2Config:
+    sizes = SHAPES[shape]
+    return Qwen2Config(
+        hidden_size=sizes["hidden"],
+        intermediate_size=sizes["mlp"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["key_heads"],
+        vocab_size=sizes["vocab"],
+        tie_word_embeddings=sizes["tied"],
+        max_position_embeddings=32768,
+        rope_theta=1e6,
+        architectures=["Qwen2ForCausalLM"],
+        dtype="bfloat16",
+    )
 
 
 def write_random_model(shape: str, folder: Path, device: str, seed: int = 0) -> None:
     """bfloat16 weights, and the demo's tokenizer: it knows few of the model's tokens, which is all that is needed."""
     tokenizer = make_tokenizer()
-    config = SHAPES[shape]
+    config = shape_config(shape)
     config.bos_token_id, config.pad_token_id, config.eos_token_id = None, tokenizer.pad_token_id, tokenizer.eos_token_id
     torch.manual_seed(seed)
     with torch.device(device):
