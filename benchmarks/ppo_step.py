@@ -78,9 +78,8 @@ def run(folder: Path, options: argparse.Namespace) -> None:
         f"trainer.default_local_dir={folder}/run",
         *options.settings,
     ]
-    done = subprocess.run([sys.executable, "-m", "verl.trainer.main_ppo", *settings], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
+    if code := subprocess.run([sys.executable, "-m", "verl.trainer.main_ppo", *settings], stdout=sys.stderr).returncode:
+        sys.exit(code)
 
 
 def print_table(folder: Path, left_out: int) -> None:
