@@ -41,6 +41,13 @@ def test_a_sound_dry_run_prints_the_plan_and_writes_nothing(arguments, capsys, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_says_where_advantages_come_from(arguments, capsys):
+    assert main([*arguments, "algorithm.adv_estimator=remax", "trainer.dry_run=True"]) == 0
+    out = capsys.readouterr().out
+    assert "remax, with a greedy response to each prompt on top" in out
+    assert "builds critic" not in out
+
+
 def test_a_dry_run_needs_neither_torch_nor_transformers_nor_the_network(arguments):
     program = (
         "import socket, sys\n"

@@ -32,6 +32,7 @@ def inert(*overrides: str, device: str = "cuda") -> set[str]:
 HF, SGLANG = f"{ROLLOUT}.name=hf", f"{ROLLOUT}.name=sglang"
 SERVER, DISK = f"{ROLLOUT}.mode=server", f"{ROLLOUT}.server_weight_update=disk"
 GRPO = "algorithm.adv_estimator=grpo"
+RLOO = "algorithm.adv_estimator=rloo"
 MANY = "trainer.n_gpus_per_node=4"
 
 
@@ -54,6 +55,9 @@ MANY = "trainer.n_gpus_per_node=4"
         ("algorithm.gamma=0.9", [HF, GRPO], [HF]),
         ("algorithm.lam=0.9", [HF, GRPO], [HF]),
         ("algorithm.norm_adv_by_std_in_grpo=False", [HF], [HF, GRPO]),
+        ("algorithm.norm_adv_by_std_in_grpo=False", [HF, RLOO], [HF, "algorithm.adv_estimator=grpo_passk"]),
+        ("algorithm.gamma=0.9", [HF, RLOO], [HF, "algorithm.adv_estimator=reinforce_plus_plus"]),
+        ("algorithm.gamma=0.9", [HF, RLOO], [HF, "algorithm.adv_estimator=my.own:function"]),
         (
             f"{ACTOR}.clip_ratio=0.1",
             [HF, f"{ACTOR}.clip_ratio_low=0.1", f"{ACTOR}.clip_ratio_high=0.3"],

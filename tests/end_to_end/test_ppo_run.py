@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -101,6 +102,25 @@ def test_variants_of_the_loop_run(small, tmp_path, keys):
         assert last["training/rollout_is_cut"] == 0.0
     if "trainer__critic_warmup" in keys:
         assert ["actor/pg_loss" in step for step in metrics_of(tmp_path)] == [False, False, False, True]
+
+
+def test_remax_draws_and_scores_a_greedy_response_to_each_prompt(small, tmp_path):
+    """Validation of the same prompts, before training, is greedy as well: the same scores."""
+    keys = {
+        "algorithm__adv_estimator": "remax",
+        "data__shuffle": False,
+        "data__val_files": small / "train.parquet",
+        "data__val_max_samples": 8,
+        "trainer__rollout_data_dir": tmp_path / "rollout",
+        "trainer__total_training_steps": 1,
+    }
+    assert main(arguments(small, tmp_path, **keys)) == 0
+    before, step = metrics_of(tmp_path)
+    assert "critic/vf_loss" not in step
+    assert step["critic/greedy_reward/mean"] == pytest.approx(before["val-core/tests/letters/reward/mean@1"])
+    drawn = [json.loads(line) for line in (tmp_path / "rollout" / "1.jsonl").read_text().splitlines()]
+    assert len(drawn) == 16  # the greedy ones are not trained on
+    assert step["critic/advantages/mean"] != 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from verl.data.ragged import Ragged
-from verl.trainer.ppo.advantages import AdvantageInputs, resolve
+from verl.trainer.ppo.advantages import ESTIMATORS, AdvantageInputs, resolve
 from verl.trainer.ppo.batches import mini_batches
 from verl.trainer.ppo.kl import apply_kl_penalty, place_scores
 from verl.trainer.ppo.losses import aggregation_weights, ppo_policy_loss, value_loss
@@ -22,6 +22,10 @@ SETTINGS = {
     "kl_loss_coef": 0.0,
     "kl_loss_type": "k3",
 }
+
+
+def reward_of(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return torch.where(first == 3, torch.where(second == 1, 1.0, 0.3), 0.0).double()
 
 
 def train(estimator: str, kl_coef: float, steps: int) -> torch.Tensor:
@@ -44,13 +48,15 @@ def train(estimator: str, kl_coef: float, steps: int) -> torch.Tensor:
             actions = torch.stack([first, second], 1).flatten()
             old = logits.log_softmax(-1)[contexts, actions]
             old_values = values[contexts].clone()
-        scores = torch.where(first == 3, torch.where(second == 1, 1.0, 0.3), 0.0).double().numpy()
+        scores = reward_of(first, second).numpy()
         if kl_coef:
             reference = mask.like(np.full(2 * batch_rows, -np.log(VOCABULARY)))
             rewards, _ = apply_kl_penalty(scores, mask.like(old.numpy()), reference, mask, kl_coef, "k1")
         else:
             rewards = place_scores(scores, mask)
-        inputs = AdvantageInputs(rewards, mask.like(old_values.numpy()), mask, group, algorithm)
+        best = int(logits[0].argmax())
+        greedy = reward_of(torch.tensor(best), logits[1 + best].argmax()).expand(batch_rows).numpy()
+        inputs = AdvantageInputs(rewards, mask.like(old_values.numpy()), mask, group, algorithm, greedy)
         advantages, returns = resolve(estimator)(inputs)
 
         for chosen in mini_batches(group, 4, epochs=2, shuffle=True, seed=0, step=step):
@@ -76,11 +82,12 @@ def train(estimator: str, kl_coef: float, steps: int) -> torch.Tensor:
     return logits.detach()[[0, 4]].softmax(-1)
 
 
-@pytest.mark.parametrize("estimator", ["gae", "grpo"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_ppo_finds_the_rewarded_answer(estimator):
     policy = train(estimator, kl_coef=0.0, steps=60)
-    assert policy[0, 3] > 0.95
-    assert policy[1, 1] > 0.95
+    enough = 0.75 if estimator == "grpo_passk" else 0.95  # with two right ones of 8, pass@8 has nothing left to learn
+    assert policy[0, 3] > enough
+    assert policy[1, 1] > enough
 
 
 def test_the_kl_penalty_leads_to_the_policy_that_theory_gives():

@@ -10,6 +10,7 @@ from verl.checks.findings import Findings
 from verl.checks.plan import RunPlan, Split, UpdatePlan
 from verl.checks.preflight import check
 from verl.config.problems import report
+from verl.trainer.ppo.advantages import ESTIMATORS
 
 if TYPE_CHECKING:
     from verl.config.load import Loaded
@@ -70,10 +71,17 @@ def _setup(config: Config, plan: RunPlan) -> Section:
         )
     rows = [("model", model), ("placement", placement)]
     rows += [(f"builds {role}", why) for role, why in plan.roles.items()]
+    rows.append(("advantages", _advantages(config)))
     rows.append(("rollout engine", _rollout(config, plan)))
     lengths = f"{plan.max_prompt_length:,} of prompt + {plan.max_response_length:,} of response"
     rows.append(("context", f"{plan.context_length:,} tokens ({lengths} at most)"))
     return rows
+
+
+def _advantages(config: Config) -> str:
+    name = config.algorithm.adv_estimator
+    greedy = name in ESTIMATORS and ESTIMATORS[name].needs_greedy
+    return f"{name}, with a greedy response to each prompt on top" if greedy else name
 
 
 def _rollout(config: Config, plan: RunPlan) -> str:

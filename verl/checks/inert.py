@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from verl.checks.plan import RunPlan
 from verl.checks.settings import ACTOR, REF, ROLLOUT, SPLIT_KEYS, splits
 from verl.config.problems import shown
+from verl.trainer.ppo.advantages import ESTIMATORS
 
 if TYPE_CHECKING:
     from verl.config.models import Config, OptimConfig
@@ -123,6 +124,17 @@ def _checkpoint_rule(owner: str) -> Rule:
     )
 
 
+def _estimator_rule(name: str) -> Rule:
+    """Of a key of the algorithm section that only some estimators read."""
+    readers = [estimator.name for estimator in ESTIMATORS.values() if name in (estimator.reads or ())]
+
+    def unread(run: Run) -> bool:
+        chosen = run.config.algorithm.adv_estimator
+        return chosen in ESTIMATORS and chosen not in readers
+
+    return Rule((f"algorithm.{name}",), unread, f"it belongs to algorithm.adv_estimator={' or '.join(readers)}")
+
+
 RULES = (
     # roles that are not built
     Rule(
@@ -153,16 +165,7 @@ RULES = (
         f"the KL loss is off ({ACTOR}.use_kl_loss)",
     ),
     # advantages and losses
-    Rule(
-        ("algorithm.gamma", "algorithm.lam"),
-        lambda run: run.config.algorithm.adv_estimator == "grpo",
-        "algorithm.adv_estimator=grpo gives every token of a response the same advantage",
-    ),
-    Rule(
-        ("algorithm.norm_adv_by_std_in_grpo",),
-        lambda run: run.config.algorithm.adv_estimator == "gae",
-        "it belongs to algorithm.adv_estimator=grpo",
-    ),
+    *(_estimator_rule(name) for name in ("gamma", "lam", "norm_adv_by_std_in_grpo")),
     Rule(
         (f"{ACTOR}.clip_ratio",),
         lambda run: {f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high"} <= run.set_keys,

@@ -187,10 +187,16 @@ def _sampling(findings: Findings, config: Config) -> None:
 def _algorithm(findings: Findings, config: Config, plan: RunPlan) -> None:
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     try:
-        resolve(algorithm.adv_estimator)
+        estimator = resolve(algorithm.adv_estimator)
     except UserError as error:
-        fix = "set it to gae or grpo"
+        fix = "set it to grpo, or (with a critic) gae"
         findings.problem("algorithm.adv_estimator", algorithm.adv_estimator, str(error), fix)
+    else:
+        if estimator.compares_group and plan.samples == 1:
+            findings.warn(
+                f"algorithm.adv_estimator={estimator.name} compares a prompt's responses with each other, and "
+                f"{ROLLOUT}.n=1: the advantage is the bare score. Set n to 4 or more."
+            )
     if config.critic.enable is False and needs_critic(config):
         why = f"algorithm.adv_estimator={algorithm.adv_estimator} needs a critic's values"
         fix = "leave it unset, or set algorithm.adv_estimator=grpo"
@@ -198,11 +204,6 @@ def _algorithm(findings: Findings, config: Config, plan: RunPlan) -> None:
     if plan.critic and not needs_critic(config):
         findings.warn(
             f"critic.enable=True trains a critic that algorithm.adv_estimator={algorithm.adv_estimator} never asks."
-        )
-    if algorithm.adv_estimator == "grpo" and plan.samples == 1:
-        findings.warn(
-            f"algorithm.adv_estimator=grpo compares a prompt's responses with each other, and {ROLLOUT}.n=1: "
-            "the advantage is the bare score. Set n to 4 or more."
         )
     if actor.use_kl_loss and actor.kl_loss_coef == 0:
         findings.warn(f"{ACTOR}.use_kl_loss=True with kl_loss_coef=0: a reference model only to measure the KL.")

@@ -39,12 +39,16 @@ class RolloutCorrectionConfig(Section):
 
 class AlgorithmConfig(Section):
     adv_estimator: str = Field(
-        "gae", description="Advantages: gae (with a critic), grpo, or your own function as package.module:function."
+        "gae",
+        description="Advantages: gae (with a critic); without one grpo, rloo, reinforce_plus_plus, "
+        "reinforce_plus_plus_baseline, remax, opo, grpo_passk or gpg; or your own function as package.module:function.",
     )
-    gamma: Share = Field(1.0, description="Discount of a reward one token later.")
+    gamma: Share = Field(1.0, description="gae, reinforce_plus_plus: discount of a reward one token later.")
     lam: Share = Field(1.0, description="GAE's lambda.")
     norm_adv_by_std_in_grpo: bool = Field(
-        True, description="Divide GRPO's advantages by the group's standard deviation; off: Dr. GRPO."
+        True,
+        description="grpo, grpo_passk: divide advantages by the group's standard deviation; off, with "
+        "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm: Dr. GRPO.",
     )
     use_kl_in_reward: bool | None = Field(
         None,

@@ -43,6 +43,7 @@ TRAJECTORY_COLUMNS: dict[str, pa.DataType] = {
 STAGE_COLUMNS: dict[str, pa.DataType] = {
     "score": pa.float64(),  # the scorer's number
     "reward_extra": pa.string(),  # JSON object: other numbers a scorer returned
+    "greedy_reward": pa.float64(),  # of the greedy response to the same prompt
     "old_log_probs": FLOATS,
     "rollout_is_weights": FLOATS,  # see verl.trainer.ppo.corrections
     "entropy": FLOATS,

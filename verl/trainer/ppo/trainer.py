@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from verl.agent.single_turn import episodes_of, roll_out
+from verl.agent.single_turn import episodes_of, greedy_episodes_of, roll_out
 from verl.checks import log_probs
 from verl.checks.plan import RunPlan, UpdatePlan
 from verl.cluster.base import WorkerGroup
@@ -38,7 +38,7 @@ from verl.trainer.ppo.corrections import importance_weights
 from verl.trainer.ppo.kl import apply_kl_penalty, kl_control, place_scores
 from verl.trainer.ppo.losses import aggregation_weights
 from verl.trainer.ppo.phases import Phases
-from verl.trainer.ppo.sampling import training_sampling, validation_sampling
+from verl.trainer.ppo.sampling import greedy, training_sampling, validation_sampling
 from verl.trainer.ppo.validation_metrics import validation_metrics
 
 Metrics = dict[str, float]
@@ -134,14 +134,24 @@ class PPOTrainer:
 
     def roll_out(self, prompts: pa.Table) -> pa.Table:
         """Responses and their scores; a response is scored while others are still being generated."""
-        rollout = self.config.actor_rollout_ref.rollout
-        episodes = episodes_of(prompts, n=rollout.n, seed=self.config.trainer.seed, step=self.step)
-        sampling = training_sampling(rollout, self.config.data.max_response_length)
-        table = self._generate_and_score(episodes, sampling)
+        table = self._respond(prompts)
         self.make_room_for_training()
         return table
 
-    def _generate_and_score(self, episodes: pa.Table, sampling: SamplingParams) -> pa.Table:
+    def _respond(self, prompts: pa.Table) -> pa.Table:
+        """The responses to each prompt and, where the advantages ask for it, the reward of a greedy one."""
+        rollout = self.config.actor_rollout_ref.rollout
+        episodes = episodes_of(prompts, n=rollout.n, seed=self.config.trainer.seed, step=self.step)
+        sampling = training_sampling(rollout, self.config.data.max_response_length)
+        if not self.estimator.needs_greedy:
+            return self._generate_and_score(episodes, sampling)
+        both = pa.concat_tables([episodes, greedy_episodes_of(prompts, step=self.step)])
+        samplings = [sampling] * episodes.num_rows + [greedy(sampling)] * prompts.num_rows
+        table = self._generate_and_score(both, samplings)
+        sampled, greedy_ones = table.slice(0, episodes.num_rows), table.slice(episodes.num_rows)
+        return with_columns(sampled, greedy_reward=np.repeat(greedy_ones["score"].to_numpy(), rollout.n))
+
+    def _generate_and_score(self, episodes: pa.Table, sampling: SamplingParams | Sequence[SamplingParams]) -> pa.Table:
         references = episodes.select(["data_source", "ground_truth", "extra_info"]).to_pylist()
         scores: dict[int, Future[Outcome]] = {}  # by row
         with self.generating(), self.stage("gen", total=episodes.num_rows) as progress:
@@ -201,6 +211,7 @@ class PPOTrainer:
                 values=ragged(table, "values") if "values" in table.column_names else None,
                 group=table["group"].to_numpy(),
                 settings=algorithm,
+                greedy_rewards=table["greedy_reward"].to_numpy() if self.estimator.needs_greedy else None,
             )
             advantages, returns = self.estimator(inputs)
             return with_columns(table, token_rewards=rewards, advantages=advantages, returns=returns)
