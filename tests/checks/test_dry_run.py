@@ -41,10 +41,12 @@ def test_a_sound_dry_run_prints_the_plan_and_writes_nothing(arguments, capsys, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_says_where_advantages_come_from(arguments, capsys):
-    assert main([*arguments, "algorithm.adv_estimator=remax", "trainer.dry_run=True"]) == 0
+def test_a_dry_run_names_the_advantages_and_the_loss(arguments, capsys):
+    loss = "actor_rollout_ref.actor.policy_loss.loss_mode=gspo"
+    assert main([*arguments, "algorithm.adv_estimator=remax", loss, "trainer.dry_run=True"]) == 0
     out = capsys.readouterr().out
     assert "remax, with a greedy response to each prompt on top" in out
+    assert "gspo, seq-mean-token-mean" in out
     assert "builds critic" not in out
 
 

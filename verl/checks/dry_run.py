@@ -71,7 +71,9 @@ def _setup(config: Config, plan: RunPlan) -> Section:
         )
     rows = [("model", model), ("placement", placement)]
     rows += [(f"builds {role}", why) for role, why in plan.roles.items()]
+    actor = config.actor_rollout_ref.actor
     rows.append(("advantages", _advantages(config)))
+    rows.append(("policy loss", f"{actor.policy_loss.loss_mode}, {actor.loss_agg_mode}"))
     rows.append(("rollout engine", _rollout(config, plan)))
     lengths = f"{plan.max_prompt_length:,} of prompt + {plan.max_response_length:,} of response"
     rows.append(("context", f"{plan.context_length:,} tokens ({lengths} at most)"))

@@ -14,6 +14,8 @@ from verl.checks.plan import RunPlan
 from verl.checks.settings import ACTOR, REF, ROLLOUT, SPLIT_KEYS, splits
 from verl.config.problems import shown
 from verl.trainer.ppo.advantages import ESTIMATORS
+from verl.trainer.ppo.loss_modes import KEY as LOSS_MODE
+from verl.trainer.ppo.loss_modes import LOSS_MODES
 
 if TYPE_CHECKING:
     from verl.config.models import Config, OptimConfig
@@ -135,6 +137,17 @@ def _estimator_rule(name: str) -> Rule:
     return Rule((f"algorithm.{name}",), unread, f"it belongs to algorithm.adv_estimator={' or '.join(readers)}")
 
 
+def _loss_rule(name: str) -> Rule:
+    """Of a key of the actor's section that only some policy losses read."""
+    readers = [mode.name for mode in LOSS_MODES.values() if name in (mode.reads or ())]
+
+    def unread(run: Run) -> bool:
+        chosen = run.config.actor_rollout_ref.actor.policy_loss.loss_mode
+        return chosen in LOSS_MODES and chosen not in readers
+
+    return Rule((f"{ACTOR}.{name}",), unread, f"it belongs to {LOSS_MODE}={' or '.join(readers)}")
+
+
 RULES = (
     # roles that are not built
     Rule(
@@ -165,6 +178,7 @@ RULES = (
         f"the KL loss is off ({ACTOR}.use_kl_loss)",
     ),
     # advantages and losses
+    *(_loss_rule(name) for name in sorted({name for mode in LOSS_MODES.values() for name in mode.reads or ()})),
     *(_estimator_rule(name) for name in ("gamma", "lam", "norm_adv_by_std_in_grpo")),
     Rule(
         (f"{ACTOR}.clip_ratio",),

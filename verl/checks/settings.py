@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from verl.checks.findings import Findings
 from verl.checks.plan import RunPlan, Split, needs_critic
 from verl.errors import UserError
+from verl.trainer.ppo import loss_modes
 from verl.trainer.ppo.advantages import resolve
 
 if TYPE_CHECKING:
@@ -197,6 +198,10 @@ def _algorithm(findings: Findings, config: Config, plan: RunPlan) -> None:
                 f"algorithm.adv_estimator={estimator.name} compares a prompt's responses with each other, and "
                 f"{ROLLOUT}.n=1: the advantage is the bare score. Set n to 4 or more."
             )
+    try:
+        loss_modes.resolve(actor.policy_loss.loss_mode)
+    except UserError as error:
+        findings.problem(loss_modes.KEY, actor.policy_loss.loss_mode, str(error), "set it to vanilla, the loss of PPO")
     if config.critic.enable is False and needs_critic(config):
         why = f"algorithm.adv_estimator={algorithm.adv_estimator} needs a critic's values"
         fix = "leave it unset, or set algorithm.adv_estimator=grpo"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
-from verl.config.actor import ActorConfig, ActorRolloutRefConfig, RefConfig
+from verl.config.actor import ActorConfig, ActorRolloutRefConfig, PolicyLossConfig, RefConfig
 from verl.config.algorithm import AlgorithmConfig, KLControlConfig, RolloutCorrectionConfig
 from verl.config.base import Section
 from verl.config.critic import CriticConfig, CriticModelConfig
@@ -32,6 +32,7 @@ __all__ = [
     "KLControlConfig",
     "ModelConfig",
     "OptimConfig",
+    "PolicyLossConfig",
     "PolicyModelConfig",
     "RayKwargsConfig",
     "RefConfig",

@@ -53,6 +53,7 @@ STAGE_COLUMNS: dict[str, pa.DataType] = {
     "advantages": FLOATS,
     "returns": FLOATS,
     "loss_weights": FLOATS,  # see verl.trainer.ppo.losses.aggregation_weights
+    "selected": FLAGS,  # see verl.trainer.ppo.loss_modes.selected_tokens
 }
 
 COLUMNS = {**TRAJECTORY_COLUMNS, **STAGE_COLUMNS}

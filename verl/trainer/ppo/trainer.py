@@ -36,7 +36,7 @@ from verl.trainer.ppo.advantages import AdvantageInputs, resolve
 from verl.trainer.ppo.batches import mini_batches
 from verl.trainer.ppo.corrections import importance_weights
 from verl.trainer.ppo.kl import apply_kl_penalty, kl_control, place_scores
-from verl.trainer.ppo.losses import aggregation_weights
+from verl.trainer.ppo.losses import loss_columns
 from verl.trainer.ppo.phases import Phases
 from verl.trainer.ppo.sampling import greedy, training_sampling, validation_sampling
 from verl.trainer.ppo.validation_metrics import validation_metrics
@@ -236,12 +236,11 @@ class PPOTrainer:
         )
         found: dict[str, list[float]] = defaultdict(list)
         with self.stage(f"update_{role}", total=len(batches)) as progress, self.loaded(role, optimizer=True):
-            for rows in batches:
+            for number, rows in enumerate(batches):
                 mini = rows_of(table, rows)
-                mask = ragged(mini, "response_mask")
-                weights = aggregation_weights(mask, settings.loss_agg_mode, self.plan.max_response_length)
-                mini = with_columns(mini, loss_weights=weights)
-                tokens = max(int(mask.values.sum()), 1)
+                seed = (self.config.trainer.seed, self.step, number)
+                mini = with_columns(mini, **loss_columns(mini, settings, self.plan.max_response_length, seed))
+                tokens = max(int(ragged(mini, "response_mask").values.sum()), 1)
                 metrics = self.parts.workers.reduce(f"update_{role}", mini, num_tokens=tokens).result()
                 for name, value in metrics.items():
                     found[name].append(value)
