@@ -70,6 +70,8 @@ MANY = "trainer.n_gpus_per_node=4"
             [HF, f"{ACTOR}.clip_ratio_low=0.1", f"{ACTOR}.clip_ratio_high=0.3"],
             [HF, f"{ACTOR}.clip_ratio_high=0.3"],
         ),
+        ("algorithm.filter_groups.metric=acc", [HF], [HF, "algorithm.filter_groups.enable=True"]),
+        ("reward_model.overlong_buffer.len=9", [HF], [HF, "reward_model.overlong_buffer.enable=True"]),
         (f"{CORRECTION}.threshold=3", [HF], [HF, f"{CORRECTION}.level=token"]),
         (f"{CORRECTION}.mode=mask", [HF], [HF, f"{CORRECTION}.level=sequence"]),
         (

@@ -106,6 +106,12 @@ def test_lengths_must_fit_the_model_and_the_engine(checked):
         (["algorithm.adv_estimator=gea"], "algorithm.adv_estimator"),
         (["algorithm.adv_estimator=no_such_package:f"], "algorithm.adv_estimator"),
         ([f"{ACTOR}.policy_loss.loss_mode=gsop"], f"{ACTOR}.policy_loss.loss_mode"),
+        (["algorithm.filter_groups.enable=True"], f"{ROLLOUT}.n"),
+        (["reward_model.overlong_buffer.enable=True"], "reward_model.overlong_buffer.len"),
+        (
+            ["reward_model.overlong_buffer.enable=True", "reward_model.overlong_buffer.len=257"],
+            "reward_model.overlong_buffer.len",
+        ),
         (["data.val_files=null"], "data.val_files"),
         (["trainer.resume_mode=resume_path"], "trainer.resume_from_path"),
         (["trainer.resume_mode=resume_path", "trainer.resume_from_path=/no/global_step_3"], "trainer.resume_from_path"),

@@ -21,23 +21,25 @@ def episode_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def episodes_of(prompts: pa.Table, *, n: int, seed: int, step: int) -> pa.Table:
-    """Each prompt's row n times in a row, with the episode's ``uid``, ``group`` and ``seed``."""
-    count = prompts.num_rows
+def episodes_of(prompts: pa.Table, *, n: int, seed: int, step: int, draw: int = 0) -> pa.Table:
+    """Each prompt's row n times in a row, with the episode's ``uid``, ``group`` and ``seed``.
+
+    draw: of several in one step, which of them: a prompt that comes again gets other seeds."""
+    count, name = prompts.num_rows, f"{step}.{draw}" if draw else f"{step}"
     table = prompts.take(pa.array([row for row in range(count) for _ in range(n)], pa.int64()))
     keys = [(row, sample) for row in prompts["row"].to_pylist() for sample in range(n)]
     return with_columns(
         table,
-        uid=[f"{step}-{row}-{sample}" for row, sample in keys],
+        uid=[f"{name}-{row}-{sample}" for row, sample in keys],
         group=[row for row, _ in keys],
-        seed=[episode_seed(seed, step, row, sample) for row, sample in keys],
+        seed=[episode_seed(seed, step, row, sample, *([draw] if draw else [])) for row, sample in keys],
     )
 
 
 def greedy_episodes_of(prompts: pa.Table, *, step: int) -> pa.Table:
     """One more episode of each prompt, to be drawn greedily: the same whatever its seed."""
     episodes = episodes_of(prompts, n=1, seed=0, step=step)
-    return with_columns(episodes, uid=[f"{step}-{row}-greedy" for row in prompts["row"].to_pylist()])
+    return with_columns(episodes, uid=[f"{uid}-greedy" for uid in episodes["uid"].to_pylist()])
 
 
 async def roll_out(

@@ -34,8 +34,8 @@ def print_plan(loaded: Loaded[Config], out: TextIO | None = None) -> int:
 def plan_text(config: Config, plan: RunPlan) -> str:
     sections = {
         "Plan of the run": _setup(config, plan),
-        "Each step": _step(plan),
-        "The whole run": _whole(plan),
+        "Each step": _step(config, plan),
+        "The whole run": _whole(config, plan),
     }
     width = max(len(label) for rows in sections.values() for label, _ in rows)
     lines = []
@@ -97,10 +97,12 @@ def _rollout(config: Config, plan: RunPlan) -> str:
     return f"{plan.engine}, {replicas}, on the same devices as training"
 
 
-def _step(plan: RunPlan) -> Section:
+def _step(config: Config, plan: RunPlan) -> Section:
+    groups = config.algorithm.filter_groups
+    drawn = f", drawn until so many have responses that differ in {groups.metric}" if groups.enable else ""
     samples = "1 response" if plan.samples == 1 else f"{plan.samples} responses"
     rows = [
-        ("prompts", f"{plan.prompts:,}"),
+        ("prompts", f"{plan.prompts:,}{drawn}"),
         ("trajectories", f"{plan.trajectories:,} ({samples} to each prompt)"),
     ]
     names = {"old_log_probs": "old log-probs", "ref_log_probs": "reference log-probs", "values": "values"}
@@ -128,14 +130,15 @@ def _split(split: Split) -> str:
     return f"{rows} = {count:,} micro-batch{'es' if count != 1 else ''} of {split.micro_batch_size:,}{capped}"
 
 
-def _whole(plan: RunPlan) -> Section:
+def _whole(config: Config, plan: RunPlan) -> Section:
     if plan.train_rows is None:
         rows = [("training rows", UNKNOWN), ("steps an epoch", UNKNOWN)]
     else:
-        rows = [
-            ("training rows", f"{plan.train_rows:,}"),
-            ("steps an epoch", f"{plan.steps_per_epoch:,}, {plan.rows_left_out:,} rows left out of each"),
-        ]
+        if config.algorithm.filter_groups.enable:
+            epoch = f"{plan.steps_per_epoch:,} at most: prompts whose responses do not differ are used up, too"
+        else:
+            epoch = f"{plan.steps_per_epoch:,}, {plan.rows_left_out:,} rows left out of each"
+        rows = [("training rows", f"{plan.train_rows:,}"), ("steps an epoch", epoch)]
     rows.append(("steps", _total(plan)))
     if plan.total_steps:
         rows.append(("optimizer steps", _optimizer_steps(plan)))

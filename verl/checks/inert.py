@@ -186,6 +186,18 @@ RULES = (
         "clip_ratio_low and clip_ratio_high stand for it",
     ),
     Rule(
+        ("algorithm.filter_groups.*",),
+        lambda run: not run.config.algorithm.filter_groups.enable,
+        "groups are not filtered (algorithm.filter_groups.enable)",
+        spared=("algorithm.filter_groups.enable",),
+    ),
+    Rule(
+        ("reward_model.overlong_buffer.*",),
+        lambda run: not run.config.reward_model.overlong_buffer.enable,
+        "long responses are not penalised (reward_model.overlong_buffer.enable)",
+        spared=("reward_model.overlong_buffer.enable",),
+    ),
+    Rule(
         (f"{CORRECTION}.*",),
         lambda run: run.config.algorithm.rollout_correction.level is None,
         f"the policy loss is not weighted ({CORRECTION}.level)",

@@ -34,6 +34,7 @@ def check_settings(findings: Findings, config: Config, plan: RunPlan) -> None:
     _lengths(findings, config)
     _sampling(findings, config)
     _algorithm(findings, config, plan)
+    _dapo(findings, config, plan)
     _trainer(findings, config, plan)
 
 
@@ -216,6 +217,24 @@ def _algorithm(findings: Findings, config: Config, plan: RunPlan) -> None:
         findings.warn("algorithm.use_kl_in_reward with kl_ctrl.kl_coef=0: a reference model only to measure the KL.")
     if algorithm.use_kl_in_reward and actor.use_kl_loss:
         findings.warn(f"the KL to the reference counts twice: in the reward and in the loss ({ACTOR}.use_kl_loss).")
+
+
+def _dapo(findings: Findings, config: Config, plan: RunPlan) -> None:
+    overlong, longest = config.reward_model.overlong_buffer, config.data.max_response_length
+    if overlong.enable and not 1 <= overlong.len <= longest:
+        findings.problem(
+            "reward_model.overlong_buffer.len",
+            overlong.len,
+            f"the penalty grows over the last tokens of data.max_response_length={longest}",
+            f"set it to a number from 1 to {longest}, a fifth of it or so",
+        )
+    if config.algorithm.filter_groups.enable and plan.samples == 1:
+        findings.problem(
+            f"{ROLLOUT}.n",
+            plan.samples,
+            "algorithm.filter_groups.enable=True looks for prompts whose responses differ, and there is one response",
+            "set it to 4 or more, or algorithm.filter_groups.enable=False",
+        )
 
 
 def _trainer(findings: Findings, config: Config, plan: RunPlan) -> None:

@@ -37,6 +37,20 @@ class RolloutCorrectionConfig(Section):
     )
 
 
+class FilterGroupsConfig(Section):
+    enable: bool = Field(
+        False,
+        description="Dynamic sampling: a prompt whose responses do not differ is replaced by another, until a step's "
+        "batch is full.",
+    )
+    metric: str = Field(
+        "score", description="What must differ: score, or the name of another number that the scorer returns (acc)."
+    )
+    max_num_gen_batches: int = Field(
+        0, ge=0, description="Generations of a step; past it the run stops. 0: as many as it takes."
+    )
+
+
 class AlgorithmConfig(Section):
     adv_estimator: str = Field(
         "gae",
@@ -57,3 +71,4 @@ class AlgorithmConfig(Section):
     kl_penalty: KLKind = Field("kl", description="Its estimator: kl or k1, abs, mse or k2, low_var_kl or k3.")
     kl_ctrl: KLControlConfig = KLControlConfig()
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
+    filter_groups: FilterGroupsConfig = FilterGroupsConfig()
