@@ -51,6 +51,7 @@ class PPOWorker:
     def __init__(self, config: Config, plan: RunPlan):
         self.config, self.plan = config, plan
         self.temperature = config.actor_rollout_ref.rollout.temperature
+        self.token_loss = resolve(config.actor_rollout_ref.actor.policy_loss.loss_mode).load()
         self.fsdp_configs: dict[str, FSDPConfig] = {
             "actor": config.actor_rollout_ref.actor.fsdp_config,
             "critic": config.critic.model.fsdp_config,
@@ -139,7 +140,7 @@ class PPOWorker:
         actor = self.config.actor_rollout_ref.actor
         loss = partial(
             policy_loss,
-            token_loss=resolve(actor.policy_loss.loss_mode).load(),
+            token_loss=self.token_loss,
             settings=actor,
             num_tokens=num_tokens,
         )
