@@ -136,6 +136,7 @@ def test_contradictions_stop_a_real_run(checked, overrides, key):
     [
         (["algorithm.adv_estimator=grpo"], "n=1"),
         (["algorithm.adv_estimator=rloo"], "n=1"),
+        ([f"{ACTOR}.policy_loss.loss_mode=gspo"], "next to nothing"),
         (["algorithm.adv_estimator=grpo", f"{ROLLOUT}.n=4", "critic.enable=True"], "never asks"),
         ([f"{ACTOR}.use_kl_loss=True", "algorithm.use_kl_in_reward=True"], "counts twice"),
         ([f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_coef=0"], "only to measure"),

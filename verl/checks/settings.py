@@ -203,6 +203,12 @@ def _algorithm(findings: Findings, config: Config, plan: RunPlan) -> None:
         loss_modes.resolve(actor.policy_loss.loss_mode)
     except UserError as error:
         findings.problem(loss_modes.KEY, actor.policy_loss.loss_mode, str(error), "set it to vanilla, the loss of PPO")
+    if actor.policy_loss.loss_mode == "gspo" and actor.clip_ratio_high > 0.01:
+        findings.warn(
+            f"{loss_modes.KEY}=gspo clips the mean ratio of a response, which is far nearer to 1 than a token's: "
+            f"{ACTOR}.clip_ratio_high={actor.clip_ratio_high} clips next to nothing. Its paper has clip_ratio_low=3e-4 "
+            "and clip_ratio_high=4e-4."
+        )
     if config.critic.enable is False and needs_critic(config):
         why = f"algorithm.adv_estimator={algorithm.adv_estimator} needs a critic's values"
         fix = "leave it unset, or set algorithm.adv_estimator=grpo"
