@@ -41,6 +41,23 @@ def test_a_sound_dry_run_prints_the_plan_and_writes_nothing(arguments, capsys, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_names_the_advantages_and_the_loss(arguments, capsys):
+    loss = "actor_rollout_ref.actor.policy_loss.loss_mode=gspo"
+    assert main([*arguments, "algorithm.adv_estimator=remax", loss, "trainer.dry_run=True"]) == 0
+    out = capsys.readouterr().out
+    assert "remax, with a greedy response to each prompt on top" in out
+    assert "gspo, seq-mean-token-mean" in out
+    assert "builds critic" not in out
+
+
+def test_a_dry_run_says_that_prompts_are_drawn_until_enough_differ(arguments, capsys):
+    keys = ["algorithm.filter_groups.enable=True", "algorithm.filter_groups.metric=acc"]
+    assert main([*arguments, *keys, "actor_rollout_ref.rollout.n=4", "trainer.dry_run=True"]) == 0
+    out = capsys.readouterr().out
+    assert "64, drawn until so many have responses that differ in acc" in out
+    assert "116 at most" in out
+
+
 def test_a_dry_run_needs_neither_torch_nor_transformers_nor_the_network(arguments):
     program = (
         "import socket, sys\n"

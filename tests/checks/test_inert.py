@@ -32,6 +32,8 @@ def inert(*overrides: str, device: str = "cuda") -> set[str]:
 HF, SGLANG = f"{ROLLOUT}.name=hf", f"{ROLLOUT}.name=sglang"
 SERVER, DISK = f"{ROLLOUT}.mode=server", f"{ROLLOUT}.server_weight_update=disk"
 GRPO = "algorithm.adv_estimator=grpo"
+LOSS = f"{ACTOR}.policy_loss.loss_mode"
+RLOO = "algorithm.adv_estimator=rloo"
 MANY = "trainer.n_gpus_per_node=4"
 
 
@@ -54,11 +56,22 @@ MANY = "trainer.n_gpus_per_node=4"
         ("algorithm.gamma=0.9", [HF, GRPO], [HF]),
         ("algorithm.lam=0.9", [HF, GRPO], [HF]),
         ("algorithm.norm_adv_by_std_in_grpo=False", [HF], [HF, GRPO]),
+        ("algorithm.norm_adv_by_std_in_grpo=False", [HF, RLOO], [HF, "algorithm.adv_estimator=grpo_passk"]),
+        ("algorithm.gamma=0.9", [HF, RLOO], [HF, "algorithm.adv_estimator=reinforce_plus_plus"]),
+        ("algorithm.gamma=0.9", [HF, RLOO], [HF, "algorithm.adv_estimator=my.own:function"]),
+        (f"{ACTOR}.clip_ratio_c=5", [HF, f"{LOSS}=gspo"], [HF]),
+        (f"{ACTOR}.clip_ratio=0.1", [HF, f"{LOSS}=gpg"], [HF, f"{LOSS}=cispo"]),
+        (f"{ACTOR}.tau_neg=1.2", [HF], [HF, f"{LOSS}=sapo"]),
+        (f"{ACTOR}.policy_loss.clip_cov_lb=0.5", [HF], [HF, f"{LOSS}=clip_cov"]),
+        (f"{ACTOR}.policy_loss.ppo_kl_coef=1", [HF, f"{LOSS}=clip_cov"], [HF, f"{LOSS}=kl_cov"]),
+        (f"{ACTOR}.policy_loss.ppo_kl_coef=1", [HF], [HF, f"{LOSS}=my.own:function"]),
         (
             f"{ACTOR}.clip_ratio=0.1",
             [HF, f"{ACTOR}.clip_ratio_low=0.1", f"{ACTOR}.clip_ratio_high=0.3"],
             [HF, f"{ACTOR}.clip_ratio_high=0.3"],
         ),
+        ("algorithm.filter_groups.metric=acc", [HF], [HF, "algorithm.filter_groups.enable=True"]),
+        ("reward_model.overlong_buffer.len=9", [HF], [HF, "reward_model.overlong_buffer.enable=True"]),
         (f"{CORRECTION}.threshold=3", [HF], [HF, f"{CORRECTION}.level=token"]),
         (f"{CORRECTION}.mode=mask", [HF], [HF, f"{CORRECTION}.level=sequence"]),
         (

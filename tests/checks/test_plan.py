@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from verl.checks.plan import Split, plan_run
 from verl.config.load import load
+from verl.trainer.ppo.advantages import ESTIMATORS
 
 BASE = {
     "actor_rollout_ref.model.path": "some/model",
@@ -138,7 +139,7 @@ def test_the_actor_waits_for_the_critics_warm_up_only_where_there_is_a_critic():
     ("changes", "roles"),
     [
         ({}, {"actor", "critic"}),
-        ({"algorithm__adv_estimator": "grpo"}, {"actor"}),
+        *(({"algorithm__adv_estimator": name}, {"actor"}) for name in ESTIMATORS if name != "gae"),
         ({"algorithm__adv_estimator": "grpo", "critic__enable": True}, {"actor", "critic"}),
         ({"algorithm__kl_ctrl__kl_coef": 0.001}, {"actor", "critic", "reference"}),
         ({"algorithm__kl_ctrl__kl_coef": 0.001, "algorithm__use_kl_in_reward": False}, {"actor", "critic"}),

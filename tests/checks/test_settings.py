@@ -104,6 +104,14 @@ def test_lengths_must_fit_the_model_and_the_engine(checked):
         ([f"{ROLLOUT}.val_kwargs.do_sample=True"], f"{ROLLOUT}.val_kwargs.temperature"),
         (["critic.enable=False"], "critic.enable"),
         (["algorithm.adv_estimator=gea"], "algorithm.adv_estimator"),
+        (["algorithm.adv_estimator=no_such_package:f"], "algorithm.adv_estimator"),
+        ([f"{ACTOR}.policy_loss.loss_mode=gsop"], f"{ACTOR}.policy_loss.loss_mode"),
+        (["algorithm.filter_groups.enable=True"], f"{ROLLOUT}.n"),
+        (["reward_model.overlong_buffer.enable=True"], "reward_model.overlong_buffer.len"),
+        (
+            ["reward_model.overlong_buffer.enable=True", "reward_model.overlong_buffer.len=257"],
+            "reward_model.overlong_buffer.len",
+        ),
         (["data.val_files=null"], "data.val_files"),
         (["trainer.resume_mode=resume_path"], "trainer.resume_from_path"),
         (["trainer.resume_mode=resume_path", "trainer.resume_from_path=/no/global_step_3"], "trainer.resume_from_path"),
@@ -127,6 +135,8 @@ def test_contradictions_stop_a_real_run(checked, overrides, key):
     ("overrides", "words"),
     [
         (["algorithm.adv_estimator=grpo"], "n=1"),
+        (["algorithm.adv_estimator=rloo"], "n=1"),
+        ([f"{ACTOR}.policy_loss.loss_mode=gspo"], "next to nothing"),
         (["algorithm.adv_estimator=grpo", f"{ROLLOUT}.n=4", "critic.enable=True"], "never asks"),
         ([f"{ACTOR}.use_kl_loss=True", "algorithm.use_kl_in_reward=True"], "counts twice"),
         ([f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.kl_loss_coef=0"], "only to measure"),

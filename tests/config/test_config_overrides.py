@@ -144,6 +144,23 @@ def test_the_penalty_stays_off_otherwise(load_valid, arguments):
     assert not loaded.notices
 
 
+@pytest.mark.parametrize(
+    ("loss", "mode", "notices"),
+    [("gspo", "seq-mean-token-mean", 1), ("vanilla", "token-mean", 0), ("my.own:function", "token-mean", 0)],
+)
+def test_losses_of_whole_responses_are_averaged_over_them(load_valid, loss, mode, notices):
+    loaded = load_valid(f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}")
+    assert loaded.config.actor_rollout_ref.actor.loss_agg_mode == mode
+    assert len(loaded.notices) == notices
+
+
+def test_an_average_that_the_user_chose_stays(load_valid):
+    key = "actor_rollout_ref.actor.loss_agg_mode"
+    loaded = load_valid("actor_rollout_ref.actor.policy_loss.loss_mode=gspo", f"{key}=token-mean")
+    assert loaded.config.actor_rollout_ref.actor.loss_agg_mode == "token-mean"
+    assert not loaded.notices
+
+
 def test_the_configuration_imports_without_torch_or_numpy():
     code = "import sys, verl.config; verl.config.load(['trainer.seed=1']); print({'torch', 'numpy'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -83,3 +83,16 @@ def test_resuming_with_other_data_is_refused():
 def test_a_batch_larger_than_the_data_set_is_refused_with_what_would_work():
     with pytest.raises(UserError, match=r"data\.train_batch_size=1024.*100 prompts.*100 or less"):
         PromptLoader(100, 1024)
+
+
+def test_rows_given_back_come_again_in_the_next_draw():
+    loader = PromptLoader(10, 4, shuffle=False)
+    assert loader.draw(3)[1].tolist() == [0, 1, 2]
+    loader.give_back(2)
+    assert next(loader)[1].tolist() == [1, 2, 3, 4]
+    assert loader.draw(5)[1].tolist() == [5, 6, 7, 8, 9]
+    loader.give_back(1)  # the last of an epoch
+    resumed = PromptLoader(10, 4, shuffle=False)
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    for other in (loader, resumed):
+        assert [(epoch, rows.tolist()) for epoch, rows in (other.draw(1), other.draw(2))] == [(0, [9]), (1, [0, 1])]

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -82,10 +83,18 @@ def test_an_engine_at_another_temperature_stops_the_run(small, tmp_path, capsys,
         {"algorithm__adv_estimator": "grpo", "actor_rollout_ref__actor__use_kl_loss": True},
         {"algorithm__kl_ctrl__kl_coef": 0.01, "algorithm__kl_ctrl__type": "adaptive"},
         {"trainer__critic_warmup": 3, "actor_rollout_ref__actor__ppo_epochs": 2},
+        {"actor_rollout_ref__actor__policy_loss__loss_mode": "gspo", "algorithm__adv_estimator": "rloo"},
         {"algorithm__rollout_correction__level": "token"},
         {"algorithm__rollout_correction__level": "sequence", "algorithm__rollout_correction__mode": "mask"},
     ],
-    ids=["grpo with KL loss", "KL in the reward", "critic warm-up, two epochs", "clamped weights", "masked weights"],
+    ids=[
+        "grpo with KL loss",
+        "KL in the reward",
+        "critic warm-up, two epochs",
+        "GSPO with RLOO",
+        "clamped weights",
+        "masked weights",
+    ],
 )
 def test_variants_of_the_loop_run(small, tmp_path, keys):
     assert main(arguments(small, tmp_path, **keys)) == 0
@@ -103,6 +112,25 @@ def test_variants_of_the_loop_run(small, tmp_path, keys):
         assert ["actor/pg_loss" in step for step in metrics_of(tmp_path)] == [False, False, False, True]
 
 
+def test_remax_draws_and_scores_a_greedy_response_to_each_prompt(small, tmp_path):
+    """Validation of the same prompts, before training, is greedy as well: the same scores."""
+    keys = {
+        "algorithm__adv_estimator": "remax",
+        "data__shuffle": False,
+        "data__val_files": small / "train.parquet",
+        "data__val_max_samples": 8,
+        "trainer__rollout_data_dir": tmp_path / "rollout",
+        "trainer__total_training_steps": 1,
+    }
+    assert main(arguments(small, tmp_path, **keys)) == 0
+    before, step = metrics_of(tmp_path)
+    assert "critic/vf_loss" not in step
+    assert step["critic/greedy_reward/mean"] == pytest.approx(before["val-core/tests/letters/reward/mean@1"])
+    drawn = [json.loads(line) for line in (tmp_path / "rollout" / "1.jsonl").read_text().splitlines()]
+    assert len(drawn) == 16  # the greedy ones are not trained on
+    assert step["critic/advantages/mean"] != 0
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -112,8 +140,13 @@ def test_variants_of_the_loop_run(small, tmp_path, keys):
     ],
     ids=["micro-batches of one", "token budget", "no gradient checkpointing"],
 )
-def test_how_the_step_is_cut_does_not_change_what_is_learned(small, tmp_path, keys):
-    common = {"trainer__val_before_train": False, "trainer__total_training_steps": 2}
+@pytest.mark.parametrize("loss", ["vanilla", "kl_cov"])
+def test_how_the_step_is_cut_does_not_change_what_is_learned(small, tmp_path, keys, loss):
+    common = {
+        "trainer__val_before_train": False,
+        "trainer__total_training_steps": 2,
+        "actor_rollout_ref__actor__policy_loss__loss_mode": loss,
+    }
     assert main(arguments(small, tmp_path / "whole", **common)) == 0
     assert main(arguments(small, tmp_path / "cut", **common, **keys)) == 0
     for one, other in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "cut"), strict=True):

@@ -29,6 +29,7 @@ def inputs(draw, gamma=unit, lam=unit, normalise=flag):
         response_mask=rows(masks, np.int8),
         group=np.array(draw(st.lists(st.integers(0, 2), min_size=len(masks), max_size=len(masks))), np.int64),
         settings=algorithm(draw(gamma), draw(lam), draw(normalise)),
+        greedy_rewards=np.array([draw(finite) for _ in masks], np.float64),
     )
 
 
@@ -132,10 +133,10 @@ def test_whitened_advantages_have_mean_zero_and_unbiased_variance_one_over_the_w
     assert written.var(ddof=1) == pytest.approx(1, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gae", "grpo"])
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_batch_of_empty_responses_has_empty_advantages(name):
     empty = rows([[], []])
-    x = AdvantageInputs(empty, empty, rows([[], []], np.int8), np.array([0, 0]), algorithm())
+    x = AdvantageInputs(empty, empty, rows([[], []], np.int8), np.array([0, 0]), algorithm(), np.zeros(2))
     advantages, returns = ESTIMATORS[name](x)
     assert len(advantages) == len(returns) == 2
     assert len(advantages.values) == 0
@@ -223,15 +224,177 @@ def test_grpo_worked_by_hand():
     np.testing.assert_allclose(advantages.values, np.array([1, -1, -1, 1]) * 0.5 * math.sqrt(3), rtol=1e-5)
 
 
-def test_a_group_whose_rewards_are_equal_has_no_advantage():
-    advantages, _ = ESTIMATORS["grpo"](grouped([[0.1] * 3, [0.7] * 5]))
+# ---- others without a critic, each against a loop over its paper's formula
+
+
+def rewards_of(x: AdvantageInputs) -> list[float]:
+    return [
+        math.fsum(float(r) for r, m in zip(x.token_rewards[b], x.response_mask[b], strict=True) if m)
+        for b in range(len(x.group))
+    ]
+
+
+def peers_of(x: AdvantageInputs, b: int) -> list[int]:
+    """The rows of b's group, b among them."""
+    return [other for other in range(len(x.group)) if x.group[other] == x.group[b]]
+
+
+def rloo_by_definition(x: AdvantageInputs, b: int, rewards: list[float]) -> float:
+    others = [rewards[other] for other in peers_of(x, b) if other != b]
+    return rewards[b] - (sum(others) / len(others) if others else 0.0)
+
+
+def opo_by_definition(x: AdvantageInputs, b: int, rewards: list[float]) -> float:
+    peers = peers_of(x, b)
+    lengths = {peer: int(sum(x.response_mask[peer])) for peer in peers}
+    if len(peers) == 1 or not sum(lengths.values()):
+        return rewards[b]
+    return rewards[b] - sum(lengths[peer] * rewards[peer] for peer in peers) / sum(lengths.values())
+
+
+def grpo_passk_by_definition(x: AdvantageInputs, b: int, rewards: list[float]) -> float:
+    """The group's maximum less what it would be without b (Tang et al., leave-one-out), over the group's std."""
+    others = [rewards[other] for other in peers_of(x, b) if other != b]
+    if not others:
+        return rewards[b] / (1 + 1e-6) if x.settings.norm_adv_by_std_in_grpo else rewards[b]
+    added = max([rewards[b], *others]) - max(others)
+    scale = statistics.stdev([rewards[b], *others]) + 1e-6 if x.settings.norm_adv_by_std_in_grpo else 1.0
+    return added / scale
+
+
+def gpg_by_definition(x: AdvantageInputs, b: int, rewards: list[float]) -> float:
+    def without_gradient(row):
+        of_peers = {rewards[peer] for peer in peers_of(x, row)}
+        return of_peers == {0.0} if len(peers_of(x, row)) == 1 else len(of_peers) == 1
+
+    batch = len(rewards)
+    empty = sum(without_gradient(row) for row in range(batch))
+    alpha = batch / (batch - empty) if batch > empty else 0.0
+    peers = peers_of(x, b)
+    mean = sum(rewards[peer] for peer in peers) / len(peers) if len(peers) > 1 else 0.0
+    return alpha * (rewards[b] - mean)
+
+
+BY_DEFINITION = {
+    "rloo": rloo_by_definition,
+    "opo": opo_by_definition,
+    "grpo_passk": grpo_passk_by_definition,
+    "gpg": gpg_by_definition,
+}
+
+
+@pytest.mark.parametrize("name", BY_DEFINITION)
+@given(x=inputs())
+def test_estimators_of_a_group_are_their_papers_formulas(name, x):
+    advantages, returns = ESTIMATORS[name](x)
+    rewards = rewards_of(x)
+    for b in range(len(rewards)):
+        expected = BY_DEFINITION[name](x, b, rewards)
+        np.testing.assert_allclose(advantages[b], np.where(x.response_mask[b] > 0, expected, 0.0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(returns.values, advantages.values)
+    assert advantages.values.dtype == np.float32
+
+
+def whitened(values: list[float]) -> list[float]:
+    mean, variance = statistics.fmean(values), statistics.variance(values) if len(values) > 1 else 0.0
+    return [(value - mean) / math.sqrt(variance + 1e-8) for value in values]
+
+
+@given(inputs())
+def test_reinforce_plus_plus_whitens_the_discounted_rewards_to_come(x):
+    gamma, expected = x.settings.gamma, []
+    for b in range(len(x.response_mask)):
+        r = [float(r) for r, m in zip(x.token_rewards[b], x.response_mask[b], strict=True) if m]
+        expected += [math.fsum(gamma ** (j - i) * r[j] for j in range(i, len(r))) for i in range(len(r))]
+    advantages, returns = ESTIMATORS["reinforce_plus_plus"](x)
+    written = x.response_mask.values > 0
+    np.testing.assert_allclose(returns.values[written], expected, rtol=1e-5, atol=1e-5)
+    if expected:
+        np.testing.assert_allclose(advantages.values[written], whitened(expected), rtol=1e-4, atol=1e-3)
+    assert not advantages.values[~written].any()
+
+
+@given(inputs())
+def test_reinforce_plus_plus_baseline_whitens_what_is_over_the_groups_mean(x):
+    rewards, expected = rewards_of(x), []
+    for b in range(len(rewards)):
+        peers = peers_of(x, b)
+        mean = sum(rewards[peer] for peer in peers) / len(peers) if len(peers) > 1 else 0.0
+        expected += [rewards[b] - mean] * int(sum(x.response_mask[b]))
+    advantages, _ = ESTIMATORS["reinforce_plus_plus_baseline"](x)
+    written = x.response_mask.values > 0
+    if expected:
+        np.testing.assert_allclose(advantages.values[written], whitened(expected), rtol=1e-4, atol=1e-3)
+    assert not advantages.values[~written].any()
+
+
+@given(inputs())
+def test_remax_takes_the_greedy_reward_off_the_rewards_to_come(x):
+    advantages, returns = ESTIMATORS["remax"](x)
+    for b in range(len(x.response_mask)):
+        steps = [t for t, m in enumerate(x.response_mask[b]) if m]
+        for i, t in enumerate(steps):
+            to_come = math.fsum(float(x.token_rewards[b][later]) for later in steps[i:])
+            assert returns[b][t] == pytest.approx(to_come, rel=1e-5, abs=1e-5)
+            assert advantages[b][t] == pytest.approx(to_come - x.greedy_rewards[b], rel=1e-5, abs=1e-5)
+    assert not advantages.values[x.response_mask.values == 0].any()
+
+
+def test_remax_without_greedy_rewards_says_so():
+    with pytest.raises(UserError, match="greedy"):
+        ESTIMATORS["remax"](grouped([[1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "rewards", "expected"),
+    [
+        ("rloo", [1, 0, 0, 1], [2 / 3, -2 / 3, -2 / 3, 2 / 3]),
+        ("opo", [1, 0], [0.5, -0.5]),  # equal lengths: the mean
+        ("grpo_passk", [1, 0, 0, 0], [1 / 0.5, 0, 0, 0]),
+        ("grpo_passk", [1, 1, 0, 0], [0, 0, 0, 0]),  # a second one is as good: neither adds anything
+        ("gpg", [1, 0], [0.5, -0.5]),
+    ],
+)
+def test_worked_by_hand(name, rewards, expected):
+    np.testing.assert_allclose(ESTIMATORS[name](grouped([rewards]))[0].values, expected, rtol=1e-5)
+
+
+def test_opos_baseline_weighs_responses_by_their_length():
+    """Lengths 1 and 3, rewards 1 and 0: the baseline is 1/4."""
+    mask = rows([[1], [1, 1, 1]], np.int8)
+    x = AdvantageInputs(rows([[1.0], [0, 0, 0]]), None, mask, np.zeros(2, np.int64), algorithm())
+    np.testing.assert_allclose(ESTIMATORS["opo"](x)[0].values, [0.75, -0.25, -0.25, -0.25])
+
+
+def test_gpg_gives_back_what_groups_of_equal_rewards_take_from_the_mean():
+    alone, diluted = grouped([[1, 0]]), grouped([[1, 0], [1, 1], [0, 0], [0, 0]])
+    expected = ESTIMATORS["gpg"](alone)[0].values
+    np.testing.assert_allclose(ESTIMATORS["gpg"](diluted)[0].values[:2], 4 * expected)
+
+
+OF_GROUPS = [name for name, estimator in ESTIMATORS.items() if estimator.compares_group]
+UNSCALED = [name for name in OF_GROUPS if name != "reinforce_plus_plus_baseline"]
+
+
+@pytest.mark.parametrize("name", OF_GROUPS)
+def test_groups_of_equal_rewards_have_no_advantage_and_no_nan(name):
+    advantages, _ = ESTIMATORS[name](grouped([[0.1] * 3, [0.7] * 5]))
     np.testing.assert_allclose(advantages.values, 0, atol=1e-9)
 
 
-def test_a_group_of_one_has_its_reward_as_advantage():
+@pytest.mark.parametrize("name", UNSCALED)
+def test_a_group_of_one_has_its_reward_as_advantage(name):
     for normalise in (True, False):
-        advantages, _ = ESTIMATORS["grpo"](grouped([[2.5], [-1.0]], normalise))
+        advantages, _ = ESTIMATORS[name](grouped([[2.5], [-1.0]], normalise))
         np.testing.assert_allclose(advantages.values, [2.5, -1.0], rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", UNSCALED)
+@given(groups=reward_groups, shift=st.integers(-100, 100))
+def test_a_shift_of_a_groups_rewards_changes_nothing(name, groups, shift):
+    before = ESTIMATORS[name](grouped(groups))[0].values
+    after = ESTIMATORS[name](grouped([[shift + r for r in g] for g in groups]))[0].values
+    np.testing.assert_allclose(after, before, atol=1e-4)
 
 
 # ---- the registry
@@ -251,9 +414,9 @@ def test_an_estimator_of_the_users_own_is_found_by_import_path(tmp_path, monkeyp
     assert estimator(grouped([[1, 2]]))[0].values.tolist() == [1.0, 1.0]
 
 
-def test_the_registry_knows_which_estimators_need_a_critic():
-    assert resolve("gae").needs_critic
-    assert not resolve("grpo").needs_critic
+def test_the_registry_knows_what_estimators_need():
+    assert [name for name in ESTIMATORS if resolve(name).needs_critic] == ["gae"]
+    assert [name for name in ESTIMATORS if resolve(name).needs_greedy] == ["remax"]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +451,9 @@ def test_an_estimator_that_returns_rows_of_other_lengths_is_an_error(tmp_path, m
 @given(inputs())
 def test_estimators_leave_their_inputs_as_they_were(x):
     before = [column.values.copy() for column in (x.token_rewards, x.values, x.response_mask)]
+    greedy = x.greedy_rewards.copy()
     for estimator in ESTIMATORS.values():
         estimator(x)
     for column, values in zip((x.token_rewards, x.values, x.response_mask), before, strict=True):
         np.testing.assert_array_equal(column.values, values)
+    np.testing.assert_array_equal(x.greedy_rewards, greedy)

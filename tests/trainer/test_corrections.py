@@ -10,19 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from verl.config.actor import ActorConfig
 from verl.config.algorithm import RolloutCorrectionConfig
 from verl.data.ragged import Ragged
 from verl.trainer.ppo.corrections import importance_weights
-from verl.trainer.ppo.losses import aggregation_weights, ppo_policy_loss, value_loss
+from verl.trainer.ppo.losses import aggregation_weights, policy_loss, value_loss
+from verl.trainer.ppo.policy_losses import vanilla
 
-LOSS = {
-    "clip_low": 0.2,
-    "clip_high": 0.28,
-    "clip_c": 3.0,
-    "entropy_coeff": 0.01,
-    "kl_loss_coef": 0.05,
-    "kl_loss_type": "k3",
-}
+LOSS = ActorConfig(
+    clip_ratio_low=0.2,
+    clip_ratio_high=0.28,
+    clip_ratio_c=3.0,
+    entropy_coeff=0.01,
+    use_kl_loss=True,
+    kl_loss_coef=0.05,
+    kl_loss_type="k3",
+)
 masks = st.lists(st.lists(st.integers(0, 1), min_size=0, max_size=6), min_size=1, max_size=6)
 settings = st.builds(
     RolloutCorrectionConfig,
@@ -166,7 +169,9 @@ def batch_of(mask_rows, seed, chosen, mode="token-mean"):
 
 def run(outputs, batch, num_tokens, **changed):
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in outputs.items()}
-    loss, metrics = ppo_policy_loss(leaves, batch, **{**LOSS, **changed}, num_tokens=num_tokens)
+    loss, metrics = policy_loss(
+        leaves, batch, token_loss=vanilla, settings=LOSS.model_copy(update=changed), num_tokens=num_tokens
+    )
     loss.backward()
     return SimpleNamespace(loss=loss.detach(), metrics=metrics, grad={name: leaf.grad for name, leaf in leaves.items()})
 
@@ -175,7 +180,7 @@ def run(outputs, batch, num_tokens, **changed):
 def test_the_gradient_of_each_token_is_the_unweighted_one_times_its_weight(mask_rows, seed, chosen):
     outputs, batch, num_tokens = batch_of(mask_rows, seed, chosen)
     plain = {name: column for name, column in batch.items() if name != "rollout_is_weights"}
-    only_pg = {"entropy_coeff": 0.0, "kl_loss_coef": 0.0}
+    only_pg = {"entropy_coeff": 0.0, "use_kl_loss": False}
     weighted, unweighted = run(outputs, batch, num_tokens, **only_pg), run(outputs, plain, num_tokens, **only_pg)
     weights = batch["rollout_is_weights"]
     torch.testing.assert_close(weighted.grad["log_probs"], weights * unweighted.grad["log_probs"], rtol=1e-12, atol=0)

@@ -10,24 +10,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from verl.config.models import ActorConfig
 from verl.data.ragged import Ragged
 from verl.trainer.ppo.losses import (
     AGGREGATION_MODES,
     aggregation_weights,
-    ppo_policy_loss,
+    policy_loss,
     value_loss,
 )
+from verl.trainer.ppo.policy_losses import vanilla
 from verl.trainer.sft.loss import nll_loss
 
-PPO = {
-    "clip_low": 0.2,
-    "clip_high": 0.28,
-    "clip_c": 3.0,
-    "entropy_coeff": 0.01,
-    "kl_loss_coef": 0.05,
-    "kl_loss_type": "k3",
-}
-PLAIN = {**PPO, "entropy_coeff": 0.0, "kl_loss_coef": 0.0}
+PPO = ActorConfig(
+    clip_ratio_low=0.2,
+    clip_ratio_high=0.28,
+    clip_ratio_c=3.0,
+    entropy_coeff=0.01,
+    use_kl_loss=True,
+    kl_loss_coef=0.05,
+    kl_loss_type="k3",
+)
+PLAIN = PPO.model_copy(update={"entropy_coeff": 0.0, "use_kl_loss": False})
+ppo_loss = partial(policy_loss, token_loss=vanilla)
 
 masks = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=6)
 
@@ -109,8 +113,9 @@ def test_an_unknown_aggregation_mode_is_an_error():
 # ---- policy
 
 
-def naive_ppo(outputs, batch, num_tokens, *, clip_low, clip_high, clip_c, entropy_coeff, kl_loss_coef, kl_loss_type):
-    assert kl_loss_type == "k3"
+def naive_ppo(outputs, batch, num_tokens, settings):
+    assert settings.kl_loss_type == "k3"
+    clip_low, clip_high = settings.clip_ratio_low, settings.clip_ratio_high
     sums = dict.fromkeys(["pg_loss", "pg_clipfrac", "pg_clipfrac_lower", "ppo_kl", "entropy_loss", "kl_loss"], 0.0)
     for t in range(len(batch["response_mask"])):
         if not batch["response_mask"][t]:
@@ -119,8 +124,8 @@ def naive_ppo(outputs, batch, num_tokens, *, clip_low, clip_high, clip_c, entrop
         log_prob, old = float(outputs["log_probs"][t]), float(batch["old_log_probs"][t])
         ratio = math.exp(log_prob - old)
         objective = min(advantage * ratio, advantage * min(max(ratio, 1 - clip_low), 1 + clip_high))
-        if advantage < 0 and objective < clip_c * advantage:
-            objective = clip_c * advantage
+        if advantage < 0 and objective < settings.clip_ratio_c * advantage:
+            objective = settings.clip_ratio_c * advantage
             sums["pg_clipfrac_lower"] += 1 / num_tokens
         sums["pg_loss"] -= weight * objective
         if (advantage > 0 and ratio > 1 + clip_high) or (advantage < 0 and ratio < 1 - clip_low):
@@ -129,7 +134,7 @@ def naive_ppo(outputs, batch, num_tokens, *, clip_low, clip_high, clip_c, entrop
         sums["entropy_loss"] += weight * float(outputs["entropy"][t])
         d = float(batch["ref_log_probs"][t]) - log_prob
         sums["kl_loss"] += weight * min(math.exp(d) - d - 1, 10.0)
-    loss = sums["pg_loss"] - entropy_coeff * sums["entropy_loss"] + kl_loss_coef * sums["kl_loss"]
+    loss = sums["pg_loss"] - settings.entropy_coeff * sums["entropy_loss"] + settings.kl_loss_coef * sums["kl_loss"]
     return loss, {f"actor/{name}": value for name, value in sums.items()}
 
 
@@ -137,8 +142,8 @@ def naive_ppo(outputs, batch, num_tokens, *, clip_low, clip_high, clip_c, entrop
 def test_the_policy_loss_and_its_metrics_are_those_of_a_plain_loop(mask_rows, mode, seed):
     outputs, batch, num_tokens = sample(mask_rows, mode, seed)
     num_tokens = max(num_tokens, 1)
-    loss, metrics = ppo_policy_loss(outputs, batch, **PPO, num_tokens=num_tokens)
-    expected_loss, expected_metrics = naive_ppo(outputs, batch, num_tokens, **PPO)
+    loss, metrics = ppo_loss(outputs, batch, settings=PPO, num_tokens=num_tokens)
+    expected_loss, expected_metrics = naive_ppo(outputs, batch, num_tokens, PPO)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-6, abs=1e-9)
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
         expected_metrics, rel=1e-6, abs=1e-6
@@ -167,7 +172,7 @@ def test_the_surrogate_of_one_token(advantage, ratio, loss, slope):
         "advantages": torch.tensor([advantage]),
         "old_log_probs": torch.zeros(1),
     }
-    value, _ = ppo_policy_loss({"log_probs": log_probs}, batch, **PLAIN, num_tokens=1)
+    value, _ = ppo_loss({"log_probs": log_probs}, batch, settings=PLAIN, num_tokens=1)
     value.backward()
     assert value.item() == pytest.approx(loss, rel=1e-6)
     assert log_probs.grad.item() == pytest.approx(slope, rel=1e-6)
@@ -177,7 +182,7 @@ def test_the_surrogate_of_one_token(advantage, ratio, loss, slope):
 def test_at_ratio_one_the_gradient_is_the_policy_gradient(mask_rows, seed):
     outputs, batch, num_tokens = sample(mask_rows, seed=seed, spread=0.0)
     log_probs = outputs["log_probs"].clone().requires_grad_()
-    loss, _ = ppo_policy_loss({"log_probs": log_probs}, batch, **PLAIN, num_tokens=max(num_tokens, 1))
+    loss, _ = ppo_loss({"log_probs": log_probs}, batch, settings=PLAIN, num_tokens=max(num_tokens, 1))
     (gradient,) = torch.autograd.grad(loss, log_probs)
     torch.testing.assert_close(gradient, -batch["loss_weights"] * batch["advantages"])
 
@@ -187,7 +192,7 @@ def test_without_advantages_there_is_no_gradient(mask_rows, seed):
     outputs, batch, num_tokens = sample(mask_rows, seed=seed)
     batch["advantages"] = torch.zeros_like(batch["advantages"])
     log_probs = outputs["log_probs"].clone().requires_grad_()
-    loss, _ = ppo_policy_loss({"log_probs": log_probs}, batch, **PLAIN, num_tokens=max(num_tokens, 1))
+    loss, _ = ppo_loss({"log_probs": log_probs}, batch, settings=PLAIN, num_tokens=max(num_tokens, 1))
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert loss.item() == 0
     assert not gradient.any()
@@ -202,7 +207,7 @@ def test_the_loss_of_a_token_is_bounded_where_the_ratio_could_explode(log_ratio,
         "old_log_probs": torch.zeros(1),
     }
     log_probs = torch.tensor([log_ratio], requires_grad=True)
-    loss, _ = ppo_policy_loss({"log_probs": log_probs}, batch, **PLAIN, num_tokens=1)
+    loss, _ = ppo_loss({"log_probs": log_probs}, batch, settings=PLAIN, num_tokens=1)
     loss.backward()
     bound = abs(advantage) * (1.28 if advantage > 0 else 3.0)
     assert abs(loss.item()) <= bound * (1 + 1e-6)
@@ -213,7 +218,7 @@ def test_metrics_carry_no_gradient_and_absent_columns_are_not_asked_for():
     outputs, batch, num_tokens = sample([[1, 1, 0]])
     outputs = {"log_probs": outputs["log_probs"].requires_grad_()}
     del batch["ref_log_probs"]
-    _, metrics = ppo_policy_loss(outputs, batch, **PLAIN, num_tokens=num_tokens)
+    _, metrics = ppo_loss(outputs, batch, settings=PLAIN, num_tokens=num_tokens)
     assert set(metrics) == {"actor/pg_loss", "actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl"}
     assert not any(value.requires_grad for value in metrics.values())
 
@@ -258,7 +263,7 @@ def test_values_at_their_returns_have_no_loss_and_no_gradient():
 # ---- what holds for all of them
 
 LOSSES = {
-    "policy": (partial(ppo_policy_loss, **PPO), ("log_probs", "entropy")),
+    "policy": (partial(ppo_loss, settings=PPO), ("log_probs", "entropy")),
     "value": (partial(value_loss, cliprange_value=0.5), ("values",)),
     "sft": (lambda outputs, batch, num_tokens: nll_loss(outputs, batch), ("log_probs",)),
 }

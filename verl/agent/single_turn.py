@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,32 +21,42 @@ def episode_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def episodes_of(prompts: pa.Table, *, n: int, seed: int, step: int) -> pa.Table:
-    """Each prompt's row n times in a row, with the episode's ``uid``, ``group`` and ``seed``."""
-    count = prompts.num_rows
+def episodes_of(prompts: pa.Table, *, n: int, seed: int, step: int, draw: int = 0) -> pa.Table:
+    """Each prompt's row n times in a row, with the episode's ``uid``, ``group`` and ``seed``.
+
+    draw: of several in one step, which of them: a prompt that comes again gets other seeds."""
+    count, name = prompts.num_rows, f"{step}.{draw}" if draw else f"{step}"
     table = prompts.take(pa.array([row for row in range(count) for _ in range(n)], pa.int64()))
     keys = [(row, sample) for row in prompts["row"].to_pylist() for sample in range(n)]
     return with_columns(
         table,
-        uid=[f"{step}-{row}-{sample}" for row, sample in keys],
+        uid=[f"{name}-{row}-{sample}" for row, sample in keys],
         group=[row for row, _ in keys],
-        seed=[episode_seed(seed, step, row, sample) for row, sample in keys],
+        seed=[episode_seed(seed, step, row, sample, *([draw] if draw else [])) for row, sample in keys],
     )
+
+
+def greedy_episodes_of(prompts: pa.Table, *, step: int) -> pa.Table:
+    """One more episode of each prompt, to be drawn greedily: the same whatever its seed."""
+    episodes = episodes_of(prompts, n=1, seed=0, step=step)
+    return with_columns(episodes, uid=[f"{uid}-greedy" for uid in episodes["uid"].to_pylist()])
 
 
 async def roll_out(
     engine: RolloutEngine,
     episodes: pa.Table,
-    sampling: SamplingParams,
+    sampling: SamplingParams | Sequence[SamplingParams],
     on_finish: Callable[[int, Result], None] = lambda index, result: None,
 ) -> pa.Table:
     """Draw every episode's response and return the table with the trajectory columns.
 
-    on_finish: called with (row index, result) as each episode ends, in the order in which they end.
+    sampling: of all episodes, or of each. on_finish: called with (row index, result) as each episode ends, in the order
+    in which they end.
     """
+    of_rows = [sampling] * episodes.num_rows if isinstance(sampling, SamplingParams) else sampling
 
     async def episode(index: int, uid: str, prompt_ids: list[int], seed: int, images: list[str]) -> Result:
-        request = Request(uid, prompt_ids, replace(sampling, seed=seed), tuple(images))
+        request = Request(uid, prompt_ids, replace(of_rows[index], seed=seed), tuple(images))
         (result,) = await engine.generate([request])
         on_finish(index, result)
         return result

@@ -10,6 +10,7 @@ from verl.checks.findings import Findings
 from verl.checks.plan import RunPlan, Split, UpdatePlan
 from verl.checks.preflight import check
 from verl.config.problems import report
+from verl.trainer.ppo.advantages import ESTIMATORS
 
 if TYPE_CHECKING:
     from verl.config.load import Loaded
@@ -33,8 +34,8 @@ def print_plan(loaded: Loaded[Config], out: TextIO | None = None) -> int:
 def plan_text(config: Config, plan: RunPlan) -> str:
     sections = {
         "Plan of the run": _setup(config, plan),
-        "Each step": _step(plan),
-        "The whole run": _whole(plan),
+        "Each step": _step(config, plan),
+        "The whole run": _whole(config, plan),
     }
     width = max(len(label) for rows in sections.values() for label, _ in rows)
     lines = []
@@ -70,10 +71,19 @@ def _setup(config: Config, plan: RunPlan) -> Section:
         )
     rows = [("model", model), ("placement", placement)]
     rows += [(f"builds {role}", why) for role, why in plan.roles.items()]
+    actor = config.actor_rollout_ref.actor
+    rows.append(("advantages", _advantages(config)))
+    rows.append(("policy loss", f"{actor.policy_loss.loss_mode}, {actor.loss_agg_mode}"))
     rows.append(("rollout engine", _rollout(config, plan)))
     lengths = f"{plan.max_prompt_length:,} of prompt + {plan.max_response_length:,} of response"
     rows.append(("context", f"{plan.context_length:,} tokens ({lengths} at most)"))
     return rows
+
+
+def _advantages(config: Config) -> str:
+    name = config.algorithm.adv_estimator
+    greedy = name in ESTIMATORS and ESTIMATORS[name].needs_greedy
+    return f"{name}, with a greedy response to each prompt on top" if greedy else name
 
 
 def _rollout(config: Config, plan: RunPlan) -> str:
@@ -87,10 +97,12 @@ def _rollout(config: Config, plan: RunPlan) -> str:
     return f"{plan.engine}, {replicas}, on the same devices as training"
 
 
-def _step(plan: RunPlan) -> Section:
+def _step(config: Config, plan: RunPlan) -> Section:
+    groups = config.algorithm.filter_groups
+    drawn = f", drawn until so many have responses that differ in {groups.metric}" if groups.enable else ""
     samples = "1 response" if plan.samples == 1 else f"{plan.samples} responses"
     rows = [
-        ("prompts", f"{plan.prompts:,}"),
+        ("prompts", f"{plan.prompts:,}{drawn}"),
         ("trajectories", f"{plan.trajectories:,} ({samples} to each prompt)"),
     ]
     names = {"old_log_probs": "old log-probs", "ref_log_probs": "reference log-probs", "values": "values"}
@@ -118,14 +130,15 @@ def _split(split: Split) -> str:
     return f"{rows} = {count:,} micro-batch{'es' if count != 1 else ''} of {split.micro_batch_size:,}{capped}"
 
 
-def _whole(plan: RunPlan) -> Section:
+def _whole(config: Config, plan: RunPlan) -> Section:
     if plan.train_rows is None:
         rows = [("training rows", UNKNOWN), ("steps an epoch", UNKNOWN)]
     else:
-        rows = [
-            ("training rows", f"{plan.train_rows:,}"),
-            ("steps an epoch", f"{plan.steps_per_epoch:,}, {plan.rows_left_out:,} rows left out of each"),
-        ]
+        if config.algorithm.filter_groups.enable:
+            epoch = f"{plan.steps_per_epoch:,} at most: prompts whose responses do not differ are used up, too"
+        else:
+            epoch = f"{plan.steps_per_epoch:,}, {plan.rows_left_out:,} rows left out of each"
+        rows = [("training rows", f"{plan.train_rows:,}"), ("steps an epoch", epoch)]
     rows.append(("steps", _total(plan)))
     if plan.total_steps:
         rows.append(("optimizer steps", _optimizer_steps(plan)))

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from verl.checks.plan import RunPlan
 from verl.checks.settings import ACTOR, REF, ROLLOUT, SPLIT_KEYS, splits
 from verl.config.problems import shown
+from verl.trainer.ppo.advantages import ESTIMATORS
+from verl.trainer.ppo.loss_modes import KEY as LOSS_MODE
+from verl.trainer.ppo.loss_modes import LOSS_MODES
 
 if TYPE_CHECKING:
     from verl.config.models import Config, OptimConfig
@@ -123,6 +126,28 @@ def _checkpoint_rule(owner: str) -> Rule:
     )
 
 
+def _estimator_rule(name: str) -> Rule:
+    """Of a key of the algorithm section that only some estimators read."""
+    readers = [estimator.name for estimator in ESTIMATORS.values() if name in (estimator.reads or ())]
+
+    def unread(run: Run) -> bool:
+        chosen = run.config.algorithm.adv_estimator
+        return chosen in ESTIMATORS and chosen not in readers
+
+    return Rule((f"algorithm.{name}",), unread, f"it belongs to algorithm.adv_estimator={' or '.join(readers)}")
+
+
+def _loss_rule(name: str) -> Rule:
+    """Of a key of the actor's section that only some policy losses read."""
+    readers = [mode.name for mode in LOSS_MODES.values() if name in (mode.reads or ())]
+
+    def unread(run: Run) -> bool:
+        chosen = run.config.actor_rollout_ref.actor.policy_loss.loss_mode
+        return chosen in LOSS_MODES and chosen not in readers
+
+    return Rule((f"{ACTOR}.{name}",), unread, f"it belongs to {LOSS_MODE}={' or '.join(readers)}")
+
+
 RULES = (
     # roles that are not built
     Rule(
@@ -153,20 +178,24 @@ RULES = (
         f"the KL loss is off ({ACTOR}.use_kl_loss)",
     ),
     # advantages and losses
-    Rule(
-        ("algorithm.gamma", "algorithm.lam"),
-        lambda run: run.config.algorithm.adv_estimator == "grpo",
-        "algorithm.adv_estimator=grpo gives every token of a response the same advantage",
-    ),
-    Rule(
-        ("algorithm.norm_adv_by_std_in_grpo",),
-        lambda run: run.config.algorithm.adv_estimator == "gae",
-        "it belongs to algorithm.adv_estimator=grpo",
-    ),
+    *(_loss_rule(name) for name in sorted({name for mode in LOSS_MODES.values() for name in mode.reads or ()})),
+    *(_estimator_rule(name) for name in ("gamma", "lam", "norm_adv_by_std_in_grpo")),
     Rule(
         (f"{ACTOR}.clip_ratio",),
         lambda run: {f"{ACTOR}.clip_ratio_low", f"{ACTOR}.clip_ratio_high"} <= run.set_keys,
         "clip_ratio_low and clip_ratio_high stand for it",
+    ),
+    Rule(
+        ("algorithm.filter_groups.*",),
+        lambda run: not run.config.algorithm.filter_groups.enable,
+        "groups are not filtered (algorithm.filter_groups.enable)",
+        spared=("algorithm.filter_groups.enable",),
+    ),
+    Rule(
+        ("reward_model.overlong_buffer.*",),
+        lambda run: not run.config.reward_model.overlong_buffer.enable,
+        "long responses are not penalised (reward_model.overlong_buffer.enable)",
+        spared=("reward_model.overlong_buffer.enable",),
     ),
     Rule(
         (f"{CORRECTION}.*",),

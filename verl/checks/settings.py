@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from verl.checks.findings import Findings
 from verl.checks.plan import RunPlan, Split, needs_critic
 from verl.errors import UserError
+from verl.trainer.ppo import loss_modes
 from verl.trainer.ppo.advantages import resolve
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def check_settings(findings: Findings, config: Config, plan: RunPlan) -> None:
     _lengths(findings, config)
     _sampling(findings, config)
     _algorithm(findings, config, plan)
+    _dapo(findings, config, plan)
     _trainer(findings, config, plan)
 
 
@@ -187,10 +189,26 @@ def _sampling(findings: Findings, config: Config) -> None:
 def _algorithm(findings: Findings, config: Config, plan: RunPlan) -> None:
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     try:
-        resolve(algorithm.adv_estimator)
+        estimator = resolve(algorithm.adv_estimator)
     except UserError as error:
-        fix = "set it to gae or grpo"
+        fix = "set it to grpo, or (with a critic) gae"
         findings.problem("algorithm.adv_estimator", algorithm.adv_estimator, str(error), fix)
+    else:
+        if estimator.compares_group and plan.samples == 1:
+            findings.warn(
+                f"algorithm.adv_estimator={estimator.name} compares a prompt's responses with each other, and "
+                f"{ROLLOUT}.n=1: the advantage is the bare score. Set n to 4 or more."
+            )
+    try:
+        loss_modes.resolve(actor.policy_loss.loss_mode)
+    except UserError as error:
+        findings.problem(loss_modes.KEY, actor.policy_loss.loss_mode, str(error), "set it to vanilla, the loss of PPO")
+    if actor.policy_loss.loss_mode == "gspo" and actor.clip_ratio_high > 0.01:
+        findings.warn(
+            f"{loss_modes.KEY}=gspo clips the mean ratio of a response, which is far nearer to 1 than a token's: "
+            f"{ACTOR}.clip_ratio_high={actor.clip_ratio_high} clips next to nothing. Its paper has clip_ratio_low=3e-4 "
+            "and clip_ratio_high=4e-4."
+        )
     if config.critic.enable is False and needs_critic(config):
         why = f"algorithm.adv_estimator={algorithm.adv_estimator} needs a critic's values"
         fix = "leave it unset, or set algorithm.adv_estimator=grpo"
@@ -199,17 +217,30 @@ def _algorithm(findings: Findings, config: Config, plan: RunPlan) -> None:
         findings.warn(
             f"critic.enable=True trains a critic that algorithm.adv_estimator={algorithm.adv_estimator} never asks."
         )
-    if algorithm.adv_estimator == "grpo" and plan.samples == 1:
-        findings.warn(
-            f"algorithm.adv_estimator=grpo compares a prompt's responses with each other, and {ROLLOUT}.n=1: "
-            "the advantage is the bare score. Set n to 4 or more."
-        )
     if actor.use_kl_loss and actor.kl_loss_coef == 0:
         findings.warn(f"{ACTOR}.use_kl_loss=True with kl_loss_coef=0: a reference model only to measure the KL.")
     if algorithm.use_kl_in_reward and algorithm.kl_ctrl.kl_coef == 0:
         findings.warn("algorithm.use_kl_in_reward with kl_ctrl.kl_coef=0: a reference model only to measure the KL.")
     if algorithm.use_kl_in_reward and actor.use_kl_loss:
         findings.warn(f"the KL to the reference counts twice: in the reward and in the loss ({ACTOR}.use_kl_loss).")
+
+
+def _dapo(findings: Findings, config: Config, plan: RunPlan) -> None:
+    overlong, longest = config.reward_model.overlong_buffer, config.data.max_response_length
+    if overlong.enable and not 1 <= overlong.len <= longest:
+        findings.problem(
+            "reward_model.overlong_buffer.len",
+            overlong.len,
+            f"the penalty grows over the last tokens of data.max_response_length={longest}",
+            f"set it to a number from 1 to {longest}, a fifth of it or so",
+        )
+    if config.algorithm.filter_groups.enable and plan.samples == 1:
+        findings.problem(
+            f"{ROLLOUT}.n",
+            plan.samples,
+            "algorithm.filter_groups.enable=True looks for prompts whose responses differ, and there is one response",
+            "set it to 4 or more, or algorithm.filter_groups.enable=False",
+        )
 
 
 def _trainer(findings: Findings, config: Config, plan: RunPlan) -> None:

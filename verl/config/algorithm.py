@@ -37,14 +37,32 @@ class RolloutCorrectionConfig(Section):
     )
 
 
+class FilterGroupsConfig(Section):
+    enable: bool = Field(
+        False,
+        description="Dynamic sampling: a prompt whose responses do not differ is replaced by another, until a step's "
+        "batch is full.",
+    )
+    metric: str = Field(
+        "score", description="What must differ: score, or the name of another number that the scorer returns (acc)."
+    )
+    max_num_gen_batches: int = Field(
+        0, ge=0, description="Generations of a step; past it the run stops. 0: as many as it takes."
+    )
+
+
 class AlgorithmConfig(Section):
     adv_estimator: str = Field(
-        "gae", description="Advantages: gae (with a critic), grpo, or your own function as package.module:function."
+        "gae",
+        description="Advantages: gae (with a critic); without one grpo, rloo, reinforce_plus_plus, "
+        "reinforce_plus_plus_baseline, remax, opo, grpo_passk or gpg; or your own function as package.module:function.",
     )
-    gamma: Share = Field(1.0, description="Discount of a reward one token later.")
+    gamma: Share = Field(1.0, description="gae, reinforce_plus_plus: discount of a reward one token later.")
     lam: Share = Field(1.0, description="GAE's lambda.")
     norm_adv_by_std_in_grpo: bool = Field(
-        True, description="Divide GRPO's advantages by the group's standard deviation; off: Dr. GRPO."
+        True,
+        description="grpo, grpo_passk: divide advantages by the group's standard deviation; off, with "
+        "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm: Dr. GRPO.",
     )
     use_kl_in_reward: bool | None = Field(
         None,
@@ -53,3 +71,4 @@ class AlgorithmConfig(Section):
     kl_penalty: KLKind = Field("kl", description="Its estimator: kl or k1, abs, mse or k2, low_var_kl or k3.")
     kl_ctrl: KLControlConfig = KLControlConfig()
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
+    filter_groups: FilterGroupsConfig = FilterGroupsConfig()

@@ -24,6 +24,7 @@ RENAMED = {
     "ray_init": "ray_kwargs.ray_init",
     "reward.custom_reward_function": "custom_reward_function",
     "reward.reward_model": "reward_model",
+    "reward_model.reward_kwargs.overlong_buffer_cfg": "reward_model.overlong_buffer",
     "reward.reward_manager.name": "reward_model.reward_manager",
     "trainer.max_actor_ckpt_to_keep": "trainer.max_ckpt_to_keep",
     "trainer.max_critic_ckpt_to_keep": "trainer.max_ckpt_to_keep",
@@ -42,8 +43,12 @@ PER_RANK = {
 
 # Keys that old commands carry and that have nothing left to decide.
 WITHOUT_EFFECT = {
+    "data.gen_batch_size": "a step draws prompts until it has data.train_batch_size of them",
     "data.val_batch_size": "validation takes all prompts at once",
     "data.return_raw_chat": "the chat messages always travel along",
+    "reward_model.overlong_buffer.log": "the penalties are always among the metrics",
+    "reward_model.reward_kwargs.overlong_buffer_cfg.log": "the penalties are always among the metrics",
+    "reward_model.reward_kwargs.max_resp_len": "data.max_response_length says it",
     "actor_rollout_ref.hybrid_engine": "rollout and training always take turns on the same devices",
     "actor_rollout_ref.actor.strategy": "models are sharded by FSDP2",
     "critic.strategy": "models are sharded by FSDP2",
@@ -56,6 +61,7 @@ REVALUED = {
     ("actor_rollout_ref.rollout.mode", "sync"): "colocated",
     ("actor_rollout_ref.rollout.mode", "async"): "colocated",
     ("algorithm.rollout_correction.mode", "truncate"): "clamp",
+    ("algorithm.filter_groups.metric", "seq_reward"): "score",
 }
 
 

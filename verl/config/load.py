@@ -17,7 +17,7 @@ from verl.config.help import help_text
 from verl.config.models import Config, Root
 from verl.config.overrides import parse_arguments
 from verl.config.problems import NO_VALUE, Problem
-from verl.config.settle import decide_kl, divide_over_ranks, fit_types, resolve_references
+from verl.config.settle import decide_aggregation, decide_kl, divide_over_ranks, fit_types, resolve_references
 from verl.config.validate import draft, validate
 
 AnyConfig = TypeVar("AnyConfig", bound=Root)
@@ -54,6 +54,7 @@ def load(argv: Sequence[str], schema: type[AnyConfig] = Config) -> Loaded[AnyCon
     resolve_references(settings)
     divide_over_ranks(settings)
     decide_kl(settings)
+    decide_aggregation(settings)
     config = validate(settings, schema)
     return Loaded(config, config or draft(settings, schema), settings.set_keys, settings.notices, settings.problems)
 

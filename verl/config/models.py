@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
-from verl.config.actor import ActorConfig, ActorRolloutRefConfig, RefConfig
-from verl.config.algorithm import AlgorithmConfig, KLControlConfig, RolloutCorrectionConfig
+from verl.config.actor import ActorConfig, ActorRolloutRefConfig, PolicyLossConfig, RefConfig
+from verl.config.algorithm import AlgorithmConfig, FilterGroupsConfig, KLControlConfig, RolloutCorrectionConfig
 from verl.config.base import Section
 from verl.config.critic import CriticConfig, CriticModelConfig
 from verl.config.data import DataConfig, SFTDataConfig
 from verl.config.parts import CheckpointConfig, FSDPConfig, ModelConfig, OptimConfig, PolicyModelConfig, SFTOptimConfig
-from verl.config.reward import CustomRewardFunctionConfig, RewardConfig, RewardModelConfig
+from verl.config.reward import CustomRewardFunctionConfig, OverlongBufferConfig, RewardConfig, RewardModelConfig
 from verl.config.rollout import RolloutConfig, ValidationSamplingConfig
 from verl.config.schema import ABSENT, get, keys_of, plain, put
 from verl.config.trainer import RayKwargsConfig, SFTTrainerConfig, TrainerConfig
@@ -29,9 +29,12 @@ __all__ = [
     "CustomRewardFunctionConfig",
     "DataConfig",
     "FSDPConfig",
+    "FilterGroupsConfig",
     "KLControlConfig",
     "ModelConfig",
     "OptimConfig",
+    "OverlongBufferConfig",
+    "PolicyLossConfig",
     "PolicyModelConfig",
     "RayKwargsConfig",
     "RefConfig",

@@ -15,9 +15,16 @@ class CustomRewardFunctionConfig(Section):
     reward_kwargs: dict[str, Any] = Field({}, description="Further keyword arguments of every call.")
 
 
+class OverlongBufferConfig(Section):
+    enable: bool = Field(False, description="Take a penalty off the reward of a response that nears the length limit.")
+    len: int = Field(0, ge=0, description="Tokens before data.max_response_length from which on it grows.")
+    penalty_factor: float = Field(1.0, ge=0, description="Penalty at the limit.")
+
+
 class RewardModelConfig(Section):
     enable: Literal[False] = Field(False, description="Score with a reward model; not built yet.")
     reward_manager: Literal["naive"] = Field("naive", description="naive: each response is scored by itself.")
+    overlong_buffer: OverlongBufferConfig = OverlongBufferConfig()
 
 
 class GSM8KScorerConfig(Section):

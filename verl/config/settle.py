@@ -1,4 +1,5 @@
-"""What collected settings come to: references followed, types fitted, old batch sizes divided, KL switch decided."""
+"""What collected settings come to: references followed, types fitted, old batch sizes divided, what depends on other
+keys decided."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl.config.collect import Settings
 from verl.config.schema import choices, defaults_of, get, keys_of, put
+
+ACTOR = "actor_rollout_ref.actor"
+LOSSES_OF_SEQUENCES = ("gspo", "geo_mean", "sapo")
 
 
 def resolve_references(settings: Settings) -> None:
@@ -82,6 +86,17 @@ def divide_over_ranks(settings: Settings) -> None:
             settings.notices.append(
                 f"{origin.given}={value} is the old form, for all ranks together: for each of {ranks}, {key}={share}."
             )
+
+
+def decide_aggregation(settings: Settings) -> None:
+    """Losses that their papers average over responses are so averaged, unless the user says otherwise."""
+    key, loss = f"{ACTOR}.loss_agg_mode", get(settings.tree, f"{ACTOR}.policy_loss.loss_mode")
+    if loss in LOSSES_OF_SEQUENCES and key not in settings.set_keys:
+        put(settings.tree, key, "seq-mean-token-mean")
+        settings.notices.append(
+            f"{key}=seq-mean-token-mean, because the paper of {ACTOR}.policy_loss.loss_mode={loss} averages over "
+            "responses."
+        )
 
 
 def decide_kl(settings: Settings) -> None:

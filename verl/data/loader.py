@@ -34,12 +34,20 @@ class PromptLoader:
 
     def __next__(self) -> tuple[int, np.ndarray]:
         """(epoch, row numbers): int64, shape (batch_size,)."""
-        if self.position + self.batch_size > self.num_rows:
+        return self.draw(self.batch_size)
+
+    def draw(self, count: int) -> tuple[int, np.ndarray]:
+        """(epoch, row numbers): int64, shape (count,). What an epoch has left is left out where it is less."""
+        if self.position + count > self.num_rows:
             self.epoch, self.position = self.epoch + 1, 0
         if self._order is None or self._order[0] != self.epoch:
             self._order = (self.epoch, epoch_order(self.num_rows, self.epoch, self.seed, self.shuffle))
-        start, self.position = self.position, self.position + self.batch_size
+        start, self.position = self.position, self.position + count
         return self.epoch, self._order[1][start : self.position]
+
+    def give_back(self, count: int) -> None:
+        """The last so many rows of the last draw come again in the next one."""
+        self.position -= count
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position, "num_rows": self.num_rows}

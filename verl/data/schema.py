@@ -43,6 +43,7 @@ TRAJECTORY_COLUMNS: dict[str, pa.DataType] = {
 STAGE_COLUMNS: dict[str, pa.DataType] = {
     "score": pa.float64(),  # the scorer's number
     "reward_extra": pa.string(),  # JSON object: other numbers a scorer returned
+    "greedy_reward": pa.float64(),  # of the greedy response to the same prompt
     "old_log_probs": FLOATS,
     "rollout_is_weights": FLOATS,  # see verl.trainer.ppo.corrections
     "entropy": FLOATS,
@@ -52,6 +53,7 @@ STAGE_COLUMNS: dict[str, pa.DataType] = {
     "advantages": FLOATS,
     "returns": FLOATS,
     "loss_weights": FLOATS,  # see verl.trainer.ppo.losses.aggregation_weights
+    "selected": FLAGS,  # see verl.trainer.ppo.loss_modes.selected_tokens
 }
 
 COLUMNS = {**TRAJECTORY_COLUMNS, **STAGE_COLUMNS}

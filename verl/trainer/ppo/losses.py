@@ -1,4 +1,4 @@
-"""PPO's losses on the flat response tokens of a micro-batch, and the weights that make them additive.
+"""Losses of policy and critic on the flat response tokens of a micro-batch, and the weights that make them additive.
 
 The driver computes ``loss_weights`` once for a whole mini-batch; a loss is then ``sum_t weight_t * loss_t``, so that
 summing it over micro-batches and ranks gives the mini-batch's loss and gradient whatever the split.
@@ -13,13 +13,19 @@ exactly nothing, whatever its columns hold (inf and nan included).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import pyarrow as pa
 import torch
 
+from verl.config.models import ActorConfig, CriticConfig
 from verl.data.ragged import Ragged
-from verl.trainer.ppo.kl import LOG_RATIO_LIMIT, kl_estimate
+from verl.data.schema import ragged
+from verl.trainer.ppo.kl import kl_estimate
+from verl.trainer.ppo.loss_modes import selected_tokens
+from verl.trainer.ppo.policy_losses import PolicyTokens, Tensors, TokenLoss
 
-Tensors = dict[str, torch.Tensor]
 LossAndMetrics = tuple[torch.Tensor, Tensors]
 
 AGGREGATION_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -51,60 +57,49 @@ def aggregation_weights(response_mask: Ragged, mode: str, max_response_length: i
     return response_mask.like(weights.astype(np.float32))
 
 
-def ppo_policy_loss(
-    outputs: Tensors,
-    batch: Tensors,
-    *,
-    clip_low: float,
-    clip_high: float,
-    clip_c: float,
-    entropy_coeff: float,
-    kl_loss_coef: float,
-    kl_loss_type: str,
-    num_tokens: int,
-) -> LossAndMetrics:
-    """Clipped surrogate (Schulman et al. 2017, arXiv:1707.06347) with asymmetric clip range (arXiv:2503.14476) and
-    dual clip (Ye et al. 2020, arXiv:1912.09729). With ratio r = exp(log_prob - old_log_prob), log-ratio cut to +-20:
+def loss_columns(
+    mini_batch: pa.Table, settings: ActorConfig | CriticConfig, max_response_length: int, seed: Sequence[int]
+) -> dict[str, Ragged]:
+    """``loss_weights`` and, where the policy's loss asks for it, ``selected``: what a loss needs to know of the whole
+    mini-batch. seed: of a random choice."""
+    mask = ragged(mini_batch, "response_mask")
+    columns = {"loss_weights": aggregation_weights(mask, settings.loss_agg_mode, max_response_length)}
+    if isinstance(settings, ActorConfig):
+        columns |= selected_tokens(mini_batch, settings, seed)
+    return columns
 
-    L = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high));  where A < 0: L = min(L, -A clip_c), clip_c > 1.
+
+def policy_loss(
+    outputs: Tensors, batch: Tensors, *, token_loss: TokenLoss, settings: ActorConfig, num_tokens: int
+) -> LossAndMetrics:
+    """What the policy loss of ``verl.trainer.ppo.policy_losses`` that was chosen comes to, with entropy bonus and KL:
+
     loss = sum w c L  -  entropy_coeff * sum w H  +  kl_loss_coef * sum w KL(policy || reference).
 
     c are the table's ``rollout_is_weights`` (see verl.trainer.ppo.corrections), 1 where it has none.
     Entropy is read from outputs only when its coefficient is not 0 or it is there; ref_log_probs likewise only with
-    a KL coefficient. Metrics: actor/{pg_loss, pg_clipfrac, pg_clipfrac_lower, ppo_kl, entropy_loss, kl_loss}.
+    a KL loss. Metrics: actor/{pg_loss, ppo_kl, entropy_loss, kl_loss} and the loss's own shares of tokens.
     """
     mask, weights = _mask_and_weights(batch)
-    log_probs = torch.where(mask, outputs["log_probs"], 0.0)
-    advantages = torch.where(mask, batch["advantages"], 0.0)
-    log_ratio = log_probs - torch.where(mask, batch["old_log_probs"], 0.0)
-    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    surrogate = torch.maximum(unclipped, clipped)
-    ceiling = -advantages * clip_c
-    lower = (advantages < 0) & (surrogate > ceiling)
-    pg_losses = weights * torch.where(lower, ceiling, surrogate)
+    tokens = PolicyTokens.of(outputs, batch)
+    token_losses, shares = token_loss(tokens, settings)
+    pg_losses = weights * torch.where(mask, token_losses, 0.0)
     if "rollout_is_weights" in batch:
         pg_losses = pg_losses * torch.where(mask, batch["rollout_is_weights"], 0.0)
     pg_loss = pg_losses.sum()
 
     loss = pg_loss
-    metrics = {
-        "actor/pg_loss": pg_loss.detach(),
-        "actor/pg_clipfrac": (clipped > unclipped).sum() / num_tokens,
-        "actor/pg_clipfrac_lower": lower.sum() / num_tokens,
-        "actor/ppo_kl": -log_ratio.detach().sum() / num_tokens,
-    }
-    if entropy_coeff or "entropy" in outputs:
+    metrics = {"actor/pg_loss": pg_loss.detach(), "actor/ppo_kl": -tokens.log_ratio.detach().sum() / num_tokens}
+    metrics |= {name: (flags & mask).sum() / num_tokens for name, flags in shares.items()}
+    if settings.entropy_coeff or "entropy" in outputs:
         entropy = (weights * torch.where(mask, outputs["entropy"], 0.0)).sum()
         metrics["actor/entropy_loss"] = entropy.detach()
-        if entropy_coeff:
-            loss = loss - entropy_coeff * entropy
-    if kl_loss_coef:
-        kl = kl_estimate(log_probs, torch.where(mask, batch["ref_log_probs"], 0.0), kl_loss_type)
-        kl_loss = (weights * kl).sum()
-        loss = loss + kl_loss_coef * kl_loss
+        if settings.entropy_coeff:
+            loss = loss - settings.entropy_coeff * entropy
+    if settings.use_kl_loss and settings.kl_loss_coef:
+        reference = torch.where(mask, batch["ref_log_probs"], 0.0)
+        kl_loss = (weights * kl_estimate(tokens.log_probs, reference, settings.kl_loss_type)).sum()
+        loss = loss + settings.kl_loss_coef * kl_loss
         metrics["actor/kl_loss"] = kl_loss.detach()
     return loss, metrics
 

@@ -26,11 +26,13 @@ STAGES_PER_TOKEN = ("old_log_prob", "ref", "values", "adv", "update_critic", "up
 
 
 def data_metrics(table: pa.Table, *, max_prompt_length: int) -> Metrics:
-    """critic/{score,rewards,advantages,returns,values}/*, critic/vf_explained_var, actor/entropy, *_length/*."""
+    """critic/{score,greedy_reward,rewards,advantages,returns,values}/*, critic/vf_explained_var, actor/entropy,
+    *_length/*."""
     written = _written(table)
     metrics: Metrics = {}
-    if "score" in table.column_names:
-        metrics |= _spread("critic/score", table["score"].to_numpy())
+    for name in ("score", "greedy_reward"):
+        if name in table.column_names:
+            metrics |= _spread(f"critic/{name}", table[name].to_numpy())
     if "token_rewards" in table.column_names:
         metrics |= _spread("critic/rewards", ragged(table, "token_rewards").row_sums())
     for name in ("advantages", "returns", "values"):

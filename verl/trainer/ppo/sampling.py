@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from verl.config.models import RolloutConfig
 from verl.rollout.base import SamplingParams
 
@@ -18,6 +20,10 @@ def training_sampling(rollout: RolloutConfig, max_new_tokens: int) -> SamplingPa
         stop_token_ids=tuple(rollout.stop_token_ids),
         ignore_eos=rollout.ignore_eos,
     )
+
+
+def greedy(sampling: SamplingParams) -> SamplingParams:
+    return replace(sampling, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0)
 
 
 def validation_sampling(rollout: RolloutConfig, max_new_tokens: int) -> SamplingParams:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from verl.agent.single_turn import episodes_of, roll_out
+from verl.agent.single_turn import episodes_of, greedy_episodes_of, roll_out
 from verl.checks import log_probs
 from verl.checks.plan import RunPlan, UpdatePlan
 from verl.cluster.base import WorkerGroup
@@ -35,10 +35,12 @@ from verl.trainer.ppo import metrics as measure
 from verl.trainer.ppo.advantages import AdvantageInputs, resolve
 from verl.trainer.ppo.batches import mini_batches
 from verl.trainer.ppo.corrections import importance_weights
-from verl.trainer.ppo.kl import apply_kl_penalty, kl_control, place_scores
-from verl.trainer.ppo.losses import aggregation_weights
+from verl.trainer.ppo.dynamic_sampling import fill_step
+from verl.trainer.ppo.kl import kl_control
+from verl.trainer.ppo.losses import loss_columns
 from verl.trainer.ppo.phases import Phases
-from verl.trainer.ppo.sampling import training_sampling, validation_sampling
+from verl.trainer.ppo.rewards import response_rewards, token_rewards
+from verl.trainer.ppo.sampling import greedy, training_sampling, validation_sampling
 from verl.trainer.ppo.validation_metrics import validation_metrics
 
 Metrics = dict[str, float]
@@ -134,14 +136,34 @@ class PPOTrainer:
 
     def roll_out(self, prompts: pa.Table) -> pa.Table:
         """Responses and their scores; a response is scored while others are still being generated."""
-        rollout = self.config.actor_rollout_ref.rollout
-        episodes = episodes_of(prompts, n=rollout.n, seed=self.config.trainer.seed, step=self.step)
-        sampling = training_sampling(rollout, self.config.data.max_response_length)
-        table = self._generate_and_score(episodes, sampling)
+        table, settings = self._respond(prompts), self.config.algorithm.filter_groups
+        if settings.enable:
+            size = {"groups": self.plan.prompts, "samples": self.plan.samples, "data_rows": self.loader.num_rows}
+            table, given_back, metrics = fill_step(table, self._draw_more, settings, **size)
+            self.loader.give_back(given_back)
+            self.metrics |= metrics
         self.make_room_for_training()
         return table
 
-    def _generate_and_score(self, episodes: pa.Table, sampling: SamplingParams) -> pa.Table:
+    def _draw_more(self, count: int, draw: int) -> pa.Table:
+        _, rows = self.loader.draw(count)
+        return self._respond(self.parts.train_prompts.take(rows), draw)
+
+    def _respond(self, prompts: pa.Table, draw: int = 0) -> pa.Table:
+        """The responses to each prompt and, where the advantages ask for it, the reward of a greedy one."""
+        rollout = self.config.actor_rollout_ref.rollout
+        episodes = episodes_of(prompts, n=rollout.n, seed=self.config.trainer.seed, step=self.step, draw=draw)
+        sampling = training_sampling(rollout, self.config.data.max_response_length)
+        if not self.estimator.needs_greedy:
+            return self._generate_and_score(episodes, sampling)
+        both = pa.concat_tables([episodes, greedy_episodes_of(prompts, step=self.step)])
+        samplings = [sampling] * episodes.num_rows + [greedy(sampling)] * prompts.num_rows
+        table = self._generate_and_score(both, samplings)
+        sampled, greedy_ones = table.slice(0, episodes.num_rows), table.slice(episodes.num_rows)
+        rewards = response_rewards(greedy_ones, self.config)
+        return with_columns(sampled, greedy_reward=np.repeat(rewards, rollout.n))
+
+    def _generate_and_score(self, episodes: pa.Table, sampling: SamplingParams | Sequence[SamplingParams]) -> pa.Table:
         references = episodes.select(["data_source", "ground_truth", "extra_info"]).to_pylist()
         scores: dict[int, Future[Outcome]] = {}  # by row
         with self.generating(), self.stage("gen", total=episodes.num_rows) as progress:
@@ -153,7 +175,8 @@ class PPOTrainer:
             table = asyncio.run(roll_out(self.parts.rollout, episodes, sampling, finished))
         with self.stage("reward"):
             table, metrics = self.parts.rewards.collect(table, [scores[row] for row in range(table.num_rows)])
-        self.metrics |= metrics
+        for name, count in metrics.items():  # of samples, over all that the step draws
+            self.metrics[name] = self.metrics.get(name, 0.0) + count
         return table
 
     def old_log_probs(self, table: pa.Table) -> pa.Table:
@@ -183,24 +206,17 @@ class PPOTrainer:
             return self.parts.workers.map("values", table).result()
 
     def advantages(self, table: pa.Table) -> pa.Table:
-        """Token rewards (the score, less the KL penalty where it is on), advantages and returns."""
-        algorithm, mask = self.config.algorithm, ragged(table, "response_mask")
-        scores = table["score"].to_numpy()
+        """Token rewards, advantages and returns."""
         with self.stage("adv"):
-            if algorithm.use_kl_in_reward:
-                coef = self.kl_control.coef
-                log_probs = ragged(table, "old_log_probs"), ragged(table, "ref_log_probs")
-                rewards, kl = apply_kl_penalty(scores, *log_probs, mask, coef, algorithm.kl_penalty)
-                self.metrics |= {"actor/reward_kl_penalty": kl, "actor/reward_kl_penalty_coeff": coef}
-                self.kl_control.update(kl, table.num_rows)
-            else:
-                rewards = place_scores(scores, mask)
+            rewards, metrics = token_rewards(table, self.config, self.kl_control)
+            self.metrics |= metrics
             inputs = AdvantageInputs(
                 token_rewards=rewards,
-                response_mask=mask,
+                response_mask=ragged(table, "response_mask"),
                 values=ragged(table, "values") if "values" in table.column_names else None,
                 group=table["group"].to_numpy(),
-                settings=algorithm,
+                settings=self.config.algorithm,
+                greedy_rewards=table["greedy_reward"].to_numpy() if self.estimator.needs_greedy else None,
             )
             advantages, returns = self.estimator(inputs)
             return with_columns(table, token_rewards=rewards, advantages=advantages, returns=returns)
@@ -225,12 +241,11 @@ class PPOTrainer:
         )
         found: dict[str, list[float]] = defaultdict(list)
         with self.stage(f"update_{role}", total=len(batches)) as progress, self.loaded(role, optimizer=True):
-            for rows in batches:
+            for number, rows in enumerate(batches):
                 mini = rows_of(table, rows)
-                mask = ragged(mini, "response_mask")
-                weights = aggregation_weights(mask, settings.loss_agg_mode, self.plan.max_response_length)
-                mini = with_columns(mini, loss_weights=weights)
-                tokens = max(int(mask.values.sum()), 1)
+                seed = (self.config.trainer.seed, self.step, number)
+                mini = with_columns(mini, **loss_columns(mini, settings, self.plan.max_response_length, seed))
+                tokens = max(int(ragged(mini, "response_mask").values.sum()), 1)
                 metrics = self.parts.workers.reduce(f"update_{role}", mini, num_tokens=tokens).result()
                 for name, value in metrics.items():
                     found[name].append(value)

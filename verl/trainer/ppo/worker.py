@@ -16,7 +16,8 @@ from verl.config.models import ActorConfig, Config, CriticConfig, FSDPConfig
 from verl.data.schema import with_columns
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import Batching, TrainEngine
-from verl.trainer.ppo.losses import ppo_policy_loss, value_loss
+from verl.trainer.ppo.loss_modes import resolve
+from verl.trainer.ppo.losses import policy_loss, value_loss
 from verl.trainer.ppo.metrics import memory_metrics
 
 # The columns that a method reads of its rows, where the table has them.
@@ -34,6 +35,7 @@ READS = {
         "old_log_probs",
         "ref_log_probs",
         "rollout_is_weights",
+        "selected",
     ),
     "update_critic": (*SEQUENCES, "response_mask", "loss_weights", "values", "returns"),
 }
@@ -49,6 +51,7 @@ class PPOWorker:
     def __init__(self, config: Config, plan: RunPlan):
         self.config, self.plan = config, plan
         self.temperature = config.actor_rollout_ref.rollout.temperature
+        self.token_loss = resolve(config.actor_rollout_ref.actor.policy_loss.loss_mode).load()
         self.fsdp_configs: dict[str, FSDPConfig] = {
             "actor": config.actor_rollout_ref.actor.fsdp_config,
             "critic": config.critic.model.fsdp_config,
@@ -136,13 +139,9 @@ class PPOWorker:
     def update_actor(self, rows: pa.Table, num_tokens: int) -> dict[str, float]:
         actor = self.config.actor_rollout_ref.actor
         loss = partial(
-            ppo_policy_loss,
-            clip_low=actor.clip_ratio_low,
-            clip_high=actor.clip_ratio_high,
-            clip_c=actor.clip_ratio_c,
-            entropy_coeff=actor.entropy_coeff,
-            kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
-            kl_loss_type=actor.kl_loss_type,
+            policy_loss,
+            token_loss=self.token_loss,
+            settings=actor,
             num_tokens=num_tokens,
         )
         found = self.engines["actor"].update(
