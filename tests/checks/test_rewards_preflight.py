@@ -57,3 +57,12 @@ def test_a_data_source_without_scorer_is_a_problem_unless_the_user_scores(checke
     assert "my/own" in problem.why
     (tmp_path / "reward.py").write_text("def compute_score(**kwargs): return 1.0\n")
     assert checked(data, f"custom_reward_function.path={tmp_path}/reward.py")[1].problems == []
+
+
+def test_a_data_source_may_be_given_a_scorer_which_must_exist(checked, make_parquet, tmp_path):
+    data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100, data_source='my/own')}"
+    assert checked(data, "reward.data_sources={my/*: exact_match}")[1].problems == []
+    assert checked(data, "reward.data_sources={my/own: 'some.module:function'}")[1].problems == []
+    (problem,) = checked(data, "reward.data_sources={my/own: exact_mach}")[1].problems
+    assert problem.key == "reward.data_sources.my/own"
+    assert problem.fix == "did you mean exact_match?"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from verl.checks.plan import RunPlan
 from verl.checks.settings import ACTOR, REF, ROLLOUT, SPLIT_KEYS, splits
 from verl.config.problems import shown
+from verl.reward.scorers import SCORERS
 
 if TYPE_CHECKING:
     from verl.config.models import Config, OptimConfig
@@ -298,7 +299,7 @@ RULES = (
         "there is no custom reward function (custom_reward_function.path)",
     ),
     Rule(
-        ("reward.gsm8k.*",),
+        ("reward.data_sources", *(f"reward.{name}.*" for name in SCORERS)),
         lambda run: run.config.custom_reward_function.path is not None,
         "custom_reward_function.path scores instead of the data source's scorer",
     ),

@@ -28,6 +28,30 @@ class GSM8KScorerConfig(Section):
     format_score: float = Field(0.0, description="Score of a wrong answer that could be read.")
 
 
+class RightOrWrongConfig(Section):
+    score: float = Field(1.0, description="Score of a right answer.")
+    wrong_score: float = Field(0.0, description="Score of any other response.")
+
+
+class DAPOScorerConfig(RightOrWrongConfig):
+    method: Literal["answer", "boxed"] = Field(
+        "answer", description="Where the answer is: answer: behind the last Answer:; boxed: in the last \\boxed{}."
+    )
+    wrong_score: float = Field(-1.0, description="Score of any other response.")
+
+
+class ExactMatchConfig(RightOrWrongConfig):
+    marker: str | None = Field(
+        None, min_length=1, description="The answer is behind the last occurrence of this; null: the whole response."
+    )
+    ignore_case: bool = Field(False, description="Upper and lower case are the same.")
+
+
+class JSONMatchConfig(Section):
+    score: float = Field(1.0, description="Score of the right content.")
+    format_score: float = Field(0.0, description="Score of JSON with another content.")
+
+
 class RewardConfig(Section):
     num_workers: PositiveInt = Field(2, description="Processes that score responses.")
     timeout: float = Field(30.0, gt=0, description="Seconds that scoring one response may take.")
@@ -35,4 +59,14 @@ class RewardConfig(Section):
     max_error_share: Share = Field(
         0.1, description="Share of a step's responses whose scoring may fail; past it the run stops."
     )
-    gsm8k: GSM8KScorerConfig = Field(GSM8KScorerConfig(), description="Scorer of the data source openai/gsm8k.")
+    data_sources: dict[str, str] = Field(
+        {},
+        description="Data sources (patterns such as my/*) and the scorer of each: one of these sections, or a function "
+        "of yours as module:function. They come before the known ones.",
+    )
+    gsm8k: GSM8KScorerConfig = GSM8KScorerConfig()
+    math: RightOrWrongConfig = RightOrWrongConfig()
+    math_dapo: DAPOScorerConfig = DAPOScorerConfig()
+    multiple_choice: RightOrWrongConfig = RightOrWrongConfig()
+    exact_match: ExactMatchConfig = ExactMatchConfig()
+    json_match: JSONMatchConfig = JSONMatchConfig()

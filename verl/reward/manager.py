@@ -16,7 +16,7 @@ from verl.data.schema import with_columns
 from verl.data.tokenizer import decode
 from verl.errors import UserError
 from verl.reward.pool import Outcome, WorkerPool
-from verl.reward.scorers import SCORERS, ScorerSpec, check_data_sources, make_scorer
+from verl.reward.scorers import ScorerSpec, check_scorers, make_scorer, scorers_of, settings_of
 
 if TYPE_CHECKING:
     from verl.config.models import CustomRewardFunctionConfig, RewardConfig
@@ -46,8 +46,9 @@ class RewardManager:
             path = str(Path(custom.path).expanduser().absolute())
             spec = ScorerSpec(path, custom.name, dict(custom.reward_kwargs))
         else:
-            check_data_sources(set(data_sources))
-            spec = ScorerSpec(kwargs={name: getattr(config, name).model_dump() for name in SCORERS})
+            settings = settings_of(config)
+            check_scorers(scorers_of(data_sources, config.data_sources), settings)
+            spec = ScorerSpec(kwargs=settings, data_sources=config.data_sources)
         self._pool = WorkerPool(make_scorer, [spec], workers=config.num_workers, timeout=config.timeout)
 
     def submit(self, episode: Mapping[str, Any], response_ids: Sequence[int]) -> Future[Outcome]:
