@@ -66,3 +66,10 @@ def test_a_data_source_may_be_given_a_scorer_which_must_exist(checked, make_parq
     (problem,) = checked(data, "reward.data_sources={my/own: exact_mach}")[1].problems
     assert problem.key == "reward.data_sources.my/own"
     assert problem.fix == "did you mean exact_match?"
+
+
+def test_tests_of_code_must_fit_into_the_time_of_scoring_a_response(checked, make_parquet, tmp_path):
+    data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100, data_source='apps')}"
+    assert checked(data)[1].problems == []
+    (problem,) = checked(data, "reward.code.total_seconds=60")[1].problems
+    assert (problem.key, problem.fix) == ("reward.timeout", "set it to 75, or those lower")

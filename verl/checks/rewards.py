@@ -77,6 +77,10 @@ def check_scoring(
         if unknown := sorted(str(source) for source in sources if scorer_of(source, config.data_sources) is None):
             why = f"no scorer is known for the data source {', '.join(unknown)} (column {column!r})"
             findings.problem(key, paths, why, HOW_TO_NAME_ONE)
+    longest = config.code.total_seconds + config.code.limits.wall_seconds
+    if "code" in names and longest >= config.timeout:
+        why = f"tests may take reward.code.total_seconds + reward.code.limits.wall_seconds = {longest:g} seconds"
+        findings.problem("reward.timeout", config.timeout, why, f"set it to {longest + 5:g}, or those lower")
     settings = settings_of(config)
     for name in sorted(SCORERS.keys() & names):
         if lack := SCORERS[name].missing(**settings[name]):

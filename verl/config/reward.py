@@ -52,6 +52,28 @@ class JSONMatchConfig(Section):
     format_score: float = Field(0.0, description="Score of JSON with another content.")
 
 
+class SandboxLimitsConfig(Section):
+    cpu_seconds: PositiveInt = Field(5, description="CPU time of a process.")
+    wall_seconds: PositiveInt = Field(10, description="Time of a test.")
+    memory_mb: PositiveInt = Field(1024, description="Address space of a process.")
+    processes: PositiveInt = Field(4, description="Processes and threads at a time.")
+    file_mb: PositiveInt = Field(16, description="Size of a file, and of what is printed.")
+    disk_mb: PositiveInt = Field(32, description="Size of all files in the working folder.")
+    files: PositiveInt = Field(256, description="Files and folders in the working folder.")
+    open_files: PositiveInt = Field(64, description="Files that a process has open at a time.")
+
+
+class CodeScorerConfig(Section):
+    score_by: Literal["all", "share"] = Field(
+        "all", description="all: 1 when every test passes, else 0; share: the share of tests that pass."
+    )
+    max_tests: PositiveInt | None = Field(None, description="Only a problem's first so many tests; null: all.")
+    total_seconds: float = Field(
+        15.0, gt=0, description="Seconds after which no further test of a response begins; those left have failed."
+    )
+    limits: SandboxLimitsConfig = SandboxLimitsConfig()
+
+
 class RewardConfig(Section):
     num_workers: PositiveInt = Field(2, description="Processes that score responses.")
     timeout: float = Field(30.0, gt=0, description="Seconds that scoring one response may take.")
@@ -70,3 +92,4 @@ class RewardConfig(Section):
     multiple_choice: RightOrWrongConfig = RightOrWrongConfig()
     exact_match: ExactMatchConfig = ExactMatchConfig()
     json_match: JSONMatchConfig = JSONMatchConfig()
+    code: CodeScorerConfig = CodeScorerConfig()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl.errors import UserError
-from verl.reward import exact_match, gsm8k, json_match, math_dapo, multiple_choice, symbolic_math
+from verl.reward import code_tests, exact_match, gsm8k, json_match, math_dapo, multiple_choice, symbolic_math
 from verl.reward.lack import Lack
 from verl.reward.pool import traceback_tail
 
@@ -43,6 +43,7 @@ SCORERS: dict[str, BuiltIn] = {
     "multiple_choice": BuiltIn(multiple_choice.compute_score),
     "exact_match": BuiltIn(exact_match.compute_score),
     "json_match": BuiltIn(json_match.compute_score),
+    "code": BuiltIn(code_tests.compute_score, code_tests.missing),
 }
 
 # Patterns of data sources, and the scorer of each. A scorer's own name is one, too.
@@ -55,6 +56,10 @@ DATA_SOURCES = {
     "numina_*": "math",
     "math_dapo*": "math_dapo",
     "aime*": "math_dapo",
+    "apps": "code",
+    "taco": "code",
+    "codecontests": "code",
+    "codeforces": "code",
 }
 
 
