@@ -73,3 +73,15 @@ def test_tests_of_code_must_fit_into_the_time_of_scoring_a_response(checked, mak
     assert checked(data)[1].problems == []
     (problem,) = checked(data, "reward.code.total_seconds=60")[1].problems
     assert (problem.key, problem.fix) == ("reward.timeout", "set it to 75, or those lower")
+
+
+def test_scoring_in_batches_needs_a_function_of_the_users(checked, make_parquet, tmp_path):
+    data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100)}"
+    (problem,) = checked(data, "reward_model.reward_manager=batch")[1].problems
+    assert problem.key == "reward_model.reward_manager"
+
+
+def test_a_judge_without_an_address_is_a_problem(checked, make_parquet, tmp_path):
+    data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100, data_source='judge')}"
+    (problem,) = checked(data, "reward.judge.model=m")[1].problems
+    assert (problem.key, problem.fix) == ("reward.judge", "set reward.judge.url")

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import json
+
+import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from verl.data.schema import with_columns
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +18,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<|end|>")
+
+
+@pytest.fixture
+def table_of(tokenizer):
+    """table_of(responses, truths) -> finished episodes."""
+
+    def make(
+        responses: list[str], truths: list[str] | None = None, source: str | list[str] = "openai/gsm8k"
+    ) -> pa.Table:
+        count = len(responses)
+        ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in responses]
+        return with_columns(
+            pa.table({"row": pa.array(range(count), pa.int64())}),
+            uid=[f"1-{row}-0" for row in range(count)],
+            data_source=[source] * count if isinstance(source, str) else source,
+            prompt=[json.dumps([{"role": "user", "content": f"question {row}"}]) for row in range(count)],
+            ground_truth=truths or ["1"] * count,
+            extra_info=[json.dumps({"row": row}) for row in range(count)],
+            response_ids=ids,
+        )
+
+    return make

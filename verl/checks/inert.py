@@ -303,6 +303,11 @@ RULES = (
         lambda run: run.config.custom_reward_function.path is not None,
         "custom_reward_function.path scores instead of the data source's scorer",
     ),
+    Rule(
+        ("reward.num_workers",),
+        lambda run: run.config.reward_model.reward_manager == "batch",
+        "reward_model.reward_manager=batch calls the reward function once a step, in one process",
+    ),
     # one device, one process
     Rule(("*_offload",), lambda run: run.plan.device == "cpu", "on a CPU there is nowhere to offload to"),
     Rule(("*.fsdp_size", "*.reshard_after_forward"), _one_rank, "one device holds the whole model"),

@@ -86,6 +86,9 @@ def _data(findings: Findings, config: Config, dry_run: bool) -> tuple[int | None
     if config.custom_reward_function.path is None:
         files = {f"data.{name}_files": files for name, files in sets.items()}
         check_scoring(findings, config.reward, files, data.reward_fn_key, dry_run)
+        if config.reward_model.reward_manager == "batch":
+            fix = "name one in custom_reward_function.path, or leave it out: scorers of data sources take a sample each"
+            findings.problem("reward_model.reward_manager", "batch", "it calls a reward function of yours", fix)
     return _at_most(rows["train"], data.train_max_samples), _at_most(rows.get("val"), data.val_max_samples)
 
 

@@ -58,14 +58,14 @@ def _names(module: ast.Module) -> set[str]:
 
 
 def check_scoring(
-    findings: Findings, config: RewardConfig, files: Mapping[str, list[str]], column: str, dry_run: bool
+    findings: Findings, reward: RewardConfig, files: Mapping[str, list[str]], column: str, dry_run: bool
 ) -> None:
     """Every data source has a scorer, which can run on this machine.
 
     files: by the key that names them. column: the data sources'. Files that cannot be read are not this check's
     business.
     """
-    for source, name in config.data_sources.items():
+    for source, name in reward.data_sources.items():
         if name not in SCORERS and ":" not in name:
             close = difflib.get_close_matches(name, SCORERS, n=1)
             fix = f"did you mean {close[0]}?" if close else f"name one of {', '.join(SCORERS)}, or module:function"
@@ -73,15 +73,15 @@ def check_scoring(
     names = set[str | None]()
     for key, paths in files.items():
         sources = _values(paths, column)
-        names.update(scorer_of(source, config.data_sources) for source in sources)
-        if unknown := sorted(str(source) for source in sources if scorer_of(source, config.data_sources) is None):
+        names.update(scorer_of(source, reward.data_sources) for source in sources)
+        if unknown := sorted(str(source) for source in sources if scorer_of(source, reward.data_sources) is None):
             why = f"no scorer is known for the data source {', '.join(unknown)} (column {column!r})"
             findings.problem(key, paths, why, HOW_TO_NAME_ONE)
-    longest = config.code.total_seconds + config.code.limits.wall_seconds
-    if "code" in names and longest >= config.timeout:
+    longest = reward.code.total_seconds + reward.code.limits.wall_seconds
+    if "code" in names and longest >= reward.timeout:
         why = f"tests may take reward.code.total_seconds + reward.code.limits.wall_seconds = {longest:g} seconds"
-        findings.problem("reward.timeout", config.timeout, why, f"set it to {longest + 5:g}, or those lower")
-    settings = settings_of(config)
+        findings.problem("reward.timeout", reward.timeout, why, f"set it to {longest + 5:g}, or those lower")
+    settings = settings_of(reward)
     for name in sorted(SCORERS.keys() & names):
         if lack := SCORERS[name].missing(**settings[name]):
             if dry_run:

@@ -54,6 +54,7 @@ REVALUED = {
     ("actor_rollout_ref.rollout.mode", "sync"): "colocated",
     ("actor_rollout_ref.rollout.mode", "async"): "colocated",
     ("algorithm.rollout_correction.mode", "truncate"): "clamp",
+    ("reward_model.reward_manager", "prime"): "naive",
 }
 
 

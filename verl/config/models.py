@@ -13,7 +13,7 @@ from verl.config.base import Section
 from verl.config.critic import CriticConfig, CriticModelConfig
 from verl.config.data import DataConfig, SFTDataConfig
 from verl.config.parts import CheckpointConfig, FSDPConfig, ModelConfig, OptimConfig, PolicyModelConfig, SFTOptimConfig
-from verl.config.reward import CustomRewardFunctionConfig, RewardConfig, RewardModelConfig
+from verl.config.reward import CustomRewardFunctionConfig, JudgeConfig, RewardConfig, RewardModelConfig
 from verl.config.rollout import RolloutConfig, ValidationSamplingConfig
 from verl.config.schema import ABSENT, get, keys_of, plain, put
 from verl.config.trainer import RayKwargsConfig, SFTTrainerConfig, TrainerConfig
@@ -29,6 +29,7 @@ __all__ = [
     "CustomRewardFunctionConfig",
     "DataConfig",
     "FSDPConfig",
+    "JudgeConfig",
     "KLControlConfig",
     "ModelConfig",
     "OptimConfig",

@@ -17,7 +17,11 @@ class CustomRewardFunctionConfig(Section):
 
 class RewardModelConfig(Section):
     enable: Literal[False] = Field(False, description="Score with a reward model; not built yet.")
-    reward_manager: Literal["naive"] = Field("naive", description="naive: each response is scored by itself.")
+    reward_manager: Literal["naive", "batch"] = Field(
+        "naive",
+        description="naive: each response is scored by itself, while others are generated; batch: "
+        "custom_reward_function gets all of a step's at once, in lists.",
+    )
 
 
 class GSM8KScorerConfig(Section):
@@ -56,7 +60,7 @@ class SandboxLimitsConfig(Section):
     cpu_seconds: PositiveInt = Field(5, description="CPU time of a process.")
     wall_seconds: PositiveInt = Field(10, description="Time of a test.")
     memory_mb: PositiveInt = Field(1024, description="Address space of a process.")
-    processes: PositiveInt = Field(4, description="Processes and threads at a time.")
+    processes: PositiveInt = Field(4, le=64, description="Processes and threads at a time.")
     file_mb: PositiveInt = Field(16, description="Size of a file, and of what is printed.")
     disk_mb: PositiveInt = Field(32, description="Size of all files in the working folder.")
     files: PositiveInt = Field(256, description="Files and folders in the working folder.")
@@ -72,6 +76,38 @@ class CodeScorerConfig(Section):
         15.0, gt=0, description="Seconds after which no further test of a response begins; those left have failed."
     )
     limits: SandboxLimitsConfig = SandboxLimitsConfig()
+
+
+class JudgeConfig(Section):
+    url: str | None = Field(None, description="OpenAI-compatible API, such as http://127.0.0.1:8000/v1.")
+    model: str | None = Field(None, description="Name of the model there.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the API key; null: no key.")
+    template: str | None = Field(
+        None,
+        description="What it is asked, with {prompt}, {response} and {ground_truth} filled in; null: how well the "
+        "response answers the prompt, from 0 to 10.",
+    )
+    pattern: str = Field(
+        r"[Ss]core\W*\s(-?\d+(?:\.\d+)?)",
+        description="Regular expression whose one group is the score; the last match counts.",
+    )
+    lowest: float = Field(0.0, description="Smallest number that is a score; another one is a failure.")
+    highest: float = Field(10.0, description="Largest.")
+    temperature: float = Field(0.0, ge=0, description="Temperature of the judge's answers.")
+    max_tokens: PositiveInt = Field(1024, description="Tokens of an answer.")
+    concurrency: PositiveInt = Field(32, description="Questions at a time.")
+    timeout: float = Field(120.0, gt=0, description="Seconds to wait for an answer.")
+    retries: int = Field(
+        5, ge=0, description="Further tries after no answer, a busy or broken server, or an answer without a score."
+    )
+    backoff: float = Field(
+        1.0, ge=0, description="Seconds before the second try, doubled each time; the server's retry-after goes first."
+    )
+    cache: str | None = Field(None, description="SQLite file that keeps answers, for all runs that name it.")
+    on_failure: Literal["error", "error_score"] = Field(
+        "error",
+        description="When no score comes: error: the run ends; error_score: reward.error_score, as for other scorers.",
+    )
 
 
 class RewardConfig(Section):
@@ -93,3 +129,4 @@ class RewardConfig(Section):
     exact_match: ExactMatchConfig = ExactMatchConfig()
     json_match: JSONMatchConfig = JSONMatchConfig()
     code: CodeScorerConfig = CodeScorerConfig()
+    judge: JudgeConfig = JudgeConfig()

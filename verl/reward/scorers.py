@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl.errors import UserError
-from verl.reward import code_tests, exact_match, gsm8k, json_match, math_dapo, multiple_choice, symbolic_math
+from verl.reward import code_tests, exact_match, gsm8k, json_match, judge, math_dapo, multiple_choice, symbolic_math
 from verl.reward.lack import Lack
 from verl.reward.pool import traceback_tail
 
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 # compute_score(data_source=, solution_str=, ground_truth=, extra_info=, **kwargs) -> a number, or a dict with "score"
 Scorer = Callable[..., Any]
+ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """missing(**settings): what this machine lacks to run it, or None."""
+    """compute_score: None of the judge, which is not a function to be run (``verl.reward.judge``).
+    missing(**settings): what is lacking to run it here, or None."""
 
-    compute_score: Scorer
+    compute_score: Scorer | None
     missing: Callable[..., Lack | None] = lambda **settings: None
 
 
@@ -44,6 +46,7 @@ SCORERS: dict[str, BuiltIn] = {
     "exact_match": BuiltIn(exact_match.compute_score),
     "json_match": BuiltIn(json_match.compute_score),
     "code": BuiltIn(code_tests.compute_score, code_tests.missing),
+    "judge": BuiltIn(None, judge.missing),
 }
 
 # Patterns of data sources, and the scorer of each. A scorer's own name is one, too.
@@ -92,7 +95,9 @@ def make_scorer(spec: ScorerSpec) -> Callable[[dict[str, Any]], tuple[float, str
         assert name is not None  # the data sources were checked
         if name in imported:
             return parse(imported[name](**arguments))
-        return parse(SCORERS[name].compute_score(**arguments, **spec.kwargs.get(name, {})))
+        compute_score = SCORERS[name].compute_score
+        assert compute_score is not None
+        return parse(compute_score(**arguments, **spec.kwargs.get(name, {})))
 
     return score
 
@@ -169,8 +174,8 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
-def load_function(spec: ScorerSpec) -> Scorer:
-    """The user's function; UserError, naming the key to mend, when it cannot be had or called."""
+def load_function(spec: ScorerSpec, names: Iterable[str] = ARGUMENTS) -> Scorer:
+    """The user's function; UserError, naming the key to mend, when it cannot be had, or called with these arguments."""
     path = Path(spec.path)
     where = f"custom_reward_function.path={path}"
     if not path.is_file():
@@ -191,12 +196,12 @@ def load_function(spec: ScorerSpec) -> Scorer:
         near = difflib.get_close_matches(spec.name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"its functions: {', '.join(names) or 'none'}"
         raise UserError(f"{where} has no function custom_reward_function.name={spec.name}; {hint}")
-    arguments = dict.fromkeys(["data_source", "solution_str", "ground_truth", "extra_info", *spec.kwargs])
+    arguments = dict.fromkeys([*names, *spec.kwargs])
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
         raise UserError(
             f"{where}: {spec.name}{inspect.signature(function)} cannot be called with the keyword arguments "
-            f"{', '.join(arguments)} (those after extra_info from custom_reward_function.reward_kwargs): {error}"
+            f"{', '.join(arguments)} (those after the fourth from custom_reward_function.reward_kwargs): {error}"
         ) from error
     return function

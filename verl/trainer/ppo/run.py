@@ -108,6 +108,7 @@ def build_rewards(
         config.custom_reward_function,
         tokenizer,
         data_sources={source for table in prompts for source in table["data_source"].unique().to_pylist()},
+        batch=config.reward_model.reward_manager == "batch",
         error_log=folder / "reward_errors.jsonl",
         warn=trackers.progress.warn,
     )

@@ -142,7 +142,7 @@ class PPOTrainer:
         return table
 
     def _generate_and_score(self, episodes: pa.Table, sampling: SamplingParams) -> pa.Table:
-        references = episodes.select(["data_source", "ground_truth", "extra_info"]).to_pylist()
+        references = episodes.select(["data_source", "prompt", "ground_truth", "extra_info"]).to_pylist()
         scores: dict[int, Future[Outcome]] = {}  # by row
         with self.generating(), self.stage("gen", total=episodes.num_rows) as progress:
 
