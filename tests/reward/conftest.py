@@ -7,7 +7,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from verl.config.models import CustomRewardFunctionConfig, RewardConfig
 from verl.data.schema import with_columns
+from verl.reward.manager import RewardManager
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +42,23 @@ def table_of(tokenizer):
         )
 
     return make
+
+
+@pytest.fixture
+def manager_of(tokenizer, tmp_path):
+    """manager_of(users=text of a file or None, reward settings...) -> RewardManager, closed at the end."""
+    made = []
+
+    def make(users: str | None = None, kwargs: dict | None = None, **settings) -> RewardManager:
+        path = tmp_path / "users.py"
+        if users is not None:
+            path.write_text(users)
+        custom = CustomRewardFunctionConfig(path=str(path) if users is not None else None, reward_kwargs=kwargs or {})
+        config = RewardConfig(**{"num_workers": 2, "timeout": 20, **settings})
+        log = tmp_path / "run" / "reward_errors.jsonl"
+        made.append(RewardManager(config, custom, tokenizer, data_sources=["openai/gsm8k"], error_log=log))
+        return made[-1]
+
+    yield make
+    for manager in made:
+        manager.close()

@@ -27,26 +27,6 @@ def compute_score(data_source, solution_str, ground_truth, extra_info, factor=1.
 """
 
 
-@pytest.fixture
-def manager_of(tokenizer, tmp_path):
-    """manager_of(users=text of a file or None, reward settings...) -> RewardManager, closed at the end."""
-    made = []
-
-    def make(users: str | None = None, kwargs: dict | None = None, **settings) -> RewardManager:
-        path = tmp_path / "users.py"
-        if users is not None:
-            path.write_text(users)
-        custom = CustomRewardFunctionConfig(path=str(path) if users is not None else None, reward_kwargs=kwargs or {})
-        config = RewardConfig(**{"num_workers": 2, "timeout": 20, **settings})
-        log = tmp_path / "run" / "reward_errors.jsonl"
-        made.append(RewardManager(config, custom, tokenizer, data_sources=["openai/gsm8k"], error_log=log))
-        return made[-1]
-
-    yield make
-    for manager in made:
-        manager.close()
-
-
 def test_a_table_gets_its_scores_and_the_scorers_other_values(manager_of, table_of):
     table = table_of(["#### 42", "#### 41", "42"], ["42"] * 3)
     scored, metrics = manager_of(gsm8k={"format_score": 0.1}).score_table(table)

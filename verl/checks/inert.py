@@ -81,10 +81,11 @@ BY_SEQUENCES = "micro-batches are cut by sequences there (a micro-batch size is 
 # Whose size and token keys -> the micro-batches that they reach, their own and those that take them for a default.
 REACH = {
     "actor": tuple(SPLIT_KEYS),
-    "old_log_probs": ("old_log_probs", "ref_log_probs"),
+    "old_log_probs": ("old_log_probs", "ref_log_probs", "reward_scores"),
     "ref_log_probs": ("ref_log_probs",),
     "critic": ("critic", "values"),
     "values": ("values",),
+    "reward_scores": ("reward_scores",),
 }
 
 
@@ -136,6 +137,16 @@ RULES = (
         (f"{REF}.*",),
         lambda run: not _role(run, "reference"),
         f"no reference model is built, neither algorithm.use_kl_in_reward nor {ACTOR}.use_kl_loss is on",
+    ),
+    Rule(
+        (
+            "reward_model.model.*",
+            "reward_model.combine",
+            *SPLIT_KEYS["reward_scores"],
+            "reward_model.use_dynamic_bsz",
+        ),
+        lambda run: not _role(run, "reward"),
+        "no reward model is built (reward_model.enable)",
     ),
     # KL
     Rule(
@@ -294,6 +305,12 @@ RULES = (
     ),
     # rewards
     Rule(
+        ("reward.*", "custom_reward_function.*", "reward_model.reward_manager"),
+        lambda run: not run.config.uses_scorers,
+        "the reward model's score is the only one (reward_model.combine=replace)",
+    ),
+    Rule(("reward_model.model.enable_gradient_checkpointing",), lambda run: True, "the reward model is never updated"),
+    Rule(
         ("custom_reward_function.name", "custom_reward_function.reward_kwargs*"),
         lambda run: run.config.custom_reward_function.path is None,
         "there is no custom reward function (custom_reward_function.path)",
@@ -312,6 +329,7 @@ RULES = (
     Rule(("*_offload",), lambda run: run.plan.device == "cpu", "on a CPU there is nowhere to offload to"),
     Rule(("*.fsdp_size", "*.reshard_after_forward"), _one_rank, "one device holds the whole model"),
     Rule((f"{REF}.fsdp_config.optimizer_offload",), lambda run: True, "the reference model has no optimizer"),
+    Rule(("reward_model.model.fsdp_config.optimizer_offload",), lambda run: True, "the reward model has no optimizer"),
     Rule(("trainer.balance_batch",), _one_rank, "there is one rank"),
     Rule(
         ("ray_kwargs.*", "trainer.worker_timeout", "trainer.rollout_restarts"),

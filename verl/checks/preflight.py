@@ -83,7 +83,7 @@ def _data(findings: Findings, config: Config, dry_run: bool) -> tuple[int | None
     if data.val_files and (trainer.test_freq > 0 or trainer.val_before_train):
         sets["val"] = data.val_files
     rows = {name: check_parquet(findings, f"data.{name}_files", files, columns) for name, files in sets.items()}
-    if config.custom_reward_function.path is None:
+    if config.uses_scorers and config.custom_reward_function.path is None:
         files = {f"data.{name}_files": files for name, files in sets.items()}
         check_scoring(findings, config.reward, files, data.reward_fn_key, dry_run)
         if config.reward_model.reward_manager == "batch":
@@ -109,6 +109,17 @@ def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, Mode
         found |= _model(findings, config, "critic", "critic.model.path", critic.path)
     elif plan.critic and "actor" in found:
         found["critic"] = found["actor"]
+    reward = config.reward_model.model
+    if "reward" in plan.roles and not reward.path:
+        fix = "name a sequence classifier with one label"
+        findings.problem("reward_model.model.path", reward.path, "reward_model.enable=True needs a model", fix)
+    elif "reward" in plan.roles:
+        facts = check_model(findings, "reward_model.model.path", reward.path)
+        if reward.input_tokenizer is None and facts is not None:
+            check_context(findings, config, "reward_model.model.path", facts.max_positions)
+        elif reward.input_tokenizer is not None:
+            check_tokenizer_path(findings, "reward_model.model.path", reward.path)
+            check_tokenizer_path(findings, "reward_model.model.input_tokenizer", reward.input_tokenizer)
     return found
 
 

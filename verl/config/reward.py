@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from verl.config.base import PositiveInt, Section, Share
+from verl.config.base import PositiveInt, Section, Share, derived
+from verl.config.parts import FSDPConfig, ModelConfig
 
 
 class CustomRewardFunctionConfig(Section):
@@ -15,8 +16,27 @@ class CustomRewardFunctionConfig(Section):
     reward_kwargs: dict[str, Any] = Field({}, description="Further keyword arguments of every call.")
 
 
+class RewardModelModelConfig(ModelConfig):
+    path: str = Field("", description="Sequence classifier with one label: folder in Hugging Face format, or hub id.")
+    input_tokenizer: str | None = Field(
+        None,
+        description="The policy's tokenizer, where the reward model has another one or another chat template: "
+        "responses are decoded by it and tokenised again; null: the token ids stay.",
+    )
+    fsdp_config: FSDPConfig = FSDPConfig()
+
+
 class RewardModelConfig(Section):
-    enable: Literal[False] = Field(False, description="Score with a reward model; not built yet.")
+    enable: bool = Field(False, description="Score with a reward model.")
+    combine: Literal["replace", "add"] = Field(
+        "replace", description="Its score: replace: is the score; add: is added to the scorers'."
+    )
+    model: RewardModelModelConfig = RewardModelModelConfig()
+    micro_batch_size_per_gpu: PositiveInt | None = Field(
+        None, description="Responses of one forward pass of a rank; null: by tokens."
+    )
+    use_dynamic_bsz: bool = derived("Cut micro-batches by tokens even where a number of responses is set.")
+    forward_max_token_len_per_gpu: PositiveInt = derived("Tokens of a micro-batch that is cut by tokens.")
     reward_manager: Literal["naive", "batch"] = Field(
         "naive",
         description="naive: each response is scored by itself, while others are generated; batch: "
