@@ -65,7 +65,7 @@ def serving() -> Iterator[JudgeServer]:
             pass  # who asked has gone away
 
     server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     judge.url = f"http://127.0.0.1:{server.server_port}/v1"
     try:
         yield judge

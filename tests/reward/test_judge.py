@@ -179,6 +179,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, judge_of, monkeypat
         ({}, "a judge scores", "set reward.judge.url"),
         ({"url": "http://x/v1"}, "a judge scores", "set reward.judge.model"),
         ({"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY, and no such variable", "export NO_SUCH_KEY=..."),
+        ({"lowest": 10.0}, "no number is from reward.judge.lowest=10", "raise highest"),
         ({"pattern": "("}, "no regular expression", "mend it"),
         ({"pattern": r"\d"}, "has 0 groups", "parentheses"),
         ({"template": "How good?"}, "does not hold the response", "{response}"),

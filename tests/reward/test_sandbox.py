@@ -18,7 +18,7 @@ import pytest
 from helpers import ROOT
 
 from verl.config.reward import SandboxLimitsConfig
-from verl.reward.sandbox import Limits, Sandbox, SandboxError, missing
+from verl.reward.sandbox import Limits, Sandbox, SandboxError, interpreter_paths, missing
 
 LIMITS = Limits(**SandboxLimitsConfig().model_dump())
 
@@ -228,6 +228,31 @@ print(os.path.exists("mine"))
 )
 def test_files_and_memory_are_limited(sandbox, program, reason):
     assert reason in sandbox.run(program).reason
+
+
+def test_what_is_below_a_folder_that_is_seen_is_seen_once(monkeypatch):
+    """As where the interpreter itself is in /usr/lib."""
+    monkeypatch.setattr("verl.reward.sandbox.interpreter_paths", lambda: [*interpreter_paths(), "/usr/lib/os-release"])
+    with Sandbox(LIMITS) as place:
+        assert "NAME" in place.run("print(open('/usr/lib/os-release').read())").stdout
+
+
+def test_a_limit_above_this_process_own_is_its_own():
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+        "from verl.reward.sandbox import *\n"
+        "with Sandbox(Limits(5, 10, 1024, 4, 16, 32, 256, 64)) as place:\n"
+        "    print(place.run('import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE))').stdout)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.split("\n")[0] == "(40, 40)"
+
+
+def test_devices_that_programs_expect_are_there(sandbox):
+    program = (
+        "open('/dev/null', 'w').write('x'); print(len(open('/dev/urandom', 'rb').read(4)), open('/dev/null').read())"
+    )
+    assert sandbox.run(program).stdout == "4 \n"
 
 
 # ---- the network, and the kernel

@@ -84,8 +84,8 @@ def check_scoring(
     settings = settings_of(reward)
     for name in sorted(SCORERS.keys() & names):
         if lack := SCORERS[name].missing(**settings[name]):
-            if dry_run:
-                findings.cannot_check(f"{lack.why} (scorer {name}), and it is not to be had here")
+            if dry_run and name != "judge":
+                findings.cannot_check(f"scorer {name}: {lack.why}; a run needs it")
             else:
                 findings.problem(f"reward.{name}", "in use", *lack)
 

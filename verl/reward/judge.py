@@ -44,6 +44,8 @@ def missing(**settings: Any) -> Lack | None:
         return Lack(f"reward.judge.pattern is no regular expression ({error})", "mend it")
     if groups != 1:
         return Lack(f"reward.judge.pattern has {groups} groups", "put the number, and only it, in parentheses")
+    if settings["lowest"] >= settings["highest"]:
+        return Lack(f"no number is from reward.judge.lowest={settings['lowest']:g} to highest", "raise highest")
     if settings["template"] and "{response}" not in settings["template"]:
         return Lack("reward.judge.template does not hold the response", "put {response} into it")
     return None

@@ -126,6 +126,8 @@ def build_root(paths: list[str]) -> None:
 def show(path: str) -> None:
     """Make a path of the old root visible in the new one; a symbolic link is a link there, too."""
     place = ROOT + path
+    if os.path.lexists(place):  # below one that was shown before
+        return
     os.makedirs(os.path.dirname(place), exist_ok=True)
     if os.path.islink(path):
         os.symlink(os.readlink(path), place)
@@ -204,7 +206,7 @@ def become(argv: list[str], limits: dict[str, int], files: tuple[int, int, int])
         "CORE": 0,
         "MEMLOCK": 0,
     }.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value + (name == "CPU")))  # first a SIGXCPU
+        limit(getattr(resource, f"RLIMIT_{name}"), value, value + (name == "CPU"))  # of CPU time, first a SIGXCPU
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(USER, USER, USER)
@@ -213,6 +215,13 @@ def become(argv: list[str], limits: dict[str, int], files: tuple[int, int, int])
     os.chdir(WORK)
     environment = {"HOME": WORK, "TMPDIR": WORK, "PATH": "/nowhere", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     os.execve(argv[0], argv, environment)
+
+
+def limit(kind: int, soft: int, hard: int) -> None:
+    """No higher than this process is limited itself."""
+    own = resource.getrlimit(kind)[1]
+    most = float("inf") if own == resource.RLIM_INFINITY else own
+    resource.setrlimit(kind, (int(min(soft, most)), int(min(hard, most))))
 
 
 def forbid_calls() -> None:
