@@ -101,6 +101,16 @@ def test_a_fork_bomb_stays_small_and_leaves_nothing():
         assert place.run("print(1)").stdout == "1\n"
 
 
+def test_sandboxes_beside_each_other_do_not_share_their_limit_of_processes():
+    with Sandbox(limits(wall_seconds=2, processes=8)) as one, Sandbox(limits(processes=4)) as other:
+        bomb = threading.Thread(target=one.run, args=(BOMB,))
+        bomb.start()
+        while len(inside(one)) < 1 + 8:
+            time.sleep(0.01)
+        assert other.run("import os\nif os.fork(): print(os.waitstatus_to_exitcode(os.wait()[1]))").stdout == "0\n"
+        bomb.join()
+
+
 def test_threads_count_as_processes(sandbox):
     program = """
 import threading
