@@ -160,6 +160,13 @@ def test_only_answers_with_a_score_are_kept(server, judge_of, tmp_path):
     assert sqlite3.connect(cache).execute("SELECT count(*) FROM answers").fetchone() == (0,)
 
 
+def test_a_cache_that_cannot_be_used_is_told_of_at_once(judge_of, tmp_path):
+    (tmp_path / "notes.txt").write_text("These are notes and no data base, whatever one takes them for." * 20)
+    for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "notes.txt" / "answers"):
+        with pytest.raises(UserError, match=r"reward\.judge\.cache="):
+            judge_of(cache=str(path))
+
+
 def test_the_key_goes_to_the_server_and_nowhere_else(server, judge_of, monkeypatch, tmp_path):
     monkeypatch.setenv("JUDGE_KEY", "top-secret")
     server.answer = answers((401, {}, "no such key: Bearer top-secret"))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from verl.errors import UserError
 from verl.reward.judge import TEMPLATE, fill
 from verl.reward.pool import Outcome
 
@@ -41,7 +42,8 @@ class NoAnswerError(Exception):
 
 
 class Judge:
-    """Asks in the order in which samples come, up to ``concurrency`` at a time; answers are kept in ``cache``."""
+    """Asks in the order in which samples come, up to ``concurrency`` at a time; answers are kept in ``cache``.
+    UserError for a cache that cannot be used."""
 
     def __init__(self, config: JudgeConfig):
         self._config = config
@@ -49,17 +51,21 @@ class Judge:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+        try:
+            asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+        except (OSError, sqlite3.Error) as error:
+            self._stop()
+            raise UserError(f"reward.judge.cache={config.cache} cannot be used: {error}") from error
 
     async def _open(self) -> None:
         config = self._config
+        self._cache = Cache(Path(config.cache).expanduser()) if config.cache else None
         self._client = httpx.AsyncClient(
             timeout=config.timeout,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             limits=httpx.Limits(max_connections=config.concurrency),
         )
         self._free = asyncio.Semaphore(config.concurrency)
-        self._cache = Cache(Path(config.cache).expanduser()) if config.cache else None
 
     def submit(self, sample: Mapping[str, Any]) -> Future[Outcome]:
         """sample: prompt (JSON list of messages), solution_str, ground_truth. The outcome's value is as a scorer's."""
@@ -158,6 +164,9 @@ class Judge:
         if not self._thread.is_alive():
             return
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
+        self._stop()
+
+    def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
