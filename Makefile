@@ -46,7 +46,7 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) install $(CONSTRAINTS) -e ".[dev,data,gguf]"
+	$(PIP) install $(CONSTRAINTS) -e ".[dev,data,gguf,math]"
 	touch $@
 
 # SGLang comes last and by itself, without its dependencies, which are CUDA's; an earlier one goes first, for pip would

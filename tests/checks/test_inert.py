@@ -34,6 +34,7 @@ SERVER, DISK = f"{ROLLOUT}.mode=server", f"{ROLLOUT}.server_weight_update=disk"
 GRPO = "algorithm.adv_estimator=grpo"
 LOSS = f"{ACTOR}.policy_loss.loss_mode"
 RLOO = "algorithm.adv_estimator=rloo"
+RM = "reward_model.enable=True"
 MANY = "trainer.n_gpus_per_node=4"
 
 
@@ -112,6 +113,11 @@ MANY = "trainer.n_gpus_per_node=4"
         ("trainer.resume_from_path=x", [HF], [HF, "trainer.resume_mode=resume_path"]),
         ("custom_reward_function.name=f", [HF], [HF, "custom_reward_function.path=x.py"]),
         ("reward.gsm8k.method=flexible", [HF, "custom_reward_function.path=x.py"], [HF]),
+        ("reward.num_workers=3", [HF, "reward_model.reward_manager=batch"], [HF]),
+        ("reward.code.score_by=share", [HF, RM], [HF, RM, "reward_model.combine=add"]),
+        ("reward_model.combine=add", [HF], [HF, RM]),
+        ("reward_model.model.path=x", [HF], [HF, RM]),
+        ("reward_model.micro_batch_size_per_gpu=2", [HF, RM, "reward_model.use_dynamic_bsz=True"], [HF, RM]),
         (f"{ACTOR}.optim.lr_warmup_steps_ratio=0.1", [HF, f"{ACTOR}.optim.lr_warmup_steps=3"], [HF]),
         (f"{ACTOR}.optim.min_lr_ratio=0.1", [HF], [HF, f"{ACTOR}.optim.lr_scheduler_type=cosine"]),
         (f"{ACTOR}.fsdp_config.fsdp_size=2", [HF], [HF, MANY]),
@@ -146,9 +152,6 @@ def test_defaults_that_the_user_did_not_set_are_never_named():
 # Read without being written as an attribute, or refused at any other value.
 READ_OTHERWISE = {
     f"{ACTOR}.clip_ratio",  # the default of clip_ratio_low and clip_ratio_high
-    "reward.gsm8k.method",  # the section is passed on whole
-    "reward.gsm8k.format_score",
-    "reward_model.reward_manager",  # one value only
     "trainer.default_hdfs_dir",  # must be null
 }
 

@@ -57,3 +57,31 @@ def test_a_data_source_without_scorer_is_a_problem_unless_the_user_scores(checke
     assert "my/own" in problem.why
     (tmp_path / "reward.py").write_text("def compute_score(**kwargs): return 1.0\n")
     assert checked(data, f"custom_reward_function.path={tmp_path}/reward.py")[1].problems == []
+
+
+def test_a_data_source_may_be_given_a_scorer_which_must_exist(checked, make_parquet, tmp_path):
+    data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100, data_source='my/own')}"
+    assert checked(data, "reward.data_sources={my/*: exact_match}")[1].problems == []
+    assert checked(data, "reward.data_sources={my/own: 'some.module:function'}")[1].problems == []
+    (problem,) = checked(data, "reward.data_sources={my/own: exact_mach}")[1].problems
+    assert problem.key == "reward.data_sources.my/own"
+    assert problem.fix == "did you mean exact_match?"
+
+
+def test_tests_of_code_must_fit_into_the_time_of_scoring_a_response(checked, make_parquet, tmp_path):
+    data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100, data_source='apps')}"
+    assert checked(data)[1].problems == []
+    (problem,) = checked(data, "reward.code.total_seconds=60")[1].problems
+    assert (problem.key, problem.fix) == ("reward.timeout", "set it to 75, or those lower")
+
+
+def test_scoring_in_batches_needs_a_function_of_the_users(checked, make_parquet, tmp_path):
+    data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100)}"
+    (problem,) = checked(data, "reward_model.reward_manager=batch")[1].problems
+    assert problem.key == "reward_model.reward_manager"
+
+
+def test_a_judge_without_an_address_is_a_problem(checked, make_parquet, tmp_path):
+    data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100, data_source='judge')}"
+    (problem,) = checked(data, "reward.judge.model=m")[1].problems
+    assert (problem.key, problem.fix) == ("reward.judge", "set reward.judge.url")

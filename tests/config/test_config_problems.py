@@ -45,7 +45,6 @@ def test_a_key_with_a_letter_too_few_is_found_again():
         ("actor_rollout_ref.actor.optim.betas=[1,2,3]", "actor_rollout_ref.actor.optim.betas", "list of 2"),
         ("actor_rollout_ref.rollout.top_k=0", "actor_rollout_ref.rollout.top_k", "not 0"),
         ("actor_rollout_ref.rollout.temperature=0", "actor_rollout_ref.rollout.temperature", "over 0"),
-        ("reward_model.enable=True", "reward_model.enable", "False"),
         ("trainer.val_before_train=maybe", "trainer.val_before_train", "True or False"),
         ("trainer.experiment_name=null", "trainer.experiment_name", "text"),
         ("critic.optim=5", "critic.optim", "group of keys"),

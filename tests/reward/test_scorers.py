@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from verl.errors import UserError
-from verl.reward.scorers import DATA_SOURCES, ScorerSpec, check_data_sources, make_scorer, parse
+from verl.reward.scorers import ScorerSpec, make_scorer, parse, scorer_of, scorers_of
 
 SAMPLE = {"data_source": "openai/gsm8k", "solution_str": "#### 7", "ground_truth": "7", "extra_info": '{"index": 3}'}
 
@@ -23,7 +23,7 @@ def users_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("source", DATA_SOURCES)
+@pytest.mark.parametrize("source", ["openai/gsm8k", "verl/arithmetic"])
 def test_a_data_source_is_scored_by_its_own_scorer_with_its_settings(source):
     sample = {**SAMPLE, "data_source": source, "solution_str": "so it is 7"}
     assert make_scorer(ScorerSpec())(sample)[0] == 0.0
@@ -33,12 +33,48 @@ def test_a_data_source_is_scored_by_its_own_scorer_with_its_settings(source):
     assert json.loads(extra) == {"acc": 1.0, "pred": "7"}
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("lighteval/MATH", "math"),
+        ("numina_olympiads", "math"),
+        ("math_dapo", "math_dapo"),
+        ("aime2024", "math_dapo"),
+        ("exact_match", "exact_match"),
+        ("my/letters", "multiple_choice"),
+        ("my/rest", "json_match"),
+        ("gsm8k/mine", None),
+    ],
+)
+def test_a_data_source_is_found_by_pattern_the_users_own_first(source, name):
+    assert scorer_of(source, {"my/letters": "multiple_choice", "my/*": "json_match"}) == name
+
+
+def test_the_users_word_goes_before_ours():
+    assert scorer_of("openai/gsm8k", {"openai/*": "math"}) == "math"
+
+
 def test_unknown_data_sources_are_named_with_what_is_known():
-    check_data_sources({"openai/gsm8k", "verl/arithmetic"})
-    with pytest.raises(UserError, match=r"'a/b' or 'c/d', only for 'openai/gsm8k'.*custom_reward_function\.path"):
-        check_data_sources({"openai/gsm8k", "c/d", "a/b"})
+    assert scorers_of({"openai/gsm8k", "verl/arithmetic"}, {}) == ["gsm8k"]
+    with pytest.raises(UserError, match=r"'a/b' or 'c/d'\..*reward\.data_sources.*gsm8k.*custom_reward_function\.path"):
+        scorers_of({"openai/gsm8k", "c/d", "a/b"}, {})
     with pytest.raises(UserError, match=r"'None'"):
-        check_data_sources({None, "openai/gsm8k"})
+        scorers_of({None, "openai/gsm8k"}, {})
+
+
+def test_a_data_source_may_have_a_function_of_a_package_of_the_users(tmp_path, monkeypatch):
+    (tmp_path / "graders_of_mine.py").write_text(
+        "def length(data_source, solution_str, ground_truth, extra_info):\n    return len(solution_str)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = ScorerSpec(data_sources={"my/*": "graders_of_mine:length"})
+    assert make_scorer(spec)({**SAMPLE, "data_source": "my/own"}) == (6.0, "{}")
+    for place, complaint in (
+        ("graders_of_mine:width", "has no function width"),
+        ("no_such_thing:f", "No module named"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            make_scorer(ScorerSpec(data_sources={"my/*": place}))
 
 
 def test_a_users_function_gets_the_sample_and_its_own_arguments(users_file):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from verl.checks.plan import RunPlan
 from verl.checks.settings import ACTOR, REF, ROLLOUT, SPLIT_KEYS, splits
 from verl.config.problems import shown
+from verl.reward.scorers import SCORERS
 from verl.trainer.ppo.advantages import ESTIMATORS
 from verl.trainer.ppo.loss_modes import KEY as LOSS_MODE
 from verl.trainer.ppo.loss_modes import LOSS_MODES
@@ -83,10 +84,11 @@ BY_SEQUENCES = "micro-batches are cut by sequences there (a micro-batch size is 
 # Whose size and token keys -> the micro-batches that they reach, their own and those that take them for a default.
 REACH = {
     "actor": tuple(SPLIT_KEYS),
-    "old_log_probs": ("old_log_probs", "ref_log_probs"),
+    "old_log_probs": ("old_log_probs", "ref_log_probs", "reward_scores"),
     "ref_log_probs": ("ref_log_probs",),
     "critic": ("critic", "values"),
     "values": ("values",),
+    "reward_scores": ("reward_scores",),
 }
 
 
@@ -160,6 +162,16 @@ RULES = (
         (f"{REF}.*",),
         lambda run: not _role(run, "reference"),
         f"no reference model is built, neither algorithm.use_kl_in_reward nor {ACTOR}.use_kl_loss is on",
+    ),
+    Rule(
+        (
+            "reward_model.model.*",
+            "reward_model.combine",
+            *SPLIT_KEYS["reward_scores"],
+            "reward_model.use_dynamic_bsz",
+        ),
+        lambda run: not _role(run, "reward"),
+        "no reward model is built (reward_model.enable)",
     ),
     # KL
     Rule(
@@ -322,19 +334,31 @@ RULES = (
     ),
     # rewards
     Rule(
+        ("reward.*", "custom_reward_function.*", "reward_model.reward_manager"),
+        lambda run: not run.config.uses_scorers,
+        "the reward model's score is the only one (reward_model.combine=replace)",
+    ),
+    Rule(("reward_model.model.enable_gradient_checkpointing",), lambda run: True, "the reward model is never updated"),
+    Rule(
         ("custom_reward_function.name", "custom_reward_function.reward_kwargs*"),
         lambda run: run.config.custom_reward_function.path is None,
         "there is no custom reward function (custom_reward_function.path)",
     ),
     Rule(
-        ("reward.gsm8k.*",),
+        ("reward.data_sources", *(f"reward.{name}.*" for name in SCORERS)),
         lambda run: run.config.custom_reward_function.path is not None,
         "custom_reward_function.path scores instead of the data source's scorer",
+    ),
+    Rule(
+        ("reward.num_workers",),
+        lambda run: run.config.reward_model.reward_manager == "batch",
+        "reward_model.reward_manager=batch calls the reward function once a step, in one process",
     ),
     # one device, one process
     Rule(("*_offload",), lambda run: run.plan.device == "cpu", "on a CPU there is nowhere to offload to"),
     Rule(("*.fsdp_size", "*.reshard_after_forward"), _one_rank, "one device holds the whole model"),
     Rule((f"{REF}.fsdp_config.optimizer_offload",), lambda run: True, "the reference model has no optimizer"),
+    Rule(("reward_model.model.fsdp_config.optimizer_offload",), lambda run: True, "the reward model has no optimizer"),
     Rule(("trainer.balance_batch",), _one_rank, "there is one rank"),
     Rule(
         ("ray_kwargs.*", "trainer.worker_timeout", "trainer.rollout_restarts"),

@@ -74,8 +74,9 @@ class RunPlan:
 
     executor: where ranks live, as trainer.executor says.
     prompts, samples: prompts a step and responses to each.
-    forwards: how a rank cuts each forward over the step's trajectories: "old_log_probs", "ref_log_probs", "values".
-    roles: models built for training or scoring ("actor", "critic", "reference") -> why.
+    forwards: how a rank cuts each forward over the step's trajectories: "old_log_probs", "ref_log_probs", "values",
+        "reward_scores".
+    roles: models built for training or scoring ("actor", "critic", "reference", "reward") -> why.
     replicas, tensor_parallel: copies of the rollout engine, and devices of each.
     context_length: prompt and response tokens that the rollout engine must hold.
     """
@@ -225,6 +226,8 @@ def roles_of(config: Config) -> dict[str, str]:
         reasons.append("KL term in the loss (actor_rollout_ref.actor.use_kl_loss)")
     if reasons:
         roles["reference"] = " and ".join(reasons)
+    if config.reward_model.enable:
+        roles["reward"] = "it scores responses (reward_model.enable)"
     return roles
 
 
@@ -262,6 +265,7 @@ def _update(config: Config, settings: ActorConfig | CriticConfig) -> UpdatePlan:
 
 def _forwards(config: Config, share: int, roles: dict[str, str]) -> dict[str, Split]:
     rollout, ref, critic = config.actor_rollout_ref.rollout, config.actor_rollout_ref.ref, config.critic
+    reward = config.reward_model
     log_probs = (rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu)
     ref_log_probs = (ref.log_prob_use_dynamic_bsz, ref.log_prob_max_token_len_per_gpu)
     values = (critic.use_dynamic_bsz, critic.forward_max_token_len_per_gpu)
@@ -270,4 +274,7 @@ def _forwards(config: Config, share: int, roles: dict[str, str]) -> dict[str, Sp
         forwards["ref_log_probs"] = Split.of(share, ref.log_prob_micro_batch_size_per_gpu, *ref_log_probs)
     if "critic" in roles:
         forwards["values"] = Split.of(share, critic.forward_micro_batch_size_per_gpu, *values)
+    if "reward" in roles:
+        by_tokens = (reward.use_dynamic_bsz, reward.forward_max_token_len_per_gpu)
+        forwards["reward_scores"] = Split.of(share, reward.micro_batch_size_per_gpu, *by_tokens)
     return forwards

@@ -15,7 +15,7 @@ from verl.checks.inert import find_inert
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import ModelFacts, check_model, check_tokenizer, check_tokenizer_path
 from verl.checks.plan import RunPlan, plan_run
-from verl.checks.rewards import check_data_sources, check_reward_function
+from verl.checks.rewards import check_reward_function, check_scoring
 from verl.checks.servers import check_servers
 from verl.checks.settings import ROLLOUT, check_context, check_settings
 from verl.rollout.adapter import Adapter
@@ -42,7 +42,7 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
     problem. Nothing here asks the network or imports torch.
     """
     config, findings = loaded.draft, Findings(notices=list(loaded.notices))
-    train_rows, val_rows = _data(findings, config)
+    train_rows, val_rows = _data(findings, config, dry_run)
     world = config.trainer.nnodes * config.trainer.n_gpus_per_node
     gpus = 0 if torch_is_cpu_build() else installed_gpus()
     device = resolve_device(config.trainer.device, world, gpus)
@@ -71,7 +71,7 @@ def _follows(problem: Problem, faults: list[Problem]) -> bool:
     return any(named & set(DOTTED.findall(f"{fault.key} {fault.fix}")) for fault in faults)
 
 
-def _data(findings: Findings, config: Config) -> tuple[int | None, int | None]:
+def _data(findings: Findings, config: Config, dry_run: bool) -> tuple[int | None, int | None]:
     """Rows of the training and validation data, as far as they can be read."""
     data, trainer = config.data, config.trainer
     columns = {
@@ -83,9 +83,12 @@ def _data(findings: Findings, config: Config) -> tuple[int | None, int | None]:
     if data.val_files and (trainer.test_freq > 0 or trainer.val_before_train):
         sets["val"] = data.val_files
     rows = {name: check_parquet(findings, f"data.{name}_files", files, columns) for name, files in sets.items()}
-    if config.custom_reward_function.path is None:
-        for name, files in sets.items():
-            check_data_sources(findings, f"data.{name}_files", files, data.reward_fn_key)
+    if config.uses_scorers and config.custom_reward_function.path is None:
+        files = {f"data.{name}_files": files for name, files in sets.items()}
+        check_scoring(findings, config.reward, files, data.reward_fn_key, dry_run)
+        if config.reward_model.reward_manager == "batch":
+            fix = "name one in custom_reward_function.path, or leave it out: scorers of data sources take a sample each"
+            findings.problem("reward_model.reward_manager", "batch", "it calls a reward function of yours", fix)
     return _at_most(rows["train"], data.train_max_samples), _at_most(rows.get("val"), data.val_max_samples)
 
 
@@ -106,6 +109,17 @@ def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, Mode
         found |= _model(findings, config, "critic", "critic.model.path", critic.path)
     elif plan.critic and "actor" in found:
         found["critic"] = found["actor"]
+    reward = config.reward_model.model
+    if "reward" in plan.roles and not reward.path:
+        fix = "name a sequence classifier with one label"
+        findings.problem("reward_model.model.path", reward.path, "reward_model.enable=True needs a model", fix)
+    elif "reward" in plan.roles:
+        facts = check_model(findings, "reward_model.model.path", reward.path)
+        if reward.input_tokenizer is None and facts is not None:
+            check_context(findings, config, "reward_model.model.path", facts.max_positions)
+        elif reward.input_tokenizer is not None:
+            check_tokenizer_path(findings, "reward_model.model.path", reward.path)
+            check_tokenizer_path(findings, "reward_model.model.input_tokenizer", reward.input_tokenizer)
     return found
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.checks.findings import Findings
-from verl.reward.scorers import DATA_SOURCES
+from verl.reward.scorers import HOW_TO_NAME_ONE, SCORERS, scorer_of, settings_of
+
+if TYPE_CHECKING:
+    from verl.config.models import RewardConfig
 
 
 def check_reward_function(findings: Findings, path: str, name: str) -> None:
@@ -52,19 +57,44 @@ def _names(module: ast.Module) -> set[str]:
     return names
 
 
-def check_data_sources(findings: Findings, key: str, files: list[str], column: str) -> None:
-    """Every data source named in this column has a scorer. Files that cannot be read are not this check's business."""
-    found: set[str] = set()
+def check_scoring(
+    findings: Findings, reward: RewardConfig, files: Mapping[str, list[str]], column: str, dry_run: bool
+) -> None:
+    """Every data source has a scorer, which can run on this machine.
+
+    files: by the key that names them. column: the data sources'. Files that cannot be read are not this check's
+    business.
+    """
+    for source, name in reward.data_sources.items():
+        if name not in SCORERS and ":" not in name:
+            close = difflib.get_close_matches(name, SCORERS, n=1)
+            fix = f"did you mean {close[0]}?" if close else f"name one of {', '.join(SCORERS)}, or module:function"
+            findings.problem(f"reward.data_sources.{source}", name, "there is no scorer of this name", fix)
+    names = set[str | None]()
+    for key, paths in files.items():
+        sources = _values(paths, column)
+        names.update(scorer_of(source, reward.data_sources) for source in sources)
+        if unknown := sorted(str(source) for source in sources if scorer_of(source, reward.data_sources) is None):
+            why = f"no scorer is known for the data source {', '.join(unknown)} (column {column!r})"
+            findings.problem(key, paths, why, HOW_TO_NAME_ONE)
+    longest = reward.code.total_seconds + reward.code.limits.wall_seconds
+    if "code" in names and longest >= reward.timeout:
+        why = f"tests may take reward.code.total_seconds + reward.code.limits.wall_seconds = {longest:g} seconds"
+        findings.problem("reward.timeout", reward.timeout, why, f"set it to {longest + 5:g}, or those lower")
+    settings = settings_of(reward)
+    for name in sorted(SCORERS.keys() & names):
+        if lack := SCORERS[name].missing(**settings[name]):
+            if dry_run and name != "judge":
+                findings.cannot_check(f"scorer {name}: {lack.why}; a run needs it")
+            else:
+                findings.problem(f"reward.{name}", "in use", *lack)
+
+
+def _values(files: list[str], column: str) -> set[str | None]:
+    found: set[str | None] = set()
     for file in files:
         try:
             found.update(pq.read_table(Path(file).expanduser(), columns=[column])[column].unique().to_pylist())
         except (OSError, KeyError, pa.ArrowException):
-            return
-    if unknown := sorted(str(source) for source in found if source not in DATA_SOURCES):
-        known = ", ".join(DATA_SOURCES)
-        findings.problem(
-            key,
-            files,
-            f"no scorer is known for the data source {', '.join(unknown)} (column {column!r}; known: {known})",
-            "name a function of your own: custom_reward_function.path=FILE.py",
-        )
+            return set()
+    return found

@@ -23,6 +23,7 @@ SPLIT_KEYS = {
     "critic": ("critic.ppo_micro_batch_size_per_gpu", "critic.ppo_max_token_len_per_gpu"),
     "old_log_probs": (f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu", f"{ROLLOUT}.log_prob_max_token_len_per_gpu"),
     "ref_log_probs": (f"{REF}.log_prob_micro_batch_size_per_gpu", f"{REF}.log_prob_max_token_len_per_gpu"),
+    "reward_scores": ("reward_model.micro_batch_size_per_gpu", "reward_model.forward_max_token_len_per_gpu"),
     "values": ("critic.forward_micro_batch_size_per_gpu", "critic.forward_max_token_len_per_gpu"),
 }
 
@@ -263,6 +264,7 @@ def _trainer(findings: Findings, config: Config, plan: RunPlan) -> None:
         )
     sections = {ACTOR: config.actor_rollout_ref.actor.fsdp_config, "critic.model": config.critic.model.fsdp_config}
     sections |= {REF: config.actor_rollout_ref.ref.fsdp_config}
+    sections |= {"reward_model.model": config.reward_model.model.fsdp_config}
     for owner, fsdp in sections.items():
         if fsdp.fsdp_size > 0 and plan.world_size % fsdp.fsdp_size:
             why = f"it does not divide the {plan.world_size} ranks"

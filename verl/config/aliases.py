@@ -62,6 +62,8 @@ REVALUED = {
     ("actor_rollout_ref.rollout.mode", "async"): "colocated",
     ("algorithm.rollout_correction.mode", "truncate"): "clamp",
     ("algorithm.filter_groups.metric", "seq_reward"): "score",
+    ("reward_model.reward_manager", "prime"): "naive",
+    ("reward_model.reward_manager", "dapo"): "naive",
 }
 
 

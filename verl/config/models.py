@@ -13,7 +13,13 @@ from verl.config.base import Section
 from verl.config.critic import CriticConfig, CriticModelConfig
 from verl.config.data import DataConfig, SFTDataConfig
 from verl.config.parts import CheckpointConfig, FSDPConfig, ModelConfig, OptimConfig, PolicyModelConfig, SFTOptimConfig
-from verl.config.reward import CustomRewardFunctionConfig, OverlongBufferConfig, RewardConfig, RewardModelConfig
+from verl.config.reward import (
+    CustomRewardFunctionConfig,
+    JudgeConfig,
+    OverlongBufferConfig,
+    RewardConfig,
+    RewardModelConfig,
+)
 from verl.config.rollout import RolloutConfig, ValidationSamplingConfig
 from verl.config.schema import ABSENT, get, keys_of, plain, put
 from verl.config.trainer import RayKwargsConfig, SFTTrainerConfig, TrainerConfig
@@ -30,6 +36,7 @@ __all__ = [
     "DataConfig",
     "FSDPConfig",
     "FilterGroupsConfig",
+    "JudgeConfig",
     "KLControlConfig",
     "ModelConfig",
     "OptimConfig",
@@ -84,6 +91,12 @@ PPO_DEFAULTS = {
     "critic.ppo_epochs": "${actor_rollout_ref.actor.ppo_epochs}",
     "critic.shuffle": "${actor_rollout_ref.actor.shuffle}",
     "critic.loss_agg_mode": "${actor_rollout_ref.actor.loss_agg_mode}",
+    "reward_model.model.trust_remote_code": "${actor_rollout_ref.model.trust_remote_code}",
+    "reward_model.model.attn_implementation": "${actor_rollout_ref.model.attn_implementation}",
+    "reward_model.model.fsdp_config.dtype": "${actor_rollout_ref.actor.fsdp_config.dtype}",
+    "reward_model.micro_batch_size_per_gpu": "${actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu}",
+    "reward_model.use_dynamic_bsz": "${actor_rollout_ref.rollout.log_prob_use_dynamic_bsz}",
+    "reward_model.forward_max_token_len_per_gpu": "${actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu}",
 }
 
 
@@ -137,6 +150,11 @@ class Config(Root):
     reward_model: RewardModelConfig = RewardModelConfig()
     trainer: TrainerConfig = TrainerConfig()
     ray_kwargs: RayKwargsConfig = RayKwargsConfig()
+
+    @property
+    def uses_scorers(self) -> bool:
+        """Whether scorers of data sources, or the user's function, have a part in the score."""
+        return not self.reward_model.enable or self.reward_model.combine == "add"
 
 
 class SFTConfig(Root):

@@ -1,4 +1,4 @@
-"""The two models that are trained, as modules whose forward gives per-token numbers, and how they are read from disk.
+"""The kinds of models, as modules whose forward gives per-token numbers, and how they are read from disk.
 
 Each wraps a transformers model and is the root of sharding: all that touches parameters happens inside its forward.
 """
@@ -22,7 +22,7 @@ from verl.errors import UserError
 if TYPE_CHECKING:
     from verl.config.parts import ModelConfig
 
-Kind = Literal["policy", "value"]
+Kind = Literal["policy", "value", "reward"]
 Outputs = dict[str, torch.Tensor]
 
 # Config entries that change logits after the head; a model that sets one is refused rather than computed wrongly.
@@ -56,7 +56,8 @@ class PolicyModel(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """A scalar for each state: a transformers token classifier with one label, whose head runs in float32."""
+    """A scalar for each state: a transformers token classifier (of a reward model: sequence classifier) with one label,
+    whose head runs in float32."""
 
     def __init__(self, hf: transformers.PreTrainedModel):
         super().__init__()
@@ -92,6 +93,9 @@ def read_config(model: ModelConfig, kind: Kind) -> transformers.PreTrainedConfig
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **overrides)
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(model.path, error) from error
+    if kind == "reward" and config.num_labels != 1:
+        why = f"its classifier has {config.num_labels} labels, and a score is one number"
+        raise UserError(f"model.path={model.path} is not a reward model: {why} (num_labels in its config.json)")
     if unknown := [key for key in model.override_config if not hasattr(config, key)]:
         raise UserError(f"model.override_config: {model.path} has no {', '.join(unknown)} in its config.json")
     for name, value in config.to_dict().items():  # log-probs must be those of the rollout
@@ -120,8 +124,9 @@ def read_model(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _unreadable(model.path, error) from error
     missing = set(report["missing_keys"])
-    if kind == "value":
+    if kind != "policy":
         _check_head(hf, model.path)
+    if kind == "value":
         if any(name.startswith("score.") for name in missing):
             _init_head(hf.score, seed)
         missing = {name for name in missing if not name.startswith("score.")}
@@ -141,7 +146,7 @@ def empty_model(
             trust_remote_code=model.trust_remote_code,
             attn_implementation=model.attn_implementation,
         )
-    if kind == "value":
+    if kind != "policy":
         _check_head(hf, model.path)
     return hf
 
@@ -160,7 +165,11 @@ def wrap(hf: transformers.PreTrainedModel, kind: Kind, fused: bool = False) -> P
 
 
 def _auto_class(kind: Kind):
-    return transformers.AutoModelForCausalLM if kind == "policy" else transformers.AutoModelForTokenClassification
+    return {
+        "policy": transformers.AutoModelForCausalLM,
+        "value": transformers.AutoModelForTokenClassification,
+        "reward": transformers.AutoModelForSequenceClassification,
+    }[kind]
 
 
 @contextmanager
@@ -193,9 +202,7 @@ def _unreadable(path: str, error: Exception) -> UserError:
 
 def _check_head(hf: transformers.PreTrainedModel, path: str) -> None:
     if not isinstance(getattr(hf, "score", None), nn.Linear):
-        raise UserError(
-            f"model.path={path}: {type(hf).__name__} has no linear 'score' head, so it cannot be a value model"
-        )
+        raise UserError(f"model.path={path}: {type(hf).__name__} has no linear 'score' head, so it cannot give scalars")
 
 
 def _init_head(head: nn.Linear, seed: int) -> None:

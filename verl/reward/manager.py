@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from verl.data.schema import with_columns
 from verl.data.tokenizer import decode
 from verl.errors import UserError
+from verl.reward.batch import BatchPool
+from verl.reward.judge_client import Judge
 from verl.reward.pool import Outcome, WorkerPool
-from verl.reward.scorers import SCORERS, ScorerSpec, check_data_sources, make_scorer
+from verl.reward.scorers import ScorerSpec, check_scorers, make_scorer, scorer_of, scorers_of, settings_of
 
 if TYPE_CHECKING:
     from verl.config.models import CustomRewardFunctionConfig, RewardConfig
@@ -27,8 +30,9 @@ log = logging.getLogger(__name__)
 class RewardManager:
     """Scores responses with the data source's scorer, or with the user's function.
 
-    data_sources: all that will be scored; UserError at once for one without a scorer, as for a user's function that
-    cannot be loaded. error_log: a jsonl file; every sample that could not be scored is added to it. warn: told of them.
+    data_sources: all that will be scored; UserError at once for one without a scorer, or whose scorer cannot run here,
+    as for a user's function that cannot be loaded. batch: the user's function takes all of a step's samples in one
+    call. error_log: a jsonl file; every sample that could not be scored is added to it. warn: told of them.
     """
 
     def __init__(
@@ -38,53 +42,71 @@ class RewardManager:
         tokenizer: PreTrainedTokenizerBase,
         *,
         data_sources: Iterable[str],
+        batch: bool = False,
         error_log: Path | None = None,
         warn: Callable[[str], None] = log.warning,
     ):
         self._config, self._tokenizer, self._error_log, self._warn = config, tokenizer, error_log, warn
+        self._pool: WorkerPool | BatchPool | None = None
+        self._judge: Judge | None = None
         if custom.path:
             path = str(Path(custom.path).expanduser().absolute())
             spec = ScorerSpec(path, custom.name, dict(custom.reward_kwargs))
-        else:
-            check_data_sources(set(data_sources))
-            spec = ScorerSpec(kwargs={name: getattr(config, name).model_dump() for name in SCORERS})
-        self._pool = WorkerPool(make_scorer, [spec], workers=config.num_workers, timeout=config.timeout)
+            self._pool = BatchPool(spec, timeout=config.timeout) if batch else self._pool_of(spec)
+            return
+        names, settings = scorers_of(data_sources, config.data_sources), settings_of(config)
+        check_scorers(names, settings)
+        if set(names) - {"judge"}:
+            self._pool = self._pool_of(ScorerSpec(kwargs=settings, data_sources=config.data_sources))
+        if "judge" in names:
+            self._judge = Judge(config.judge)
+
+    def _pool_of(self, spec: ScorerSpec) -> WorkerPool:
+        return WorkerPool(make_scorer, [spec], workers=self._config.num_workers, timeout=self._config.timeout)
 
     def submit(self, episode: Mapping[str, Any], response_ids: Sequence[int]) -> Future[Outcome]:
-        """Begin to score one response. episode: its data_source, ground_truth and extra_info (JSON text).
+        """Begin to score one response. episode: its data_source, prompt, ground_truth and extra_info (JSON text).
 
         The outcome's value is (score, JSON object of the scorer's other values); give it to ``collect``."""
-        return self._pool.submit(
-            {
-                "data_source": episode["data_source"],
-                "solution_str": decode(self._tokenizer, response_ids),
-                "ground_truth": episode["ground_truth"],
-                "extra_info": episode["extra_info"],
-            }
-        )
+        sample = {name: episode[name] for name in ("data_source", "ground_truth", "extra_info")}
+        sample["solution_str"] = decode(self._tokenizer, response_ids)
+        if self._judge and scorer_of(episode["data_source"], self._config.data_sources) == "judge":
+            return self._judge.submit({**sample, "prompt": episode["prompt"]})
+        assert self._pool is not None
+        return self._pool.submit(sample)
 
     def collect(self, table: pa.Table, futures: Sequence[Future[Outcome]]) -> tuple[pa.Table, dict[str, float]]:
         """Wait for the scores of the table's rows; add ``score`` and ``reward_extra``. Also metrics.
 
         A sample that could not be scored gets ``reward.error_score`` and is logged; UserError when more than
-        ``reward.max_error_share`` of the rows are such."""
+        ``reward.max_error_share`` of the rows are such, or when the judge failed and ``reward.judge.on_failure`` says
+        so."""
+        begun = time.monotonic()
+        if isinstance(self._pool, BatchPool):
+            self._pool.flush()
         outcomes = [future.result() for future in futures]
         failed = [row for row, outcome in enumerate(outcomes) if outcome.failure]
         if failed:
             self._report(table, outcomes, failed)
         scores = [outcome.value or (self._config.error_score, "{}") for outcome in outcomes]
         timeouts = sum(outcome.failure == "timeout" for outcome in outcomes)
-        metrics = {"reward/errors": float(len(failed) - timeouts), "reward/timeouts": float(timeouts)}
+        metrics = {
+            "reward/errors": float(len(failed) - timeouts),
+            "reward/timeouts": float(timeouts),
+            **hidden_time(outcomes, begun),
+        }
         table = with_columns(table, score=[score for score, _ in scores], reward_extra=[extra for _, extra in scores])
         return table, metrics
 
     def score_table(self, table: pa.Table) -> tuple[pa.Table, dict[str, float]]:
         """``submit`` for every row, then ``collect``."""
-        rows = table.select(["data_source", "ground_truth", "extra_info", "response_ids"]).to_pylist()
+        rows = table.select(["data_source", "prompt", "ground_truth", "extra_info", "response_ids"]).to_pylist()
         return self.collect(table, [self.submit(row, row["response_ids"]) for row in rows])
 
     def close(self) -> None:
-        self._pool.close()
+        for part in (self._pool, self._judge):
+            if part is not None:
+                part.close()
 
     def __enter__(self) -> RewardManager:
         return self
@@ -102,12 +124,14 @@ class RewardManager:
                     file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
             except OSError as error:
                 self._warn(f"{self._error_log} could not be written: {error}")
-        first = outcomes[failed[0]]
+        first = next((outcome for outcome in outcomes if outcome.fatal), outcomes[failed[0]])
         where = f"; all are in {self._error_log}" if self._error_log else ""
         summary = (
             f"{len(failed)} of {len(outcomes)} samples could not be scored and get {self._config.error_score}{where}. "
             f"The first ({first.failure}): {first.detail.strip().splitlines()[-1]}"
         )
+        if first.fatal:
+            raise UserError(f"{summary}\nreward.judge.on_failure=error ends the run; error_score would go on.")
         if len(failed) > self._config.max_error_share * len(outcomes):
             raise UserError(f"{summary}\nThat is over reward.max_error_share={self._config.max_error_share}.")
         self._warn(summary)
@@ -122,3 +146,11 @@ class RewardManager:
             "response": decode(self._tokenizer, row["response_ids"]),
             "ground_truth": row["ground_truth"],
         }
+
+
+def hidden_time(outcomes: Sequence[Outcome], collected: float) -> dict[str, float]:
+    """Seconds spent on scoring, over all samples, and how many of them before the scores were asked for: those cost the
+    run nothing."""
+    spent = sum(outcome.ended - outcome.begun for outcome in outcomes)
+    hidden = sum(max(0.0, min(outcome.ended, collected) - outcome.begun) for outcome in outcomes)
+    return {"timing_s/reward_scoring": spent, "timing_s/reward_hidden": hidden}

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -31,11 +31,15 @@ START_LIMIT = 120.0  # seconds until a process must be ready: it may import larg
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call. failure: None when it returned ``value``; else ``detail`` says more."""
+    """What became of a call. failure: None when it returned ``value``; else ``detail`` says more. fatal: the run is not
+    to go on without its value. begun, ended: by ``time.monotonic``."""
 
     value: Any = None
     failure: Literal["error", "timeout", "died"] | None = None
     detail: str = ""
+    fatal: bool = False
+    begun: float = field(default=0.0, compare=False)
+    ended: float = field(default=0.0, compare=False)
 
 
 class WorkerPool:
@@ -159,6 +163,7 @@ class _Worker:
         theirs.close()
         self.ready, self.broken = False, ""
         self.call: Call | None = None
+        self.begun = 0.0
         self.deadline, self.limit = time.monotonic() + START_LIMIT, START_LIMIT
 
     @property
@@ -167,7 +172,8 @@ class _Worker:
 
     def begin(self, call: Call, limit: float) -> bool:
         """False when the process has died while idle: its closed pipe will say so at the next wait."""
-        self.call, self.limit, self.deadline = call, limit, time.monotonic() + limit
+        self.call, self.limit, self.begun = call, limit, time.monotonic()
+        self.deadline = self.begun + limit
         try:
             self.pipe.send(call[0])
         except OSError:
@@ -212,7 +218,7 @@ class _Worker:
     def _finish(self, outcome: Outcome) -> None:
         call, self.call, self.deadline = self.call, None, float("inf")
         if call is not None and call[1].set_running_or_notify_cancel():
-            call[1].set_result(outcome)
+            call[1].set_result(replace(outcome, begun=self.begun, ended=time.monotonic()))
 
 
 def _end(code: int | None) -> str:

@@ -17,7 +17,9 @@ from verl.config.load import Loaded
 from verl.config.models import Config
 from verl.data.dataset import load_prompts
 from verl.data.tokenizer import load_tokenizer
+from verl.engine.model import read_config
 from verl.reward.manager import RewardManager
+from verl.reward.model_inputs import RewardModelInputs
 from verl.tracking import Trackers, build_trackers
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.interrupt import STOPPING, StopRequest
@@ -58,6 +60,7 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
         stop = stack.enter_context(StopRequest(lambda: trackers.progress.note(STOPPING)))
         tables = [train_prompts] if val_prompts is None else [train_prompts, val_prompts]
         rewards = build_rewards(stack, config, tokenizer, tables, checkpoints.folder, trackers)
+        reward_inputs = build_reward_inputs(config, tokenizer)
         if plan.uses_ray:
             trained = on_ray.build_on_ray(stack, config, plan, tokenizer, seats, checkpoints.folder, trackers)
         else:
@@ -70,6 +73,7 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
                 trained.weights,
                 trained.rollout,
                 rewards,
+                reward_inputs,
                 tokenizer,
                 train_prompts,
                 val_prompts,
@@ -102,17 +106,27 @@ def build_rewards(
     prompts: Sequence[pa.Table],
     folder: Path,
     trackers: Trackers,
-) -> RewardManager:
+) -> RewardManager | None:
+    if not config.uses_scorers:
+        return None
     rewards = RewardManager(
         config.reward,
         config.custom_reward_function,
         tokenizer,
         data_sources={source for table in prompts for source in table["data_source"].unique().to_pylist()},
+        batch=config.reward_model.reward_manager == "batch",
         error_log=folder / "reward_errors.jsonl",
         warn=trackers.progress.warn,
     )
     stack.callback(rewards.close)
     return rewards
+
+
+def build_reward_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> RewardModelInputs | None:
+    if not config.reward_model.enable:
+        return None
+    pad_token_id = read_config(config.reward_model.model, "reward").pad_token_id
+    return RewardModelInputs(config.reward_model, tokenizer, pad_token_id)
 
 
 def build_here(

@@ -24,6 +24,7 @@ from verl.data.loader import PromptLoader
 from verl.data.schema import ragged, rows_of, with_columns
 from verl.errors import UserError
 from verl.reward.manager import RewardManager
+from verl.reward.model_inputs import RewardModelInputs
 from verl.reward.pool import Outcome
 from verl.rollout.backend import WeightStream
 from verl.rollout.base import Result, RolloutEngine, SamplingParams
@@ -60,12 +61,15 @@ class Trained(NamedTuple):
 
 @dataclass
 class Parts:
-    """What a run is put together from; ``verl.trainer.ppo.run`` does it. The first three: as in ``Trained``."""
+    """What a run is put together from; ``verl.trainer.ppo.run`` does it. The first three: as in ``Trained``.
+
+    rewards: None where the reward model alone scores. reward_inputs: None without a reward model."""
 
     workers: WorkerGroup
     weights: Callable[[], WeightStream]
     rollout: RolloutEngine
-    rewards: RewardManager
+    rewards: RewardManager | None
+    reward_inputs: RewardModelInputs | None
     tokenizer: PreTrainedTokenizerBase
     train_prompts: pa.Table
     val_prompts: pa.Table | None
@@ -146,6 +150,8 @@ class PPOTrainer:
         return table
 
     def _draw_more(self, count: int, draw: int) -> pa.Table:
+        if self.parts.reward_inputs is not None and self.parts.rollout.capabilities.sleep:
+            self.update_rollout_weights()  # which it lost while the reward model scored
         _, rows = self.loader.draw(count)
         return self._respond(self.parts.train_prompts.take(rows), draw)
 
@@ -164,20 +170,37 @@ class PPOTrainer:
         return with_columns(sampled, greedy_reward=np.repeat(rewards, rollout.n))
 
     def _generate_and_score(self, episodes: pa.Table, sampling: SamplingParams | Sequence[SamplingParams]) -> pa.Table:
-        references = episodes.select(["data_source", "ground_truth", "extra_info"]).to_pylist()
+        rewards = self.parts.rewards
+        references = episodes.select(["data_source", "prompt", "ground_truth", "extra_info"]).to_pylist()
         scores: dict[int, Future[Outcome]] = {}  # by row
         with self.generating(), self.stage("gen", total=episodes.num_rows) as progress:
 
             def finished(index: int, result: Result) -> None:
-                scores[index] = self.parts.rewards.submit(references[index], result.response_ids)
+                if rewards is not None:
+                    scores[index] = rewards.submit(references[index], result.response_ids)
                 progress.advance(tokens=len(result.response_ids))
 
             table = asyncio.run(roll_out(self.parts.rollout, episodes, sampling, finished))
-        with self.stage("reward"):
-            table, metrics = self.parts.rewards.collect(table, [scores[row] for row in range(table.num_rows)])
-        for name, count in metrics.items():  # of samples, over all that the step draws
-            self.metrics[name] = self.metrics.get(name, 0.0) + count
+        if rewards is not None:
+            with self.stage("reward"):
+                table, metrics = rewards.collect(table, [scores[row] for row in range(table.num_rows)])
+            for name, sum_of_draw in metrics.items():  # counts and seconds, over all that the step draws
+                self.metrics[name] = self.metrics.get(name, 0.0) + sum_of_draw
+        if self.parts.reward_inputs is not None:
+            self.make_room_for_training()
+            table = self._reward_model_scores(table)
         return table
+
+    def _reward_model_scores(self, table: pa.Table) -> pa.Table:
+        """The reward model's score, in place of the scorers' or added to it."""
+        assert self.parts.reward_inputs is not None
+        with self.stage("reward_model"), self.loaded("reward"):
+            scored = self.parts.workers.map("reward_scores", self.parts.reward_inputs(table)).result()
+        found = scored["score"].to_numpy()
+        if not np.isfinite(found).all():
+            raise UserError(f"reward_model.model.path={self.config.reward_model.model.path} gives scores not finite")
+        self.metrics["reward_model/score/mean"] = float(found.mean())
+        return with_columns(table, score=found + table["score"].to_numpy() if self.parts.rewards else found)
 
     def old_log_probs(self, table: pa.Table) -> pa.Table:
         with self.stage("old_log_prob"), self.loaded("actor"):
@@ -314,9 +337,15 @@ class PPOTrainer:
             episodes = episodes_of(self.parts.val_prompts, n=rollout.val_kwargs.n, seed=config.seed, step=VALIDATION)
             sampling = validation_sampling(rollout, self.plan.max_response_length)
             table = self._generate_and_score(episodes, sampling)
+            if self.parts.reward_inputs is not None and self.parts.rollout.capabilities.sleep:
+                self.update_rollout_weights()
         found = validation_metrics(table, seed=config.seed)
-        errors = {name.replace("reward/", "val-aux/reward_"): value for name, value in self.metrics.items()}
-        self.metrics = training_metrics | found | errors
+        others = {
+            f"val-aux/{name.replace('/', '_', 1)}": value
+            for name, value in self.metrics.items()
+            if name.startswith("reward")
+        }
+        self.metrics = training_metrics | found | others
         rows = self._dump(self.validation_folder, table)
         self.parts.trackers.log_samples(rows[: config.log_val_generations], self.step)
 

@@ -12,10 +12,11 @@ import pyarrow as pa
 import torch
 
 from verl.checks.plan import RunPlan, Split
-from verl.config.models import ActorConfig, Config, CriticConfig, FSDPConfig
+from verl.config.models import ActorConfig, Config, CriticConfig, FSDPConfig, ModelConfig
 from verl.data.schema import with_columns
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import Batching, TrainEngine
+from verl.engine.model import Kind
 from verl.trainer.ppo.loss_modes import resolve
 from verl.trainer.ppo.losses import policy_loss, value_loss
 from verl.trainer.ppo.metrics import memory_metrics
@@ -27,6 +28,7 @@ READS = {
     "log_probs_at": SEQUENCES,
     "ref_log_probs": SEQUENCES,
     "values": SEQUENCES,
+    "reward_scores": SEQUENCES,
     "update_actor": (
         *SEQUENCES,
         "response_mask",
@@ -42,7 +44,7 @@ READS = {
 
 
 class PPOWorker:
-    """Roles: "actor", "critic" and "reference", those that the plan builds.
+    """Roles: "actor", "critic", "reference" and "reward", those that the plan builds.
 
     A role whose switches say so lives in host memory between stages: ``load`` brings it to the device for a stage,
     ``unload`` takes it away again.
@@ -56,6 +58,7 @@ class PPOWorker:
             "actor": config.actor_rollout_ref.actor.fsdp_config,
             "critic": config.critic.model.fsdp_config,
             "reference": config.actor_rollout_ref.ref.fsdp_config,
+            "reward": config.reward_model.model.fsdp_config,
         }
         self.engines: dict[str, TrainEngine] = {}
         for role in plan.roles:
@@ -70,10 +73,13 @@ class PPOWorker:
             "actor": self.config.actor_rollout_ref.actor,
             "critic": self.config.critic,
         }
+        kinds: dict[str, tuple[ModelConfig, Kind]] = {
+            "critic": (self.config.critic.model, "value"),
+            "reward": (self.config.reward_model.model, "reward"),
+        }
         settings = trained.get(role)
         return TrainEngine(
-            self.config.critic.model if role == "critic" else self.config.actor_rollout_ref.model,
-            "value" if role == "critic" else "policy",
+            *kinds.get(role, (self.config.actor_rollout_ref.model, "policy")),
             self.fsdp_configs[role],
             optim_config=settings.optim if settings else None,
             grad_clip=settings.grad_clip if settings else None,
@@ -133,6 +139,11 @@ class PPOWorker:
     def values(self, rows: pa.Table) -> pa.Table:
         batching = as_batching(self.plan.forwards["values"])
         return with_columns(rows, values=self.engines["critic"].values(rows, batching=batching))
+
+    def reward_scores(self, rows: pa.Table) -> pa.Table:
+        """rows: as ``verl.reward.model_inputs`` makes them."""
+        batching = as_batching(self.plan.forwards["reward_scores"])
+        return with_columns(rows, score=self.engines["reward"].values(rows, batching=batching).flatten())
 
     # ---- updates: one optimizer step on these rows, which carry their ``loss_weights``
 

@@ -1,0 +1,65 @@
+"""Competition mathematics as DAPO scores it (Yu et al. 2025): +1 for the right answer, -1 for any other response.
+
+Answers are compared as texts, after the clean-up of Minerva's evaluation (Lewkowycz et al. 2022, appendix D.1).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from verl.reward.boxed import last_boxed
+
+ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
+
+UNITS = re.compile(
+    r"\b(?:units?|degrees?|percent|dollars?|cents?|square|cubic|feet|foot|inch(?:es)?|miles?|yards?|points?|ways|"
+    r"hours?|minutes?|seconds?|days?|cm|mm|km|meters?|mph|integers?)\b"
+)
+# In this order. A fraction or root of single characters gets its braces; spaces go last, for words end at them.
+REWRITES = (
+    (re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\[dt]frac"), r"\\frac"),
+    (re.compile(r"\\(?:left|right|displaystyle|[!,;: ])"), ""),
+    (re.compile(r"\^\s*\{?\\circ\}?|\\?[$%]|°"), ""),
+    (UNITS, ""),
+    (re.compile(r"\\frac\s*([^\s{\\])\s*([^\s{\\])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\sqrt\s*([^\s{\\\[])"), r"\\sqrt{\1}"),
+    (re.compile(r"\b(?:an?|and|the)\s"), ""),
+    (re.compile(r"\s+"), ""),
+    (re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))"), ""),
+)
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: dict[str, Any],
+    *,
+    method: Literal["answer", "boxed"] = "answer",
+    score: float = 1.0,
+    wrong_score: float = -1.0,
+) -> dict[str, Any]:
+    """{"score", "acc": 1.0 or 0.0, "pred": the answer found, cleaned up, or None}.
+
+    method: "answer": the last line with "Answer:" (what is behind it); "boxed": the last box.
+    """
+    if method == "boxed":
+        found = last_boxed(solution_str)
+    else:
+        lines = ANSWER.findall(solution_str)
+        found = lines[-1] if lines else None
+    answer = normalise(found) if found is not None else None
+    right = answer == normalise(ground_truth)
+    return {"score": score if right else wrong_score, "acc": float(right), "pred": answer}
+
+
+def normalise(answer: str) -> str:
+    """The answer without what does not change it: dollars, boxes, units, spaces, commas in numbers, "x=" before it."""
+    boxed = last_boxed(answer)
+    text = (boxed if boxed is not None else answer).strip().strip("*")
+    text = text.rsplit("=", 1)[-1]
+    for pattern, replacement in REWRITES:
+        text = pattern.sub(replacement, text)
+    return text.rstrip(".")
