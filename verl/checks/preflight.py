@@ -49,9 +49,9 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
     plan = plan_run(config, device=device, train_rows=train_rows, val_rows=val_rows)
     check_settings(findings, config, plan)
     models = _models(findings, config, plan)
-    _engine(findings, config, plan, dry_run)
+    check_engine(findings, config, plan, dry_run)
     check_servers(findings, config, dry_run)
-    _devices(findings, config, plan, gpus, dry_run)
+    check_devices(findings, config, plan, gpus, dry_run)
     _files(findings, config, plan, models)
     for sentence in find_inert(config, plan, loaded.set_keys):
         findings.warn(sentence)
@@ -119,7 +119,7 @@ def _model(findings: Findings, config: Config, role: str, key: str, path: str) -
     return {role: facts}
 
 
-def _engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) -> None:
+def check_engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) -> None:
     key, name = f"{ROLLOUT}.name", plan.engine
     if name not in ENGINES:
         findings.problem(
@@ -181,7 +181,7 @@ def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter
             )
 
 
-def _devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, dry_run: bool) -> None:
+def check_devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, dry_run: bool) -> None:
     """gpus: as many as torch can use here."""
     key, asked = "trainer.n_gpus_per_node", plan.devices_per_node
     if torch_is_cpu_build():

@@ -46,10 +46,12 @@ def build_server_rollout(
     *,
     dtype: torch.dtype | None,
     bucket_bytes: int,
+    no_weights: str | None = NO_WEIGHTS,
     note: Callable[[str], None] = lambda text: None,
     times: Times | None = None,
 ) -> Router:
     """All servers have to answer now. tokenizer: for stop strings. dtype: that weights are sent in; None: their own.
+    no_weights: as for ``ClientEngine``.
 
     note: takes what the user should know: which servers there are, which died, which are back.
     """
@@ -84,7 +86,7 @@ def build_server_rollout(
             eos_token_ids=eos_token_ids,
             max_model_len=max_model_len,
             vocab_size=vocab_size,
-            no_weights=NO_WEIGHTS,
+            no_weights=no_weights,
         )
 
     router = ServerRouter(
