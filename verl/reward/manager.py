@@ -28,14 +28,15 @@ class RewardManager:
     """Scores responses with the data source's scorer, or with the user's function.
 
     data_sources: all that will be scored; UserError at once for one without a scorer, as for a user's function that
-    cannot be loaded. error_log: a jsonl file; every sample that could not be scored is added to it. warn: told of them.
+    cannot be loaded. tokenizer: None where only texts are scored. error_log: a jsonl file; every sample that could not
+    be scored is added to it. warn: told of them.
     """
 
     def __init__(
         self,
         config: RewardConfig,
         custom: CustomRewardFunctionConfig,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         *,
         data_sources: Iterable[str],
         error_log: Path | None = None,
@@ -54,14 +55,22 @@ class RewardManager:
         """Begin to score one response. episode: its data_source, ground_truth and extra_info (JSON text).
 
         The outcome's value is (score, JSON object of the scorer's other values); give it to ``collect``."""
+        return self.submit_text(episode, self._decode(response_ids))
+
+    def submit_text(self, episode: Mapping[str, Any], response: str) -> Future[Outcome]:
+        """As ``submit``."""
         return self._pool.submit(
             {
                 "data_source": episode["data_source"],
-                "solution_str": decode(self._tokenizer, response_ids),
+                "solution_str": response,
                 "ground_truth": episode["ground_truth"],
                 "extra_info": episode["extra_info"],
             }
         )
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        assert self._tokenizer is not None
+        return decode(self._tokenizer, ids)
 
     def collect(self, table: pa.Table, futures: Sequence[Future[Outcome]]) -> tuple[pa.Table, dict[str, float]]:
         """Wait for the scores of the table's rows; add ``score`` and ``reward_extra``. Also metrics.
@@ -119,6 +128,6 @@ class RewardManager:
             "detail": outcome.detail,
             "data_source": row["data_source"],
             "prompt": json.loads(row["prompt"]),
-            "response": decode(self._tokenizer, row["response_ids"]),
+            "response": row["response"] if "response" in row else self._decode(row["response_ids"]),
             "ground_truth": row["ground_truth"],
         }
