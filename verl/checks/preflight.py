@@ -20,7 +20,7 @@ from verl.checks.servers import check_servers
 from verl.checks.settings import ROLLOUT, check_context, check_settings
 from verl.rollout.adapter import Adapter
 from verl.rollout.adapters import ADAPTERS
-from verl.tracking import LOGGERS
+from verl.tracking import LOGGERS, how_to_install, missing_package
 
 if TYPE_CHECKING:
     from verl.config.load import Loaded
@@ -218,6 +218,9 @@ def check_loggers(findings: Findings, names: Sequence[str]) -> None:
         if name not in LOGGERS:
             why = f"there is no logger {name!r} (known: {', '.join(LOGGERS)})"
             findings.problem("trainer.logger", list(names), why, f"say {_nearest(name, LOGGERS)}, or leave it out")
+        elif missing_package(name):
+            why, _, fix = how_to_install(name).partition("; ")
+            findings.problem("trainer.logger", list(names), f"{name}: {why}", f"{fix}, or leave {name} out")
 
 
 def _files(findings: Findings, config: Config, plan: RunPlan, models: dict[str, ModelFacts]) -> None:

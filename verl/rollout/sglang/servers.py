@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from verl.errors import UserError
-from verl.rollout.client import ClientEngine
+from verl.rollout.client import NO_WEIGHTS, ClientEngine
 from verl.rollout.router import Member, Router
 from verl.rollout.sglang.http import KEY_SETTING, SGLangServer, Times
 from verl.rollout.weights.disk import WeightFolder
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from verl.config.models import Config
 
 URLS = "actor_rollout_ref.rollout.server_urls"
-NO_WEIGHTS = "its servers have not been given the actor's weights yet"
 
 
 class ServerRouter(Router):

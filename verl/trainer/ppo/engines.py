@@ -20,7 +20,7 @@ from verl.rollout.adapter import EngineSettings
 from verl.rollout.adapters import ADAPTERS
 from verl.rollout.backend import Backend
 from verl.rollout.base import RolloutEngine
-from verl.rollout.client import ClientEngine
+from verl.rollout.client import NO_WEIGHTS, ClientEngine
 from verl.rollout.hf import HFEngine
 from verl.rollout.own_process import OwnProcess
 from verl.rollout.sglang.servers import build_server_rollout
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from verl.trainer.ppo.worker import PPOWorker
 
 Say = Callable[[str], None]
-NO_WEIGHTS = "it has not been given the actor's weights yet"
 
 
 def start_engine(

@@ -17,9 +17,9 @@ from verl.cluster.ray.placement import Seat, check_resources, place, remove
 from verl.cluster.ray.start import RaySettings, connected
 from verl.config.models import Config
 from verl.errors import UserError
+from verl.rollout.client import NO_WEIGHTS
 from verl.rollout.router import Router
 from verl.tracking import Progress, Trackers
-from verl.trainer.ppo.engines import NO_WEIGHTS
 from verl.trainer.ppo.phases import put_to_sleep
 from verl.trainer.ppo.ranks import WORKER, token_shares
 from verl.trainer.ppo.replicas import Replicas

@@ -14,13 +14,13 @@ from verl.cluster.ray.group import RayRanks
 from verl.config.models import Config
 from verl.errors import UserError
 from verl.rollout.backend import EngineDied
-from verl.rollout.client import ClientEngine
+from verl.rollout.client import NO_WEIGHTS, ClientEngine
 from verl.rollout.own_process import START_TIMEOUT
 from verl.rollout.replicas.layout import Replica, replicas_of
 from verl.rollout.replicas.remote import RemoteBackend
 from verl.rollout.replicas.weights import WeightsOnRanks
 from verl.rollout.router import Member, Router
-from verl.trainer.ppo.engines import NO_WEIGHTS, client_of
+from verl.trainer.ppo.engines import client_of
 from verl.trainer.ppo.ranks import HOST
 
 Say = Callable[[str], None]
