@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from verl.config import Config, SFTConfig, load
+from verl.config import SFTConfig, load
 from verl.config.docs import config_page
+from verl.config.help import MODULES
 from verl.config.schema import keys_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
@@ -15,7 +16,7 @@ def test_the_page_in_docs_is_current():
     assert PAGE.read_text() == config_page(), "run: make docs"
 
 
-@pytest.mark.parametrize("schema", [Config, SFTConfig])
+@pytest.mark.parametrize("schema", MODULES)
 def test_every_key_has_a_meaning_that_fits_a_line(schema):
     for key, field in keys_of(schema).items():
         assert field.description, key
@@ -30,6 +31,13 @@ def test_help_shows_usage_and_the_required_keys(capsys):
     assert stop.value.code == 0
     assert "python3 -m verl.trainer.main_ppo" in text
     assert "actor_rollout_ref.model.path, actor_rollout_ref.rollout.name" in text
+
+
+@pytest.mark.parametrize("schema", MODULES)
+def test_every_entry_point_has_its_own_help(schema, capsys):
+    with pytest.raises(SystemExit):
+        load(["--help"], schema)
+    assert f"python3 -m {MODULES[schema]} " in capsys.readouterr().out
 
 
 def test_help_with_a_word_shows_the_keys_that_contain_it(capsys):

@@ -8,6 +8,7 @@ import yaml
 from helpers import arguments, metrics_of, repeatable, start
 
 from verl.rollout.sampling import draw
+from verl.tracking.dumps import read_rows
 from verl.trainer.main_ppo import main
 
 
@@ -158,3 +159,14 @@ def test_a_run_repeats_bit_for_bit(small, tmp_path):
     for name in ("one", "two"):
         assert start(arguments(small, tmp_path / name)).returncode == 0
     assert repeatable(metrics_of(tmp_path / "one")) == repeatable(metrics_of(tmp_path / "two"))
+
+
+def test_responses_of_training_and_validation_are_kept_as_jsonl_and_parquet(small, tmp_path):
+    keys = {"trainer__rollout_data_dir": tmp_path / "rollouts", "trainer__generations_format": "[jsonl,parquet]"}
+    assert main(arguments(small, tmp_path, **keys, trainer__test_freq=3)) == 0
+    for folder, steps, count in (("rollouts", (1, 2, 3), 16), ("validation", (0, 3), 6)):
+        for step in steps:
+            rows = read_rows(tmp_path / folder / f"{step}.jsonl")
+            assert read_rows(tmp_path / folder / f"{step}.parquet") == rows
+            assert len(rows) == count
+            assert all(row["score"] == row["output"].count("a") / max(len(row["output"]), 1) for row in rows)

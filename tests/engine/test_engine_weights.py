@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from engine_helpers import VOCAB, build, run_ranks, weights_of
+from engine_helpers import ALL, LOSSES, VOCAB, build, make_table, run_ranks, weights_of
 from safetensors.torch import load_file
 from transformers.core_model_loading import Chunk, WeightConverter, revert_weight_conversion
 
+from verl.config.parts import ModelConfig
 from verl.engine import checkpoint_names
 from verl.engine.checkpoint_names import CheckpointNames
+from verl.engine.export import export_checkpoint
 from verl.errors import UserError
 
 SHARED = {
@@ -124,6 +127,54 @@ def test_two_ranks_stream_and_export_what_one_process_does(model_of, tmp_path, a
     assert len({(tmp_path / ranks / "config.json").read_text() for ranks in ("two", "one")}) == 1
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert_same(reloaded.state_dict(), one.module.state_dict())
+
+
+def update_save_and_export(rank: int, world_size: int, model: str, folder: Path, kind: str, dtype: str) -> None:
+    engine = build(model, kind, dtype=dtype, lr=0.1)
+    table = make_table(4)
+    engine.update(table.slice(2 * rank, 2) if world_size > 1 else table, LOSSES[kind], batching=ALL)
+    engine.save(folder / "saved")
+    engine.export_hf(folder / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "dtype"),
+    [
+        ("qwen2-tied", "policy", "bfloat16"),
+        ("llama", "value", "float32"),
+        *((moe, "policy", "float32") for moe in MOE),
+        ("glm4_moe", "policy", "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_checkpoint_is_exported_by_one_process_as_its_ranks_would(model_of, tmp_path, arch, kind, dtype, world_size):
+    run_ranks(world_size, update_save_and_export, model_of(arch), tmp_path, kind, dtype)
+    model, tokenizer = ModelConfig(path=model_of(arch)), SimpleNamespace(save_pretrained=lambda folder: None)
+    export_checkpoint(tmp_path / "saved", tmp_path / "ours", model, getattr(torch, dtype), tokenizer)
+    assert_same(*(load_file(tmp_path / of / "model.safetensors") for of in ("ours", "theirs")))
+    changed = load_file(tmp_path / "ours" / "model.safetensors")
+    before = load_file(f"{model_of(arch)}/model.safetensors")
+    assert any(not torch.equal(changed[name].float(), before[name]) for name in before.keys() & changed.keys())
+    assert len({(tmp_path / of / "config.json").read_text() for of in ("ours", "theirs")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        ({"num_hidden_layers": 1}, "which model.path="),
+        ({"num_hidden_layers": 3}, "lacks"),
+        ({"vocab_size": 50}, "shape"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_not_exported(model_of, tmp_path, other, complaint):
+    build(model_of("llama")).save(tmp_path / "saved")
+    config = transformers.LlamaConfig(**SHARED | other)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=complaint):
+        export_checkpoint(
+            tmp_path / "saved", tmp_path / "out", ModelConfig(path=str(tmp_path / "other")), torch.float32, None
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_ranks_keep_to_the_names_of_the_files_that_the_first_has_read(model_of, tmp_path):

@@ -60,6 +60,11 @@ def test_rows_come_back_as_they_were_dumped(tmp_path, trajectories, file_format)
     assert read_rows(table_path) == trajectories.to_pylist()
 
 
+def test_a_field_that_only_later_rows_have_is_kept_in_parquet_too(tmp_path):
+    rows = [{"output": "a"}, {"output": "b", "pred": "7"}]
+    assert read_rows(dump_rows(tmp_path, 1, rows, "parquet")) == [{"output": "a", "pred": None}, rows[1]]
+
+
 def test_a_parquet_dump_of_a_table_keeps_its_types(tmp_path, trajectories):
     assert pq.read_table(dump_rows(tmp_path, 4, trajectories, "parquet")).schema.equals(trajectories.schema)
 

@@ -134,7 +134,7 @@ def check(trainer: Qwen2ForCausalLM, asked: list[Request], results: list[Result]
 @pytest.mark.parametrize("by", ["tensors", "disk"])
 def test_both_servers_draw_from_the_trainers_weights(connect, by):
     router = connect(by)
-    with pytest.raises(IllegalState, match="have not been given the actor's weights"):
+    with pytest.raises(IllegalState, match="has not been given the actor's weights"):
         generate(router, requests(1))
     for seed in (1, 2):
         trainer = tiny_model(seed)

@@ -302,8 +302,13 @@ RULES = (
     # data, validation, saving
     Rule(
         ("trainer.log_val_generations",),
-        lambda run: not {"console", "tensorboard"} & set(run.config.trainer.logger),
-        "no logger of this run shows samples (console and tensorboard do)",
+        lambda run: set(run.config.trainer.logger) <= {"file"},
+        "no logger of this run shows samples (all but file do)",
+    ),
+    Rule(
+        ("trainer.generations_format",),
+        lambda run: not run.plan.validates_ever and run.config.trainer.rollout_data_dir is None,
+        "no responses are written (trainer.rollout_data_dir, and nothing is validated)",
     ),
     Rule(("data.seed",), lambda run: not run.config.data.shuffle, "the data are not shuffled (data.shuffle)"),
     Rule(

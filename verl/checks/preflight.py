@@ -20,7 +20,7 @@ from verl.checks.servers import check_servers
 from verl.checks.settings import ROLLOUT, check_context, check_settings
 from verl.rollout.adapter import Adapter
 from verl.rollout.adapters import ADAPTERS
-from verl.tracking import LOGGERS
+from verl.tracking import LOGGERS, how_to_install, missing_package
 
 if TYPE_CHECKING:
     from verl.config.load import Loaded
@@ -49,9 +49,9 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
     plan = plan_run(config, device=device, train_rows=train_rows, val_rows=val_rows)
     check_settings(findings, config, plan)
     models = _models(findings, config, plan)
-    _engine(findings, config, plan, dry_run)
+    check_engine(findings, config, plan, dry_run)
     check_servers(findings, config, dry_run)
-    _devices(findings, config, plan, gpus, dry_run)
+    check_devices(findings, config, plan, gpus, dry_run)
     _files(findings, config, plan, models)
     for sentence in find_inert(config, plan, loaded.set_keys):
         findings.warn(sentence)
@@ -133,7 +133,7 @@ def _model(findings: Findings, config: Config, role: str, key: str, path: str) -
     return {role: facts}
 
 
-def _engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) -> None:
+def check_engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) -> None:
     key, name = f"{ROLLOUT}.name", plan.engine
     if name not in ENGINES:
         findings.problem(
@@ -195,7 +195,7 @@ def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter
             )
 
 
-def _devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, dry_run: bool) -> None:
+def check_devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, dry_run: bool) -> None:
     """gpus: as many as torch can use here."""
     key, asked = "trainer.n_gpus_per_node", plan.devices_per_node
     if torch_is_cpu_build():
@@ -232,6 +232,9 @@ def check_loggers(findings: Findings, names: Sequence[str]) -> None:
         if name not in LOGGERS:
             why = f"there is no logger {name!r} (known: {', '.join(LOGGERS)})"
             findings.problem("trainer.logger", list(names), why, f"say {_nearest(name, LOGGERS)}, or leave it out")
+        elif missing_package(name):
+            why, _, fix = how_to_install(name).partition("; ")
+            findings.problem("trainer.logger", list(names), f"{name}: {why}", f"{fix}, or leave {name} out")
 
 
 def _files(findings: Findings, config: Config, plan: RunPlan, models: dict[str, ModelFacts]) -> None:

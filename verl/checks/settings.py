@@ -32,7 +32,7 @@ def check_settings(findings: Findings, config: Config, plan: RunPlan) -> None:
     _mini_batches(findings, config, plan)
     _micro_batches(findings, plan)
     _steps(findings, config, plan)
-    _lengths(findings, config)
+    check_lengths(findings, config)
     _sampling(findings, config)
     _algorithm(findings, config, plan)
     _dapo(findings, config, plan)
@@ -126,7 +126,7 @@ def _steps(findings: Findings, config: Config, plan: RunPlan) -> None:
             )
 
 
-def _lengths(findings: Findings, config: Config) -> None:
+def check_lengths(findings: Findings, config: Config) -> None:
     data, rollout = config.data, config.actor_rollout_ref.rollout
     longest = data.max_prompt_length + data.max_response_length
     if rollout.max_model_len is not None and rollout.max_model_len < longest:

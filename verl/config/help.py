@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from verl.config.describe import wanted
-from verl.config.models import Config, Root, SFTConfig
+from verl.config.models import Config, EvalConfig, GenerationConfig, Root, SFTConfig
 from verl.config.names import nearest
 from verl.config.problems import shown
 from verl.config.schema import keys_of
@@ -14,7 +14,12 @@ Required: {required}.
 --help WORD ... shows the keys that contain one of the words, with meaning and default; docs/config.md has all of them.
 trainer.dry_run=True checks everything, prints the plan of the run and stops."""
 
-MODULES: dict[type[Root], str] = {Config: "verl.trainer.main_ppo", SFTConfig: "verl.trainer.main_sft"}
+MODULES: dict[type[Root], str] = {
+    Config: "verl.trainer.main_ppo",
+    SFTConfig: "verl.trainer.main_sft",
+    GenerationConfig: "verl.trainer.main_generation",
+    EvalConfig: "verl.trainer.main_eval",
+}
 
 
 def default_of(schema: type[Root], key: str) -> str:

@@ -12,6 +12,13 @@ from verl.config.algorithm import AlgorithmConfig, FilterGroupsConfig, KLControl
 from verl.config.base import Section
 from verl.config.critic import CriticConfig, CriticModelConfig
 from verl.config.data import DataConfig, SFTDataConfig
+from verl.config.generation import (
+    EvalDataConfig,
+    EvalTrainerConfig,
+    EvaluationConfig,
+    GenerationDataConfig,
+    GenerationTrainerConfig,
+)
 from verl.config.parts import CheckpointConfig, FSDPConfig, ModelConfig, OptimConfig, PolicyModelConfig, SFTOptimConfig
 from verl.config.reward import (
     CustomRewardFunctionConfig,
@@ -20,7 +27,7 @@ from verl.config.reward import (
     RewardConfig,
     RewardModelConfig,
 )
-from verl.config.rollout import RolloutConfig, ValidationSamplingConfig
+from verl.config.rollout import EngineConfig, RolloutConfig, ValidationSamplingConfig
 from verl.config.schema import ABSENT, get, keys_of, plain, put
 from verl.config.trainer import RayKwargsConfig, SFTTrainerConfig, TrainerConfig
 
@@ -34,8 +41,11 @@ __all__ = [
     "CriticModelConfig",
     "CustomRewardFunctionConfig",
     "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
     "FSDPConfig",
     "FilterGroupsConfig",
+    "GenerationConfig",
     "JudgeConfig",
     "KLControlConfig",
     "ModelConfig",
@@ -167,3 +177,47 @@ class SFTConfig(Root):
     optim: SFTOptimConfig = SFTOptimConfig()
     fsdp_config: FSDPConfig = FSDPConfig()
     trainer: SFTTrainerConfig = SFTTrainerConfig()
+
+
+class GenerationConfig(Root):
+    """What ``verl.trainer.main_generation`` takes."""
+
+    derived: ClassVar[dict[str, str]] = {"model.tokenizer_path": "${model.path}"}
+
+    data: GenerationDataConfig
+    model: PolicyModelConfig
+    rollout: EngineConfig
+    trainer: GenerationTrainerConfig = GenerationTrainerConfig()
+    ray_kwargs: RayKwargsConfig = RayKwargsConfig()
+
+    def as_training(self) -> Config:
+        """The same engine, model and devices as a run of PPO would have them, for what puts those together."""
+        data = self.data
+        lengths = {"max_prompt_length": data.max_prompt_length, "max_response_length": data.max_response_length}
+        cut = {"filter_overlong_prompts": data.filter_overlong_prompts, "truncation": data.truncation}
+        never = {"val_before_train": False, "check_log_probs": False, "rollout_restarts": 0}
+        rollout = self.rollout.model_dump(exclude={"temperature"})
+        return Config.model_validate(
+            {
+                "data": {"train_files": data.path, "train_batch_size": data.batch_size, **lengths, **cut},
+                "actor_rollout_ref": {
+                    "model": self.model.model_dump(),
+                    "actor": {"ppo_mini_batch_size": data.batch_size},
+                    "rollout": rollout | {"free_cache_engine": False},
+                },
+                "critic": {"enable": False},
+                "algorithm": {"adv_estimator": "grpo"},
+                "trainer": self.trainer.model_dump() | never,
+                "ray_kwargs": self.ray_kwargs.model_dump(),
+            }
+        )
+
+
+class EvalConfig(Root):
+    """What ``verl.trainer.main_eval`` takes."""
+
+    data: EvalDataConfig
+    reward: RewardConfig = RewardConfig()
+    custom_reward_function: CustomRewardFunctionConfig = CustomRewardFunctionConfig()
+    eval: EvaluationConfig = EvaluationConfig()
+    trainer: EvalTrainerConfig = EvalTrainerConfig()

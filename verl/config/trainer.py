@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
-from pydantic import Field
+from annotated_types import Ge, MinLen
+from pydantic import BeforeValidator, Field
 
-from verl.config.base import Device, PositiveInt, Section, Strings, derived
+from verl.config.base import Device, PositiveInt, Section, Strings, as_list, derived
 
 Frequency = Annotated[int, Ge(-1)]
+DumpFormats = Annotated[list[Literal["jsonl", "parquet"]], MinLen(1), BeforeValidator(as_list)]
 
 
 class RunConfig(Section):
@@ -22,7 +23,8 @@ class RunConfig(Section):
     device: Device = Field("auto", description="Where models live; auto: cuda where there is a GPU, else cpu.")
     seed: int = Field(1, ge=0, description="Every random draw of the run follows from it.")
     logger: Strings = Field(
-        ["console", "file"], description="Where metrics go: console, file (JSON lines), tensorboard."
+        ["console", "file"],
+        description="Where metrics go: console, file (JSON lines), tensorboard, wandb, mlflow, swanlab, trackio.",
     )
     default_local_dir: str = derived("Folder of the run: checkpoints, metrics, samples.")
     save_freq: Frequency = Field(
@@ -67,6 +69,9 @@ class TrainerConfig(RunConfig):
     rollout_data_dir: str | None = Field(None, description="Folder for every step's responses; null: not kept.")
     validation_data_dir: str | None = Field(
         None, description="Folder for validation's responses; null: in the run's folder."
+    )
+    generations_format: DumpFormats = Field(
+        ["jsonl"], description="Files of responses in these folders: jsonl, parquet or both."
     )
     default_hdfs_dir: str | None = Field(None, description="Must be null: checkpoints go to default_local_dir.")
 

@@ -18,6 +18,7 @@ from verl.data.tokenizer import encode_chats
 from verl.errors import UserError
 
 if TYPE_CHECKING:
+    from verl.config.generation import GenerationDataConfig
     from verl.config.models import DataConfig
 
 log = logging.getLogger(__name__)
@@ -45,21 +46,35 @@ def load_prompts(
     limit = config.train_max_samples if kind == "train" else config.val_max_samples
     if limit >= 0:
         table = table.slice(0, limit)
-    prompts = _encode(table, tokenizer, config)
-    table, prompts = _fit(table, prompts, config, kind, notice)
+    table, prompts = encode_prompts(table, tokenizer, config, key=f"data.{kind}_files", notice=notice)
     if table.num_rows == 0:
         raise UserError(
             f"data.{kind}_files: no prompt is left of {read} rows "
             f"(data.{kind}_max_samples={limit}, data.max_prompt_length={config.max_prompt_length}, "
             f"data.filter_overlong_prompts={config.filter_overlong_prompts})"
         )
-    if not tokenizer.chat_template:
-        notice("the tokenizer has no chat template: a prompt is its messages' contents, one a line, without roles")
     table = with_columns(table, row=np.arange(table.num_rows), prompt_ids=Ragged.from_rows(prompts, np.int32))
     return table.select(list(PROMPT_COLUMNS)).combine_chunks()
 
 
-def _encode(table: pa.Table, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[np.ndarray]:
+def encode_prompts(
+    table: pa.Table,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | GenerationDataConfig,
+    *,
+    key: str,
+    notice: Callable[[str], None],
+) -> tuple[pa.Table, list[np.ndarray]]:
+    """The rows that are kept and the token ids of each, cut as ``load_prompts`` says. table: chats as JSON text in
+    ``prompt``. key: of the configuration, that names the files."""
+    if not tokenizer.chat_template:
+        notice("the tokenizer has no chat template: a prompt is its messages' contents, one a line, without roles")
+    return _fit(table, _encode(table, tokenizer, config), config, key, notice)
+
+
+def _encode(
+    table: pa.Table, tokenizer: PreTrainedTokenizerBase, config: DataConfig | GenerationDataConfig
+) -> list[np.ndarray]:
     prompts: list[np.ndarray] = []
     for start in range(0, table.num_rows, BATCH):
         chats = [json.loads(text) for text in table["prompt"].slice(start, BATCH).to_pylist()]
@@ -69,13 +84,17 @@ def _encode(table: pa.Table, tokenizer: PreTrainedTokenizerBase, config: DataCon
 
 
 def _fit(
-    table: pa.Table, prompts: list[np.ndarray], config: DataConfig, kind: str, notice: Callable[[str], None]
+    table: pa.Table,
+    prompts: list[np.ndarray],
+    config: DataConfig | GenerationDataConfig,
+    key: str,
+    notice: Callable[[str], None],
 ) -> tuple[pa.Table, list[np.ndarray]]:
     limit = config.max_prompt_length
     over = [row for row, ids in enumerate(prompts) if len(ids) > limit]
     if not over:
         return table, prompts
-    of_all = f"{len(over)} of {len(prompts)} prompts of data.{kind}_files are over data.max_prompt_length={limit}"
+    of_all = f"{len(over)} of {len(prompts)} prompts of {key} are over data.max_prompt_length={limit}"
     if config.filter_overlong_prompts:
         notice(f"{of_all} and are left out")
         dropped = set(over)

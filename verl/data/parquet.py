@@ -47,19 +47,20 @@ def _read_file(name: str, prompt_key: str, reward_fn_key: str, image_key: str) -
     count = table.num_rows
     columns = {
         "data_source": table[reward_fn_key].cast(pa.string()),
-        "prompt": _messages(table[prompt_key], f"column {prompt_key!r} of {path}"),
+        "prompt": chats_of(table[prompt_key], f"column {prompt_key!r} of {path}"),
         "ground_truth": _ground_truths(table, path),
         "extra_info": [_json(value or {}) for value in table["extra_info"].to_pylist()]
         if "extra_info" in present
         else ["{}"] * count,
-        "images": _references(table[image_key], f"column {image_key!r} of {path}")
+        "images": references_of(table[image_key], f"column {image_key!r} of {path}")
         if image_key in present
         else [[]] * count,
     }
     return pa.table(columns, schema=READ)
 
 
-def _messages(column: pa.ChunkedArray, where: str) -> list[str]:
+def chats_of(column: pa.ChunkedArray, where: str) -> list[str]:
+    """Each row's messages as JSON text."""
     fix = 'it must hold a list of messages, such as [{"role": "user", "content": "..."}]'
     texts = []
     for row, chat in enumerate(column.to_pylist()):
@@ -84,7 +85,7 @@ def _ground_truths(table: pa.Table, path: Path) -> list[str | None]:
     return [value if isinstance(value, str | None) else _json(value) for value in values]
 
 
-def _references(column: pa.ChunkedArray, where: str) -> list[list[str]]:
+def references_of(column: pa.ChunkedArray, where: str) -> list[list[str]]:
     """Paths or URLs, from strings or the {path, bytes} structs of the hub's data sets."""
     rows = []
     for row, images in enumerate(column.to_pylist()):

@@ -32,14 +32,15 @@ class RewardManager:
 
     data_sources: all that will be scored; UserError at once for one without a scorer, or whose scorer cannot run here,
     as for a user's function that cannot be loaded. batch: the user's function takes all of a step's samples in one
-    call. error_log: a jsonl file; every sample that could not be scored is added to it. warn: told of them.
+    call. tokenizer: None where only texts are scored. error_log: a jsonl file; every sample that could not be scored is
+    added to it. warn: told of them.
     """
 
     def __init__(
         self,
         config: RewardConfig,
         custom: CustomRewardFunctionConfig,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         *,
         data_sources: Iterable[str],
         batch: bool = False,
@@ -68,12 +69,20 @@ class RewardManager:
         """Begin to score one response. episode: its data_source, prompt, ground_truth and extra_info (JSON text).
 
         The outcome's value is (score, JSON object of the scorer's other values); give it to ``collect``."""
+        return self.submit_text(episode, self._decode(response_ids))
+
+    def submit_text(self, episode: Mapping[str, Any], response: str) -> Future[Outcome]:
+        """As ``submit``."""
         sample = {name: episode[name] for name in ("data_source", "ground_truth", "extra_info")}
-        sample["solution_str"] = decode(self._tokenizer, response_ids)
+        sample["solution_str"] = response
         if self._judge and scorer_of(episode["data_source"], self._config.data_sources) == "judge":
             return self._judge.submit({**sample, "prompt": episode["prompt"]})
         assert self._pool is not None
         return self._pool.submit(sample)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        assert self._tokenizer is not None
+        return decode(self._tokenizer, ids)
 
     def collect(self, table: pa.Table, futures: Sequence[Future[Outcome]]) -> tuple[pa.Table, dict[str, float]]:
         """Wait for the scores of the table's rows; add ``score`` and ``reward_extra``. Also metrics.
@@ -143,7 +152,7 @@ class RewardManager:
             "detail": outcome.detail,
             "data_source": row["data_source"],
             "prompt": json.loads(row["prompt"]),
-            "response": decode(self._tokenizer, row["response_ids"]),
+            "response": row["response"] if "response" in row else self._decode(row["response_ids"]),
             "ground_truth": row["ground_truth"],
         }
 

@@ -31,6 +31,7 @@ from verl.rollout.rows import Row
 from verl.rollout.states import EngineState
 
 CLOSE_TIMEOUT = 20.0  # seconds
+NO_WEIGHTS = "it has not been given the actor's weights yet"
 LOOK_EVERY = 30.0  # seconds between looks at an engine that is drawing
 
 

@@ -10,24 +10,25 @@
         trackers.log(metrics, step)  # to every logger; the console prints its row and moves its bar
         rows = generation_rows(table, decode, step)
         trackers.dump(folder / "validation", step, rows)  # every sample, as a file
-        trackers.log_samples(rows[:3], step)  # some, for the console and tensorboard's text page
+        trackers.log_samples(rows[:3], step)  # some, for every logger that shows texts or tables
     write_report(folder)
 
-A run's folder:
-
-    config.yaml              the resolved configuration (written by the trainer)
-    metrics.jsonl            one line a step: {"step": 3, "actor/entropy": 0.61, ...} (logger "file")
-    metrics.previous.jsonl   of an earlier run that a new one in the same folder replaced
-    tensorboard/             event files (logger "tensorboard")
-    validation/{step}.jsonl  generations, one JSON object a line
-    rollouts/{step}.jsonl    likewise, of training steps, where trainer.rollout_data_dir points here
-    global_step_{N}/         checkpoints (written by the trainer)
-    curve.png, samples.md, README.md   the report at the end
+docs/tracking.md says what a run's folder then holds.
 """
 
 from verl.tracking.progress import Progress
 from verl.tracking.run import RunInfo
+from verl.tracking.services import missing_package
 from verl.tracking.timers import StageTimer
-from verl.tracking.trackers import LOGGERS, Trackers, build_trackers
+from verl.tracking.trackers import LOGGERS, Trackers, build_trackers, how_to_install
 
-__all__ = ["LOGGERS", "Progress", "RunInfo", "StageTimer", "Trackers", "build_trackers"]
+__all__ = [
+    "LOGGERS",
+    "Progress",
+    "RunInfo",
+    "StageTimer",
+    "Trackers",
+    "build_trackers",
+    "how_to_install",
+    "missing_package",
+]

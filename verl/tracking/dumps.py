@@ -49,13 +49,19 @@ def dump_rows(
     path = Path(folder) / f"{step}.{file_format}"
     with written_whole(path) as partial:
         if file_format == "parquet":
-            pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows)), partial)
+            pq.write_table(rows if isinstance(rows, pa.Table) else _as_table(rows), partial)
         else:
             records = rows.to_pylist() if isinstance(rows, pa.Table) else rows
             with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 for record in records:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return path
+
+
+def _as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """With the fields of all rows, null where one has none."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: [row.get(name) for row in rows] for name in names})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -15,10 +15,12 @@ from verl.tracking.backends import Backend, JsonlBackend, TensorBoardBackend
 from verl.tracking.dumps import DumpFormat, dump_rows
 from verl.tracking.progress import Progress
 from verl.tracking.run import RunInfo
+from verl.tracking.services import SERVICES, missing_package
 
 BACKENDS: dict[str, Callable[[RunInfo], Backend]] = {
     "file": JsonlBackend,
     "tensorboard": TensorBoardBackend,
+    **SERVICES,
 }
 LOGGERS = ("console", *BACKENDS)
 
@@ -78,11 +80,13 @@ class Trackers:
 def build_trackers(names: Sequence[str], run: RunInfo) -> Trackers:
     """Start these loggers. Without "console" among them only notes and warnings are printed.
 
-    Raises UserError naming each logger that is unknown, or the one that cannot start.
+    Raises UserError naming each logger that is unknown, those whose package is missing, or the one that cannot start.
     """
     unknown = [name for name in names if name not in LOGGERS]
     if unknown:
         raise UserError("; ".join(_unknown(name) for name in unknown) + f". Known loggers: {', '.join(LOGGERS)}")
+    if lacking := [name for name in names if missing_package(name)]:
+        raise UserError("; ".join(f"trainer.logger: {name!r}: {how_to_install(name)}" for name in lacking))
     progress = Progress(run, show="console" in names)
     trackers = Trackers({}, progress)
     for name in dict.fromkeys(names):
@@ -97,6 +101,10 @@ def build_trackers(names: Sequence[str], run: RunInfo) -> Trackers:
                 f"Mend that, or leave it out of trainer.logger={list(names)}"
             ) from error
     return trackers
+
+
+def how_to_install(name: str) -> str:
+    return f'its package is not installed; run pip install "verl[{name}]" (in a checkout: pip install -e ".[{name}]")'
 
 
 def _unknown(name: str) -> str:

@@ -6,36 +6,22 @@ Light on purpose: torch is imported only once the checks have passed.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-from verl.errors import UserError
-from verl.trainer.environment import share_cores
+from verl.trainer.entry import enter
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code, as of ``verl.trainer.main_ppo``."""
+    """The exit code, see ``enter``."""
     from verl.checks.sft import check, print_plan
-    from verl.config.load import load
     from verl.config.models import SFTConfig
-    from verl.config.problems import report
 
-    try:
-        loaded = load(sys.argv[1:] if argv is None else argv, SFTConfig)
-        if loaded.draft.trainer.dry_run:
-            return print_plan(loaded)
-        findings = check(loaded, dry_run=False)
-        if findings.problems:
-            print(report(findings.problems), file=sys.stderr)
-            return 2
-        share_cores()
+    def run(*found: Any) -> int:
         from verl.trainer.sft.run import run
 
-        return run(loaded, findings)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
+        return run(*found)
+
+    return enter(argv, SFTConfig, check, print_plan, run)
 
 
 if __name__ == "__main__":

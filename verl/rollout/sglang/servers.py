@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from verl.errors import UserError
-from verl.rollout.client import ClientEngine
+from verl.rollout.client import NO_WEIGHTS, ClientEngine
 from verl.rollout.router import Member, Router
 from verl.rollout.sglang.http import KEY_SETTING, SGLangServer, Times
 from verl.rollout.weights.disk import WeightFolder
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from verl.config.models import Config
 
 URLS = "actor_rollout_ref.rollout.server_urls"
-NO_WEIGHTS = "its servers have not been given the actor's weights yet"
 
 
 class ServerRouter(Router):
@@ -46,10 +45,12 @@ def build_server_rollout(
     *,
     dtype: torch.dtype | None,
     bucket_bytes: int,
+    no_weights: str | None = NO_WEIGHTS,
     note: Callable[[str], None] = lambda text: None,
     times: Times | None = None,
 ) -> Router:
     """All servers have to answer now. tokenizer: for stop strings. dtype: that weights are sent in; None: their own.
+    no_weights: as for ``ClientEngine``.
 
     note: takes what the user should know: which servers there are, which died, which are back.
     """
@@ -84,7 +85,7 @@ def build_server_rollout(
             eos_token_ids=eos_token_ids,
             max_model_len=max_model_len,
             vocab_size=vocab_size,
-            no_weights=NO_WEIGHTS,
+            no_weights=no_weights,
         )
 
     router = ServerRouter(

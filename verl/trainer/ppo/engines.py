@@ -20,7 +20,7 @@ from verl.rollout.adapter import EngineSettings
 from verl.rollout.adapters import ADAPTERS
 from verl.rollout.backend import Backend
 from verl.rollout.base import RolloutEngine
-from verl.rollout.client import ClientEngine
+from verl.rollout.client import NO_WEIGHTS, ClientEngine
 from verl.rollout.hf import HFEngine
 from verl.rollout.own_process import OwnProcess
 from verl.rollout.sglang.servers import build_server_rollout
@@ -33,14 +33,20 @@ Say = Callable[[str], None]
 
 
 def start_engine(
-    config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, folder: Path, note: Say
+    config: Config,
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    note: Say,
+    no_weights: str | None = NO_WEIGHTS,
 ) -> RolloutEngine | None:
-    """The engine, if it does not need the trainer's models. folder: of the run, for its logs."""
+    """The engine, if it does not need the trainer's models. folder: of the run, for its logs. no_weights: why it must
+    not draw yet; None: it draws from the model that it has read itself."""
     if plan.engine == "hf":
         return None
     if config.actor_rollout_ref.rollout.mode == "server":
-        return _servers(config, plan, tokenizer, note)
-    return _start_process(config, plan, tokenizer, folder, note)
+        return _servers(config, plan, tokenizer, note, no_weights)
+    return _start_process(config, plan, tokenizer, folder, note, no_weights)
 
 
 def embedded_engine(config: Config, plan: RunPlan, worker: PPOWorker, tokenizer: PreTrainedTokenizerBase) -> HFEngine:
@@ -59,7 +65,12 @@ def embedded_engine(config: Config, plan: RunPlan, worker: PPOWorker, tokenizer:
 
 
 def _start_process(
-    config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, folder: Path, note: Say
+    config: Config,
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    note: Say,
+    no_weights: str | None,
 ) -> RolloutEngine:
     adapter = ADAPTERS[plan.engine]
     log = folder / "rollout" / f"{adapter.name}.log"
@@ -73,11 +84,17 @@ def _start_process(
         environment=environment_for_engine(os.environ),
     )
     note(backend.describe())
-    return client_of(backend, config, plan, tokenizer)
+    return client_of(backend, config, plan, tokenizer, no_weights)
 
 
-def client_of(backend: Backend, config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase) -> ClientEngine:
-    """Of a new engine, which has no weights of the actor's yet."""
+def client_of(
+    backend: Backend,
+    config: Config,
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    no_weights: str | None = NO_WEIGHTS,
+) -> ClientEngine:
+    """Of a new engine. no_weights: as for ``start_engine``."""
     model, holds_weights = config.actor_rollout_ref.model, backend.capabilities.holds_weights
     return ClientEngine(
         backend,
@@ -85,11 +102,13 @@ def client_of(backend: Backend, config: Config, plan: RunPlan, tokenizer: PreTra
         eos_token_ids=end_token_ids(tokenizer, model.path),
         max_model_len=plan.context_length,
         vocab_size=vocab_size_of(model),
-        no_weights="it has not been given the actor's weights yet" if holds_weights else None,
+        no_weights=no_weights if holds_weights else None,
     )
 
 
-def _servers(config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, note: Say) -> RolloutEngine:
+def _servers(
+    config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, note: Say, no_weights: str | None
+) -> RolloutEngine:
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     return build_server_rollout(
         config,
@@ -99,6 +118,7 @@ def _servers(config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, 
         vocab_size_of(model),
         dtype=getattr(torch, engine_dtype(config, plan)),
         bucket_bytes=rollout.update_weights_bucket_megabytes << 20,
+        no_weights=no_weights,
         note=note,
     )
 

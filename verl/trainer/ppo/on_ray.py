@@ -17,8 +17,9 @@ from verl.cluster.ray.placement import Seat, check_resources, place, remove
 from verl.cluster.ray.start import RaySettings, connected
 from verl.config.models import Config
 from verl.errors import UserError
+from verl.rollout.client import NO_WEIGHTS
 from verl.rollout.router import Router
-from verl.tracking import Trackers
+from verl.tracking import Progress, Trackers
 from verl.trainer.ppo.phases import put_to_sleep
 from verl.trainer.ppo.ranks import WORKER, token_shares
 from verl.trainer.ppo.replicas import Replicas
@@ -52,7 +53,30 @@ def build_on_ray(
     trackers: Trackers,
 ) -> Trained:
     """``stack`` closes what is started here; an error that it meets becomes the ranks' own, if they have failed."""
-    progress, logs = trackers.progress, folder / "ranks"
+    ranks, replicas = start_ranks(stack, config, plan, tokenizer, seats, folder, trackers.progress)
+    if plan.engine == "hf":  # it borrows the actor's module
+        workers = _make_workers(ranks, config, plan)
+        rollout = start_replicas(stack, replicas)
+    else:
+        rollout = start_replicas(stack, replicas)
+        workers = _make_workers(ranks, config, plan)
+    stack.push(ranks.end)
+    return Trained(workers, lambda: replicas.weights, rollout, abandon=ranks.close)
+
+
+def start_ranks(
+    stack: ExitStack,
+    config: Config,
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    seats: Sequence[Seat],
+    folder: Path,
+    progress: Progress,
+    no_weights: str | None = NO_WEIGHTS,
+) -> tuple[RayRanks, Replicas]:
+    """The ranks, each with its part of a replica that is not started yet. stack: as for ``build_on_ray``; no_weights:
+    as for ``start_engine``."""
+    logs = folder / "ranks"
     replicas: Replicas | None = None
 
     def fail(error: UserError) -> None:
@@ -76,19 +100,13 @@ def build_on_ray(
     stack.callback(ranks.close)
     if plan.nnodes > 1 and (plan.save_freq > 0 or list(folder.glob("global_step_*"))):
         check_shared(ranks, folder)
-    replicas = Replicas(ranks, config, plan, tokenizer, folder / "rollout", progress.note)
+    replicas = Replicas(ranks, config, plan, tokenizer, folder / "rollout", progress.note, no_weights)
     stack.callback(replicas.close)
-    if plan.engine == "hf":  # it borrows the actor's module
-        workers = _make_workers(ranks, config, plan)
-        rollout = _start_replicas(stack, replicas)
-    else:
-        rollout = _start_replicas(stack, replicas)
-        workers = _make_workers(ranks, config, plan)
-    stack.push(ranks.end)
-    return Trained(workers, lambda: replicas.weights, rollout, abandon=ranks.close)
+    return ranks, replicas
 
 
-def _start_replicas(stack: ExitStack, replicas: Replicas) -> Router:
+def start_replicas(stack: ExitStack, replicas: Replicas) -> Router:
+    """Asleep, as far as they can."""
     rollout = replicas.start()
     stack.callback(lambda: asyncio.run(rollout.close()))
     put_to_sleep(rollout)

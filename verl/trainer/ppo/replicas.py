@@ -14,7 +14,7 @@ from verl.cluster.ray.group import RayRanks
 from verl.config.models import Config
 from verl.errors import UserError
 from verl.rollout.backend import EngineDied
-from verl.rollout.client import ClientEngine
+from verl.rollout.client import NO_WEIGHTS, ClientEngine
 from verl.rollout.own_process import START_TIMEOUT
 from verl.rollout.replicas.layout import Replica, replicas_of
 from verl.rollout.replicas.remote import RemoteBackend
@@ -27,11 +27,19 @@ Say = Callable[[str], None]
 
 
 class Replicas:
-    """Starts them, and starts one again that died."""
+    """Starts them, and starts one again that died. no_weights: as for ``verl.trainer.ppo.engines.start_engine``."""
 
     def __init__(
-        self, ranks: RayRanks, config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, logs: Path, note: Say
+        self,
+        ranks: RayRanks,
+        config: Config,
+        plan: RunPlan,
+        tokenizer: PreTrainedTokenizerBase,
+        logs: Path,
+        note: Say,
+        no_weights: str | None = NO_WEIGHTS,
     ):
+        self._no_weights = no_weights
         self._ranks, self._config, self._plan, self._tokenizer = ranks, config, plan, tokenizer
         self._say = note
         self._replicas = replicas_of(plan.world_size, plan.devices_per_node, plan.tensor_parallel)
@@ -94,7 +102,7 @@ class Replicas:
 
         pids = {rank: of_rank["pid"] for rank, of_rank in facts.items()}
         backend = self._current[replica.name] = RemoteBackend(replica, ask, facts[replica.first], pids, stop)
-        return client_of(backend, self._config, self._plan, self._tokenizer)
+        return client_of(backend, self._config, self._plan, self._tokenizer, self._no_weights)
 
     def _ask(self, rank: int, method: str, *args: Any, timeout: float | None = None) -> Any:
         return self._ranks.ask(rank, HOST, method, *args, timeout=timeout)

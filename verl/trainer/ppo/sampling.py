@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from verl.config.models import RolloutConfig
+from verl.config.models import EngineConfig, RolloutConfig
 from verl.rollout.base import SamplingParams
 
 
-def training_sampling(rollout: RolloutConfig, max_new_tokens: int) -> SamplingParams:
+def training_sampling(rollout: EngineConfig, max_new_tokens: int) -> SamplingParams:
     return SamplingParams(
         max_new_tokens=max_new_tokens,
         min_new_tokens=rollout.min_new_tokens,

@@ -437,5 +437,6 @@ class PPOTrainer:
             return self.parts.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
         rows = generation_rows(table, decode, self.step)
-        self.parts.trackers.dump(folder, self.step, rows)
+        for file_format in self.config.trainer.generations_format:
+            self.parts.trackers.dump(folder, self.step, rows, file_format)
         return rows

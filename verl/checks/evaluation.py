@@ -1,0 +1,85 @@
+"""What can be known of an evaluation before it starts, and what it will do as a text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from verl.checks.dry_run import findings_text
+from verl.checks.files import check_output_folder, check_parquet
+from verl.checks.findings import Findings
+from verl.checks.preflight import unexplained
+from verl.checks.rewards import check_reward_function, check_scoring
+
+if TYPE_CHECKING:
+    from verl.config.load import Loaded
+    from verl.config.models import EvalConfig
+
+
+def check(loaded: Loaded[EvalConfig], *, dry_run: bool) -> Findings:
+    """All that is wrong, problems of loading included. Asks no network, imports no torch."""
+    config, findings = loaded.draft, Findings(notices=list(loaded.notices))
+    data, scorer = config.data, config.custom_reward_function
+    columns = {
+        data.response_key: "name the column of the responses in data.response_key",
+        data.reward_fn_key: "name the column that says where a row is from in data.reward_fn_key",
+        "reward_model.ground_truth": "the file needs its answers: generate from prompts that have them",
+    }
+    for file in data.path:
+        if file.endswith(".jsonl"):
+            _check_lines(findings, file, columns)
+        else:
+            check_parquet(findings, "data.path", file, columns)
+    if scorer.path is None:
+        parquet = [file for file in data.path if file.endswith(".parquet")]
+        check_scoring(findings, config.reward, {"data.path": parquet}, data.reward_fn_key, dry_run)
+    else:
+        check_reward_function(findings, scorer.path, scorer.name)
+    if data.output_path is not None:
+        check_output_folder(findings, "data.output_path", str(Path(data.output_path).parent))
+    for key in sorted(loaded.set_keys):
+        if key.startswith("reward.gsm8k.") and scorer.path is not None:
+            findings.warn(f"{key} has no effect: custom_reward_function.path scores instead of the source's scorer.")
+        if key in ("custom_reward_function.name", "custom_reward_function.reward_kwargs") and scorer.path is None:
+            findings.warn(f"{key} has no effect: there is no custom reward function (custom_reward_function.path).")
+    findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
+    return findings
+
+
+def _check_lines(findings: Findings, file: str, columns: dict[str, str]) -> None:
+    """The file is there, and its first line has the columns."""
+    try:
+        with Path(file).expanduser().open(encoding="utf-8") as lines:
+            first = json.loads(next(lines, "{}"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"its first line is no JSON object ({error})"
+        findings.problem("data.path", file, reason, "name a file that main_generation wrote")
+        return
+    for column, fix in columns.items():
+        value = first
+        for name in column.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is None:
+            findings.problem("data.path", file, f"its first line has no {column!r}", fix)
+
+
+def print_plan(loaded: Loaded[EvalConfig], out: TextIO | None = None) -> int:
+    """The exit code: 1 when there are problems, else 0."""
+    findings = check(loaded, dry_run=True)
+    texts = [] if loaded.config is None else [plan_text(loaded.config)]
+    print(*texts, findings_text(findings), sep="\n\n", file=out or sys.stdout)
+    return 1 if findings.problems else 0
+
+
+def plan_text(config: EvalConfig) -> str:
+    scorer = config.custom_reward_function
+    return "\n".join(
+        [
+            "Plan of the run",
+            f"  responses   {', '.join(config.data.path)}",
+            f"  scored by   {f'{scorer.path}:{scorer.name}' if scorer.path else 'the scorer of each data source'}",
+            f"  written to  {config.data.output_path or 'the console only'}",
+        ]
+    )

@@ -1,0 +1,142 @@
+"""What can be known of a generation run before it starts, and what it will do as a text. As for PPO, whose checks of
+engine and devices these are: the same keys have the same limits, without ``actor_rollout_ref`` in front."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from verl.checks.dry_run import findings_text
+from verl.checks.files import check_output_folder, check_parquet
+from verl.checks.findings import Findings
+from verl.checks.inert import find_inert
+from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
+from verl.checks.models import check_model, check_tokenizer_path
+from verl.checks.plan import RunPlan, ceil_div, plan_run
+from verl.checks.preflight import check_devices, check_engine, unexplained
+from verl.checks.servers import check_servers
+from verl.checks.settings import check_context, check_lengths
+
+if TYPE_CHECKING:
+    from verl.config.load import Loaded
+    from verl.config.models import GenerationConfig
+
+SUFFIXES = (".parquet", ".jsonl")
+PREFIX = "actor_rollout_ref."
+
+
+def check(loaded: Loaded[GenerationConfig], *, dry_run: bool) -> Findings:
+    """All that is wrong, problems of loading included. Asks no network, imports no torch."""
+    config, shared = loaded.draft, Findings()
+    training, plan = config.as_training(), plan_of(config)
+    check_engine(shared, training, plan, dry_run)
+    check_servers(shared, training, dry_run)
+    check_devices(shared, training, plan, plan_gpus(), dry_run)
+    check_lengths(shared, training)
+    facts = check_model(shared, "model.path", config.model.path)
+    check_tokenizer_path(shared, "model.tokenizer_path", config.model.tokenizer_path)
+    if facts:
+        positions = config.model.override_config.get("max_position_embeddings", facts.max_positions)
+        check_context(shared, training, "model.path", positions)
+    for sentence in find_inert(training, plan, _as_in_training(loaded.set_keys)):
+        shared.warn(sentence)
+    findings = _as_typed(shared)
+    findings.notices = [*loaded.notices, *findings.notices]
+    prompt_rows(findings, config)
+    check_file_name(findings, "data.output_path", config.data.output_path)
+    check_output_folder(findings, "data.output_path", str(Path(config.data.output_path).parent))
+    _sampling(findings, config)
+    for key in sorted(loaded.set_keys & {"model.enable_gradient_checkpointing", "model.use_remove_padding"}):
+        findings.warn(f"{key} has no effect: nothing is trained.")
+    findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
+    return findings
+
+
+def plan_of(config: GenerationConfig) -> RunPlan:
+    """Of engine and devices."""
+    trainer = config.trainer
+    device = resolve_device(trainer.device, trainer.nnodes * trainer.n_gpus_per_node, plan_gpus())
+    return plan_run(config.as_training(), device=device, train_rows=None)
+
+
+def plan_gpus() -> int:
+    """GPUs that torch can use here."""
+    return 0 if torch_is_cpu_build() else installed_gpus()
+
+
+def prompt_rows(findings: Findings, config: GenerationConfig) -> int | None:
+    """Rows of the prompts, as far as they can be read."""
+    columns = {config.data.prompt_key: "name the column of the chat messages in data.prompt_key"}
+    rows = check_parquet(findings, "data.path", config.data.path, columns)
+    limit = config.data.max_samples
+    return rows if rows is None or limit < 0 else min(rows, limit)
+
+
+def check_file_name(findings: Findings, key: str, file: str) -> None:
+    """A new file whose format its name says."""
+    path = Path(file).expanduser()
+    if path.suffix not in SUFFIXES:
+        findings.problem(key, file, "its name does not say how to write it", "end it in .parquet or .jsonl")
+    elif path.exists():
+        findings.problem(key, file, "it is there already", "name another file, or move that one away")
+
+
+def _sampling(findings: Findings, config: GenerationConfig) -> None:
+    rollout, longest = config.rollout, config.data.max_response_length
+    if rollout.temperature == 0 and rollout.n > 1:
+        why = "at temperature 0 all of a prompt's responses are the same"
+        findings.problem("rollout.n", rollout.n, why, "set it to 1, or rollout.temperature=1")
+    if rollout.min_new_tokens > longest:
+        why = f"a response has at most data.max_response_length={longest} tokens"
+        findings.problem("rollout.min_new_tokens", rollout.min_new_tokens, why, f"set it to {longest} or less")
+
+
+def _as_in_training(keys: frozenset[str]) -> list[str]:
+    """The keys that a run of PPO has, too, by their names there."""
+    shared = ("trainer.", "ray_kwargs.", "data.truncation")
+    return [
+        PREFIX + key if key.startswith(("rollout.", "model.")) else key
+        for key in keys
+        if key.startswith(("rollout.", "model.", *shared)) and key != "model.use_remove_padding"
+    ]
+
+
+def _as_typed(findings: Findings) -> Findings:
+    """With the keys' names as they are here."""
+
+    def here(text: str) -> str:
+        return text.replace(PREFIX, "")
+
+    return Findings(
+        problems=[replace(p, key=here(p.key), why=here(p.why), fix=here(p.fix)) for p in findings.problems],
+        warnings=list(map(here, findings.warnings)),
+        unchecked=list(map(here, findings.unchecked)),
+        notices=list(map(here, findings.notices)),
+    )
+
+
+def print_plan(loaded: Loaded[GenerationConfig], out: TextIO | None = None) -> int:
+    """The exit code: 1 when there are problems, else 0."""
+    findings = check(loaded, dry_run=True)
+    texts = [] if loaded.config is None else [plan_text(loaded.config)]
+    print(*texts, findings_text(findings), sep="\n\n", file=out or sys.stdout)
+    return 1 if findings.problems else 0
+
+
+def plan_text(config: GenerationConfig) -> str:
+    rows, plan, data = prompt_rows(Findings(), config), plan_of(config), config.data
+    size = f", {plan.tensor_parallel} devices each" if plan.tensor_parallel > 1 else ""
+    batches = "unknown" if rows is None else ceil_div(rows, data.batch_size)
+    return "\n".join(
+        [
+            "Plan of the run",
+            f"  model       {config.model.path}",
+            f"  engine      {plan.engine}, {plan.replicas} on {plan.device}{size}",
+            f"  prompts     {'unknown' if rows is None else rows}, {config.rollout.n} responses each",
+            f"  batches     {batches} of {data.batch_size} prompts",
+            f"  context     {plan.context_length:,} tokens",
+            f"  written to  {data.output_path}",
+        ]
+    )

@@ -1,0 +1,75 @@
+"""Responses on disk: a file a batch in ``OUT.parts/`` while the run goes on, put together as ``OUT`` at its end.
+
+A part appears under its name only when all of it is on disk, and ``settings.json`` beside them says what the responses
+are: a later run goes on only where its own would be the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from verl.errors import UserError
+from verl.tracking.dumps import dump_rows
+from verl.tracking.files import written_whole
+
+SETTINGS = "settings.json"
+
+
+class Output:
+    """path: of the file. settings: what decides the responses, as JSON has it. batches: how many parts it has."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], batches: int):
+        self.path, self.batches = path, batches
+        self.folder = path.with_name(f"{path.name}.parts")
+        self._keep_settings(json.loads(json.dumps(settings)))
+
+    def _keep_settings(self, settings: dict[str, Any]) -> None:
+        file = self.folder / SETTINGS
+        if file.exists():
+            before = json.loads(file.read_text())
+            if other := sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)):
+                told = ", ".join(f"{key}={before.get(key)} there, {settings.get(key)} now" for key in other)
+                raise UserError(
+                    f"{self.folder} holds responses of a run with other settings ({told}). Repeat that run's command "
+                    "to go on with it, name another data.output_path, or remove the folder to start anew."
+                )
+            return
+        try:
+            with written_whole(file) as partial:
+                partial.write_text(json.dumps(settings, indent=1))
+        except OSError as error:
+            raise UserError(f"data.output_path={self.path}: {self.folder} cannot be written to: {error}") from error
+
+    def missing(self) -> list[int]:
+        return [batch for batch in range(self.batches) if not self._part(batch).exists()]
+
+    def write(self, batch: int, rows: pa.Table) -> None:
+        dump_rows(self.folder, batch, rows, "parquet")
+
+    def _part(self, batch: int) -> Path:
+        return self.folder / f"{batch}.parquet"
+
+    def finish(self) -> None:
+        """All parts, in order, as the file that was asked for; it appears whole."""
+        with written_whole(self.path) as partial:
+            if self.path.suffix == ".jsonl":
+                with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                    for table in self._tables():
+                        for row in table.to_pylist():
+                            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            else:
+                with pq.ParquetWriter(partial, pq.read_schema(self._part(0))) as writer:
+                    for table in self._tables():
+                        writer.write_table(table)
+        shutil.rmtree(self.folder)
+
+    def _tables(self) -> Iterator[pa.Table]:
+        for batch in range(self.batches):
+            yield pq.read_table(self._part(batch))

@@ -1,0 +1,28 @@
+"""``python3 -m verl.trainer.main_eval key=value ...``: scores of a file of responses. ``--help`` says more.
+
+Light on purpose: processes that score import this module, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from verl.trainer.entry import enter
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code, see ``enter``."""
+    from verl.checks.evaluation import check, print_plan
+    from verl.config.models import EvalConfig
+
+    def run(*found: Any) -> int:
+        from verl.trainer.evaluation.run import run
+
+        return run(*found)
+
+    return enter(argv, EvalConfig, check, print_plan, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
