@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from slow_sglang import HOOKS
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -158,7 +159,8 @@ class Shared(OwnProcess):
 
 
 class OwnProcessKit(HFKit):
-    """A real engine in a process of its own, on the GPU where there is one. environment, extra: besides ours."""
+    """A real engine in a process of its own, on the GPU where there is one, which finds this folder's modules.
+    environment, extra: besides ours."""
 
     adapter: Adapter
     extra: ClassVar[dict[str, Any]] = {}
@@ -176,6 +178,7 @@ class OwnProcessKit(HFKit):
         if type(self) not in self.backends:
             folder = Path(tempfile.mkdtemp(prefix="verl-conformance-"))
             self.trainer.save_pretrained(folder / "model")
+            path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
             settings = EngineSettings(
                 model_path=str(folder / "model"),
                 device=self.device,
@@ -191,7 +194,7 @@ class OwnProcessKit(HFKit):
                 settings,
                 log=folder / "engine.log",
                 bucket_bytes=50_000,
-                environment={**os.environ, **self.environment},
+                environment={**os.environ, "PYTHONPATH": path, **self.environment},
             )
             self.backends[type(self)] = backend
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -236,6 +239,7 @@ class OwnProcessKit(HFKit):
 
 class SGLangKit(OwnProcessKit):
     adapter = SGLANG
+    extra: ClassVar[dict[str, Any]] = {"forward_hooks": HOOKS}
     environment: ClassVar[dict[str, str]] = {"SGLANG_FORCE_STREAM_INTERVAL": "4"}  # so that draw_some can look on
 
 
@@ -246,9 +250,6 @@ class SGLangTP2Kit(SGLangKit):
 class VLLMKit(OwnProcessKit):
     adapter = VLLM
     extra: ClassVar[dict[str, Any]] = {"worker_extension_cls": "slow_vllm.Worker"}
-    environment: ClassVar[dict[str, str]] = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    }
 
     def same(self, result: Result, other: Result) -> bool:
         """Its prefix cache changes the last bits of log-probs, which are compared with the trainer's everywhere."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from engine_helpers import VOCAB, build, run_ranks, weights_of
+from engine_helpers import VOCAB, build, weights_of
+from forks import run_ranks
 from safetensors.torch import load_file
 from transformers.core_model_loading import Chunk, WeightConverter, revert_weight_conversion
 
