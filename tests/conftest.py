@@ -18,8 +18,8 @@ settings.register_profile("verl", deadline=None, derandomize=True)
 settings.load_profile("verl")
 
 
-# These files come one after the other when several processes run tests (make test has two): they start Rays, or take the
-# GPUs. And they come first, as they wait more than they compute.
+# These files come one after the other when several processes run tests (make test has two): they start Rays, or take
+# the GPUs. And they come first, as they wait more than they compute.
 ONE_AFTER_THE_OTHER = (
     "tests/end_to_end/test_ppo_on_ray.py",
     "tests/end_to_end/test_two_hosts.py",

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import slow_sglang
 import torch
-from slow_sglang import HOOKS
+from helpers import with_tests_folder
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -159,7 +160,7 @@ class Shared(OwnProcess):
 
 
 class OwnProcessKit(HFKit):
-    """A real engine in a process of its own, on the GPU where there is one, which finds this folder's modules.
+    """A real engine in a process of its own, on the GPU where there is one, which finds the tests' modules.
     environment, extra: besides ours."""
 
     adapter: Adapter
@@ -178,7 +179,6 @@ class OwnProcessKit(HFKit):
         if type(self) not in self.backends:
             folder = Path(tempfile.mkdtemp(prefix="verl-conformance-"))
             self.trainer.save_pretrained(folder / "model")
-            path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
             settings = EngineSettings(
                 model_path=str(folder / "model"),
                 device=self.device,
@@ -194,7 +194,7 @@ class OwnProcessKit(HFKit):
                 settings,
                 log=folder / "engine.log",
                 bucket_bytes=50_000,
-                environment={**os.environ, "PYTHONPATH": path, **self.environment},
+                environment={**os.environ, "PYTHONPATH": with_tests_folder(), **self.environment},
             )
             self.backends[type(self)] = backend
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -239,7 +239,7 @@ class OwnProcessKit(HFKit):
 
 class SGLangKit(OwnProcessKit):
     adapter = SGLANG
-    extra: ClassVar[dict[str, Any]] = {"forward_hooks": HOOKS}
+    extra: ClassVar[dict[str, Any]] = {"forward_hooks": slow_sglang.FORWARD_HOOKS}
     environment: ClassVar[dict[str, str]] = {"SGLANG_FORCE_STREAM_INTERVAL": "4"}  # so that draw_some can look on
 
 
