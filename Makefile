@@ -39,6 +39,7 @@ lint: $(VENV)/installed-dev
 
 docs: $(VENV)/installed
 	$(VENV)/bin/python -m verl.config.docs
+	$(VENV)/bin/python tests/conformance/records.py
 
 # torch first and by itself: a range that admits a newer one would pull a CUDA build. TORCH_INDEX: where torch is from.
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
