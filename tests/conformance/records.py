@@ -76,7 +76,7 @@ def table() -> str:
 
 def _ran(records: list[Record]) -> str:
     (version,) = {record.version for record in records}
-    return f"{version}, {'; '.join(record.how for record in records)}"
+    return f"{version}, {' and '.join(record.how for record in records)}"
 
 
 def _cell(test: str, records: list[Record]) -> str:
