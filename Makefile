@@ -1,7 +1,7 @@
 # make demo: set up .venv and run the main job (supervised warm start, then PPO) on this machine.
 # make test: set up .venv and run the tests. make lint: ruff and mypy.
 # make sglang-cpu: set up .venv-sglang, in which SGLang runs on this CPU. make test-sglang: run its tests there.
-# make vllm-cpu, make test-vllm: the same for vLLM, in .venv-vllm.
+# make vllm-cpu, make test-vllm: the same for vLLM, in .venv-vllm. JOBS: how many processes run tests at once.
 
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
@@ -12,6 +12,8 @@ SGLANG_PIP = $(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check -q
 VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check -q
 # Without an NVIDIA driver: the tested CPU versions. With one: what pyproject.toml admits.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+JOBS ?= 2
+PYTEST = -m pytest -n $(JOBS)
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test sglang-cpu test-sglang vllm-cpu test-vllm lint docs clean
@@ -20,23 +22,24 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo/run.py $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python $(PYTEST) $(ARGS)
 
 sglang-cpu: $(SGLANG_VENV)/installed
 
 test-sglang: $(SGLANG_VENV)/installed
-	$(SGLANG_VENV)/bin/python -m pytest tests/conformance tests/with_engines tests/with_sglang $(ARGS)
+	$(SGLANG_VENV)/bin/python $(PYTEST) tests/conformance tests/with_engines tests/with_sglang $(ARGS)
 
 vllm-cpu: $(VLLM_VENV)/installed
 
 test-vllm: $(VLLM_VENV)/installed
-	$(VLLM_VENV)/bin/python -m pytest -k vllm tests/conformance tests/with_engines $(ARGS)
+	$(VLLM_VENV)/bin/python $(PYTEST) -k vllm tests/conformance tests/with_engines $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 docs: $(VENV)/installed
 	$(VENV)/bin/python -m verl.config.docs
+	$(VENV)/bin/python tests/conformance/records.py
 
 # torch first and by itself: a range that admits a newer one would pull a CUDA build. TORCH_INDEX: where torch is from.
 $(VENV)/installed: pyproject.toml constraints-cpu.txt

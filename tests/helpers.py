@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -107,6 +108,11 @@ def start(arguments: list[str], *, script: str | Path | None = None) -> subproce
 
 def command(arguments: list[str], script: str | Path | None = None) -> list[str]:
     return [sys.executable, *([str(script)] if script else ["-m", "verl.trainer.main_ppo"]), *arguments]
+
+
+def with_tests_folder() -> str:
+    """A PYTHONPATH by which processes find the modules that are here, too."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
 def wait_for_steps(process: subprocess.Popen, run: Path, steps: int, told: Callable[[], object]) -> None:

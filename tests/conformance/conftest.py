@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import records
+import slow_sglang
 import torch
+from helpers import with_tests_folder
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from verl.rollout.adapter import Adapter, EngineSettings
+from verl.rollout.adapter import Adapter, EngineSettings, installed
 from verl.rollout.base import Result, RolloutEngine
 from verl.rollout.client import ClientEngine
 from verl.rollout.hf import HFEngine
@@ -62,14 +66,20 @@ def letters_tokenizer() -> PreTrainedTokenizerFast:
 
 class HFKit:
     """trainer: the model whose weights the engine has to have after ``update_weights``.
-    tolerance: how far a log-prob may be from the trainer's forward."""
+    tolerance: how far a log-prob may be from the trainer's forward. engine, how: in records.Record."""
 
+    engine, how = "hf", "in the trainer's process"
+    device = "cpu"
     tolerance = 5e-5
     context, eos, vocabulary = CONTEXT, EOS, VOCABULARY
 
     def __init__(self) -> None:
         self.trainer = tiny_model(seed=0)
         self.tokenizer = letters_tokenizer()
+
+    @classmethod
+    def version(cls) -> str:
+        return f"transformers {importlib.metadata.version('transformers')}"
 
     def build(self, max_num_seqs: int = 8, tokenizer: bool = True) -> RolloutEngine:
         return HFEngine(
@@ -105,6 +115,8 @@ class HFKit:
 
 class HFOnARankKit(HFKit):
     """The embedded engine of a rank, as its driver uses it; the two are one process here."""
+
+    how = "in a rank's"
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +170,8 @@ class Shared(OwnProcess):
 
 
 class OwnProcessKit(HFKit):
-    """A real engine in a process of its own, on the GPU where there is one. environment, extra: besides ours."""
+    """A real engine in a process of its own, on the GPU where there is one, which finds the tests' modules.
+    environment, extra: besides ours."""
 
     adapter: Adapter
     extra: ClassVar[dict[str, Any]] = {}
@@ -166,6 +179,7 @@ class OwnProcessKit(HFKit):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tolerance = 0.25 if device == "cuda" else 5e-5  # bfloat16 logits of up to 16, float32
+    how = "tensor-parallel size 1"
     tensor_parallel = 1
     backends: ClassVar[dict[type[OwnProcessKit], Shared]] = {}
 
@@ -191,11 +205,16 @@ class OwnProcessKit(HFKit):
                 settings,
                 log=folder / "engine.log",
                 bucket_bytes=50_000,
-                environment={**os.environ, **self.environment},
+                environment={**os.environ, "PYTHONPATH": with_tests_folder(), **self.environment},
             )
             self.backends[type(self)] = backend
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             atexit.register(super(Shared, backend).close)
+
+    @classmethod
+    def version(cls) -> str:
+        (distribution,) = filter(installed, cls.adapter.distributions)
+        return f"{cls.adapter.title} {importlib.metadata.version(distribution)}"
 
     @property
     def backend(self) -> Shared:
@@ -235,20 +254,19 @@ class OwnProcessKit(HFKit):
 
 
 class SGLangKit(OwnProcessKit):
-    adapter = SGLANG
+    engine, adapter = "sglang", SGLANG
+    extra: ClassVar[dict[str, Any]] = {"forward_hooks": slow_sglang.FORWARD_HOOKS}
     environment: ClassVar[dict[str, str]] = {"SGLANG_FORCE_STREAM_INTERVAL": "4"}  # so that draw_some can look on
 
 
 class SGLangTP2Kit(SGLangKit):
+    how = "2"
     tensor_parallel = 2
 
 
 class VLLMKit(OwnProcessKit):
-    adapter = VLLM
+    engine, adapter = "vllm", VLLM
     extra: ClassVar[dict[str, Any]] = {"worker_extension_cls": "slow_vllm.Worker"}
-    environment: ClassVar[dict[str, str]] = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    }
 
     def same(self, result: Result, other: Result) -> bool:
         """Its prefix cache changes the last bits of log-probs, which are compared with the trainer's everywhere."""
@@ -256,6 +274,7 @@ class VLLMKit(OwnProcessKit):
 
 
 class VLLMTP2Kit(VLLMKit):
+    how = "2"
     tensor_parallel = 2
 
 
@@ -278,5 +297,37 @@ def kit(request: pytest.FixtureRequest) -> Iterator[HFKit]:
 def holder(kit: HFKit) -> HFKit:
     """A kit of an engine that has a copy of the weights."""
     if not kit.build().capabilities.holds_weights:
-        pytest.skip("reads the trainer's weights, as declared")
+        pytest.skip("reads the trainer's weights")
     return kit
+
+
+# ---- records (see records.py)
+
+RECORDED: dict[str, records.Record] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="keep what the conformance suite finds, if nothing fails")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Notes what a test found, or compares it with the record."""
+    report = yield
+    name = item.callspec.params.get("kit") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+    if name is None or report.failed or (report.when != "call" and not report.skipped):
+        return report
+    kit, test = KITS[name], item.originalname
+    found = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else records.HOLDS
+    if item.config.getoption("--record", False):
+        RECORDED.setdefault(name, records.Record(kit.engine, kit.version(), kit.how)).found[test] = found
+    elif kit.device == "cpu" and (kept := records.read(records.path_of(name)).found.get(test)) != found:
+        report.outcome = "failed"
+        report.longrepr = f"the record of {name!r} says {kept!r}, and this run {found!r}; see {records.__file__}"
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for name, record in RECORDED.items():
+        if not session.testsfailed:
+            records.write(record, records.path_of(name))

@@ -1,4 +1,7 @@
-"""The contract of ``verl.rollout.base``, stated once and held by every engine in conftest's ``KITS``."""
+"""The contract of ``verl.rollout.base``, stated once and held by every engine in conftest's ``KITS``.
+
+A test's docstring is its row in docs/engines.md: the part of the table, and what holds.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,7 @@ def assert_greedy(kit, request: Request, result: Result, banned: Sequence[int] =
     ids=str,
 )
 def test_log_probs_are_the_trainers_over_the_full_vocabulary_at_the_sampling_temperature(kit, sampling):
+    """Log-probs: the trainer's, at the sampling temperature, over the full vocabulary whatever is left out of it."""
     asked = requests(kit, **sampling)
     for request, result in zip(asked, generate(kit.build(), asked), strict=True):
         assert len(result.response_ids) == len(result.log_probs) == 24
@@ -80,6 +84,7 @@ def test_log_probs_are_the_trainers_over_the_full_vocabulary_at_the_sampling_tem
 
 
 def test_results_come_in_the_order_of_the_requests(kit):
+    """Generation: results come in the order of the requests, however long each response is."""
     asked = [one(id=f"r{length}", max_new_tokens=length) for length in (40, 3, 17, 1, 29)]
     results = generate(kit.build(max_num_seqs=2), asked)
     assert [result.id for result in results] == [request.id for request in asked]
@@ -89,16 +94,19 @@ def test_results_come_in_the_order_of_the_requests(kit):
 
 
 def test_no_requests_give_no_results(kit):
+    """Generation: a call without requests is answered at once."""
     assert generate(kit.build(), []) == []
 
 
 def test_temperature_zero_takes_the_most_probable_token(kit):
+    """Sampling: `temperature=0` takes the most probable token."""
     asked = requests(kit, temperature=0)
     for request, result in zip(asked, generate(kit.build(), asked), strict=True):
         assert_greedy(kit, request, result)
 
 
 def test_top_k_of_one_takes_the_most_probable_token(kit):
+    """Sampling: `top_k=1` takes the most probable token."""
     asked = requests(kit, top_k=1, temperature=1.5)
     for request, result in zip(asked, generate(kit.build(), asked), strict=True):
         assert_greedy(kit, request, result)
@@ -106,6 +114,7 @@ def test_top_k_of_one_takes_the_most_probable_token(kit):
 
 @pytest.mark.parametrize("sampling", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str)
 def test_filtered_tokens_are_never_drawn(kit, sampling):
+    """Sampling: what `top_k`, `top_p` and `min_p` leave out is never drawn."""
     asked = requests(kit, temperature=1.4, **sampling)
     for request, result in zip(asked, generate(kit.build(), asked), strict=True):
         probs = reference_log_probs(kit, request, result.response_ids).exp()
@@ -120,6 +129,7 @@ def test_filtered_tokens_are_never_drawn(kit, sampling):
 
 
 def test_settings_of_one_request_do_not_reach_another(kit):
+    """Sampling: each request of a batch has its own settings."""
     mixed = [one(id="greedy", temperature=0), one(id="hot", temperature=1.5), one(id="nucleus", top_p=0.3)]
     together = generate(kit.build(), mixed)
     assert_greedy(kit, mixed[0], together[0])
@@ -131,9 +141,10 @@ def test_settings_of_one_request_do_not_reach_another(kit):
 
 
 def test_the_same_prompt_and_seed_give_the_same_tokens_in_any_batch(kit):
+    """Seeds: the same prompt and seed give the same tokens in any batch."""
     engine = kit.build()
     if not engine.capabilities.seeded:
-        pytest.skip("not seeded, as declared")
+        pytest.skip("not seeded")
     asked = requests(kit)
     together = generate(engine, asked)
     alone = [generate(engine, [request])[0] for request in asked]
@@ -144,6 +155,7 @@ def test_the_same_prompt_and_seed_give_the_same_tokens_in_any_batch(kit):
 
 
 def test_another_seed_gives_other_tokens(kit):
+    """Seeds: requests with other seeds get other tokens."""
     engine = kit.build()
     drawn = generate(engine, [one(id=str(seed), seed=seed) for seed in range(5)])
     assert len({tuple(result.response_ids) for result in drawn}) == 5
@@ -153,6 +165,7 @@ def test_another_seed_gives_other_tokens(kit):
 
 
 def test_the_end_token_stops_a_response_and_is_part_of_it(kit):
+    """Ends: the end token ends a response, and is part of it."""
     asked = [one(id=str(seed), seed=seed, max_new_tokens=100, ignore_eos=False, temperature=2.0) for seed in range(20)]
     results = generate(kit.build(), asked)
     stopped = [result for result in results if result.finish_reason == "stop"]
@@ -164,6 +177,7 @@ def test_the_end_token_stops_a_response_and_is_part_of_it(kit):
 
 
 def test_a_request_may_ignore_the_end_token_but_not_its_own_stop_tokens(kit):
+    """Ends: `stop_token_ids` of a request, together with `ignore_eos`."""
     engine = kit.build()
     (free,) = generate(engine, [one(max_new_tokens=100, temperature=0)])
     stop = free.response_ids[10]
@@ -180,9 +194,10 @@ def test_a_request_may_ignore_the_end_token_but_not_its_own_stop_tokens(kit):
 
 
 def test_a_stop_string_ends_the_response_with_the_token_that_completed_it(kit):
+    """Ends: stop strings, at the token that completes one."""
     engine = kit.build()
     if not engine.capabilities.stop_strings:
-        pytest.skip("no stop strings, as declared")
+        pytest.skip("no stop strings")
     (free,) = generate(engine, [one(temperature=0)])
     stop = kit.tokenizer.decode(free.response_ids[8:11])
     request = one(temperature=0, stop=("never", stop))
@@ -194,9 +209,10 @@ def test_a_stop_string_ends_the_response_with_the_token_that_completed_it(kit):
 
 
 def test_no_stop_token_is_drawn_before_min_new_tokens(kit):
+    """Ends: `min_new_tokens`: no stop token is drawn before."""
     engine = kit.build()
     if not engine.capabilities.min_new_tokens:
-        pytest.skip("no min_new_tokens, as declared")
+        pytest.skip("no min_new_tokens")
     stops = tuple(range(1, 60))
     asked = [one(id=str(seed), seed=seed, stop_token_ids=stops, min_new_tokens=9) for seed in range(8)]
     for request, result in zip(asked, generate(engine, asked), strict=True):
@@ -208,6 +224,7 @@ def test_no_stop_token_is_drawn_before_min_new_tokens(kit):
 
 
 def test_a_response_may_fill_the_context(kit):
+    """Ends: a response may fill the context to its last place."""
     request = one(max_new_tokens=kit.context - 3)
     (result,) = generate(kit.build(), [request])
     assert len(result.response_ids) == kit.context - 3
@@ -218,6 +235,7 @@ def test_a_response_may_fill_the_context(kit):
 
 
 def test_hundreds_of_calls_may_be_in_flight_together(kit):
+    """Generation: hundreds of calls in flight together."""
     engine = kit.build(max_num_seqs=16)
 
     async def run() -> list[list[Result]]:
@@ -231,6 +249,7 @@ def test_hundreds_of_calls_may_be_in_flight_together(kit):
 
 
 def test_abort_gives_back_what_was_drawn_and_leaves_the_others(kit):
+    """Abort: a request gives back what was drawn, with its log-probs, and the others go on."""
     engine = kit.build(max_num_seqs=2)
     long, short = one(id="long", max_new_tokens=100), one(id="short", max_new_tokens=90, seed=4)
     queued = one(id="queued", seed=5)
@@ -252,6 +271,7 @@ def test_abort_gives_back_what_was_drawn_and_leaves_the_others(kit):
 
 
 def test_abort_without_ids_ends_everything_also_what_waits(kit):
+    """Abort: all requests at once, also those that wait."""
     engine = kit.build(max_num_seqs=2)
     asked = requests(kit, max_new_tokens=100)
 
@@ -269,6 +289,7 @@ def test_abort_without_ids_ends_everything_also_what_waits(kit):
 
 
 def test_a_cancelled_call_leaves_nothing_behind(kit):
+    """Abort: a call that its caller cancels leaves nothing behind."""
     engine = kit.build(max_num_seqs=2)
 
     async def run() -> list[Result]:
@@ -284,6 +305,7 @@ def test_a_cancelled_call_leaves_nothing_behind(kit):
 
 
 def test_cancelling_a_call_at_any_moment_leaves_the_others_alone(kit):
+    """Abort: a call may be cancelled at any moment without touching the others."""
     engine = kit.build()
     (expected,) = generate(engine, [one()])
 
@@ -304,6 +326,7 @@ def test_cancelling_a_call_at_any_moment_leaves_the_others_alone(kit):
 
 
 def test_an_engine_outlives_event_loops(kit):
+    """Generation: one engine serves one event loop after another."""
     engine = kit.build()
     asked = requests(kit)
     first, second = (generate(engine, asked) for _ in range(2))
@@ -323,6 +346,7 @@ def test_an_engine_outlives_event_loops(kit):
 
 
 def test_a_pause_keeps_what_was_drawn_and_holds_new_requests(kit):
+    """Pause: requests keep what they have and go on from there; new ones wait."""
     engine = kit.build()
     asked = requests(kit, max_new_tokens=60)
     undisturbed = generate(engine, [*asked, one()])
@@ -345,6 +369,7 @@ def test_a_pause_keeps_what_was_drawn_and_holds_new_requests(kit):
 
 
 def test_after_an_update_partial_responses_go_on_with_the_new_weights(kit):
+    """Pause: after a weight update, partial responses go on with the new weights, and say from which token."""
     engine = kit.build(max_num_seqs=6)
     asked = requests(kit, max_new_tokens=60)
 
@@ -373,6 +398,7 @@ def test_after_an_update_partial_responses_go_on_with_the_new_weights(kit):
 
 
 def test_an_idle_engine_draws_from_the_updated_weights(kit):
+    """Weights: after an update, tokens and log-probs are of the new weights."""
     engine = kit.build()
     before = generate(engine, requests(kit))
     kit.train()
@@ -386,6 +412,7 @@ def test_an_idle_engine_draws_from_the_updated_weights(kit):
 
 
 def test_what_differs_from_the_trainers_weights_is_named(holder):
+    """Weights: checksums name each tensor that differs from the trainer's."""
     engine = holder.build()
 
     def compare() -> list[str]:
@@ -406,6 +433,7 @@ def test_what_differs_from_the_trainers_weights_is_named(holder):
 
 
 def test_names_that_are_not_the_engines_are_refused_and_nothing_is_drawn_from_a_mixture(holder):
+    """Weights: unknown, missing and misshapen tensors are named, and nothing is drawn from a mixture."""
     engine = holder.build()
     weights = dict(holder.trainer.named_parameters())
     unknown = {**weights, "model.layers.9.wrong": torch.zeros(3)}
@@ -426,15 +454,17 @@ def test_names_that_are_not_the_engines_are_refused_and_nothing_is_drawn_from_a_
 
 
 def test_an_engine_without_weights_draws_nothing(holder):
+    """Weights: nothing is drawn before the first update."""
     engine = holder.build(weights=False)
     with pytest.raises(IllegalState, match="update_weights first"):
         generate(engine, [one()])
 
 
 def test_sleep_and_wake_in_any_wrong_order_are_refused_and_in_the_right_one_serve(kit):
+    """Sleep: weights and cache are given back and taken again; wrong orders are refused."""
     engine = kit.build()
     if engine.capabilities.sleep != {"weights", "kv_cache"}:
-        pytest.skip("does not sleep, as declared")
+        pytest.skip("does not sleep")
 
     async def run() -> list[Result]:
         call = asyncio.create_task(engine.generate([one(id="busy", max_new_tokens=100)]))
@@ -467,6 +497,7 @@ def test_sleep_and_wake_in_any_wrong_order_are_refused_and_in_the_right_one_serv
 
 
 def test_weights_are_not_updated_while_requests_are_generated(kit):
+    """Weights: an update while requests are drawn is refused."""
     engine = kit.build()
 
     async def run() -> Result:
@@ -480,6 +511,7 @@ def test_weights_are_not_updated_while_requests_are_generated(kit):
 
 
 def test_pausing_twice_and_resuming_what_runs_are_illegal(kit):
+    """Pause: pausing twice, and resuming what runs, are refused."""
     engine = kit.build()
 
     async def run() -> None:
@@ -494,6 +526,7 @@ def test_pausing_twice_and_resuming_what_runs_are_illegal(kit):
 
 
 def test_an_id_in_flight_is_refused(kit):
+    """Refused: a second request with an id in flight."""
     engine = kit.build()
 
     async def run() -> None:
@@ -528,6 +561,7 @@ def test_an_id_in_flight_is_refused(kit):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_request_that_cannot_be_served_is_named_and_nothing_of_its_call_runs(kit, request_, says):
+    """Refused: a request that cannot be served is named with what is wrong, and nothing of its call runs."""
     engine = kit.build()
     with pytest.raises(UserError, match="request 'one'") as caught:
         generate(engine, [one(id="fine"), request_])
@@ -536,6 +570,7 @@ def test_a_request_that_cannot_be_served_is_named_and_nothing_of_its_call_runs(k
 
 
 def test_what_an_engine_declares_it_cannot_do_it_refuses(kit):
+    """Refused: what the engine declares that it cannot do."""
     engine = kit.build()
     if not engine.capabilities.images:
         with pytest.raises(Unsupported, match="images"):
@@ -548,6 +583,7 @@ def test_what_an_engine_declares_it_cannot_do_it_refuses(kit):
 
 
 def test_stop_strings_without_a_tokenizer_are_refused(kit):
+    """Refused: stop strings, where there is no tokenizer."""
     engine = kit.build(tokenizer=False)
     if engine.capabilities.stop_strings:
         pytest.skip("needs no tokenizer for stop strings")
@@ -559,6 +595,7 @@ def test_stop_strings_without_a_tokenizer_are_refused(kit):
 
 
 def test_a_healthy_engine_says_so_and_a_closed_one_does_not(kit):
+    """Closing: a health check tells an engine that serves from one that is closed."""
     engine = kit.build()
     asyncio.run(engine.health())
     asyncio.run(engine.close())
@@ -567,6 +604,7 @@ def test_a_healthy_engine_says_so_and_a_closed_one_does_not(kit):
 
 
 def test_closing_aborts_what_is_in_flight_and_closing_again_is_no_error(kit):
+    """Closing: aborts what is in flight; closing again is no error."""
     engine = kit.build()
 
     async def run() -> Result:
@@ -582,6 +620,7 @@ def test_closing_aborts_what_is_in_flight_and_closing_again_is_no_error(kit):
 
 
 def test_a_closed_engine_takes_no_orders(kit):
+    """Closing: a closed engine takes no orders."""
     engine = kit.build()
     asyncio.run(engine.close())
     for order in (

@@ -7,13 +7,17 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from forks import run_forked
 from helpers import ROOT, arguments, command, metrics_of, start, wait_for_steps
 from safetensors.torch import load_file
+
+from verl.trainer.main_ppo import main
 
 # What a step's tokens decide, whoever computes it.
 SAME = (
@@ -26,6 +30,8 @@ SAME = (
     "response_length/mean",
     "training/rollout_log_probs_diff_mean",
 )
+# They try for 60 seconds to tell Ray's head, which is gone, that their node is.
+RAY_AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 EVERYTHING = {
     "trainer__device": "cpu",
     "trainer__save_freq": 3,
@@ -48,7 +54,7 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def run_job(small: Path, run: Path, **keys: object) -> str:
-    done = start(arguments(small, run, **keys))
+    done = run_forked(main, arguments(small, run, **keys))
     logs = "".join(log.read_text()[-1500:] for log in run.glob("ranks/*.log"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:] + logs
     return done.stdout
@@ -124,10 +130,19 @@ def test_the_death_of_a_rank_or_of_the_driver_is_the_end_of_all(small, tmp_path,
         assert int(told[2]) == killed.pid
         assert f"Its output is in {tmp_path}/ranks/rank-{told[1]}.log" in stderr
         assert "Traceback" not in stderr
-    _, alive = psutil.wait_procs(started, timeout=20)
-    alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-    # Two agents of Ray's try for 60 seconds to tell the head, which is gone, that their node is.
-    assert {process.name() for process in alive} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+    deadline = time.monotonic() + 20
+    while not (left := names_of_running(started)) <= RAY_AGENTS and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left <= RAY_AGENTS
+
+
+def names_of_running(processes: list[psutil.Process]) -> set[str]:
+    names = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                names.add(process.name())
+    return names
 
 
 def test_more_devices_than_there_are_is_told_before_anything_starts(small, tmp_path):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import arguments, metrics_of, repeatable, start
+from forks import run_forked
+from helpers import arguments, metrics_of, repeatable
 
 from verl.rollout.sampling import draw
 from verl.tracking.dumps import read_rows
@@ -157,7 +158,7 @@ def test_how_the_step_is_cut_does_not_change_what_is_learned(small, tmp_path, ke
 
 def test_a_run_repeats_bit_for_bit(small, tmp_path):
     for name in ("one", "two"):
-        assert start(arguments(small, tmp_path / name)).returncode == 0
+        assert run_forked(main, arguments(small, tmp_path / name)).returncode == 0
     assert repeatable(metrics_of(tmp_path / "one")) == repeatable(metrics_of(tmp_path / "two"))
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import arguments, command, metrics_of, repeatable, start
+from forks import run_forked
+from helpers import arguments, command, metrics_of, repeatable
 from safetensors import safe_open
 
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.main_ppo import main
+from verl.trainer.ppo.trainer import PPOTrainer
 
 STAGES = [
     "gen",
@@ -25,31 +27,6 @@ STAGES = [
     "testing",
     "save_checkpoint",
 ]
-# Ends the process with SIGKILL on entering (or, for "save_checkpoint", halfway through) a stage of a step.
-KILLER = """
-import os, signal, sys
-from verl.trainer.ppo import trainer
-stage, step = sys.argv[1], int(sys.argv[2])
-def kill_at(name, of):
-    if name == stage and of == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-PPO = trainer.PPOTrainer
-enter, timed_as, write = PPO.stage, PPO._timed_as, PPO._write_models
-def stage_(self, name, total=None):
-    if name != "save_checkpoint":
-        kill_at(name, self.step)
-    return enter(self, name, total)
-def timed_as_(self, name):
-    kill_at(name, self.step)
-    return timed_as(self, name)
-def write_(self, folder):
-    write(self, folder)
-    kill_at("save_checkpoint", self.step)
-PPO.stage, PPO._timed_as, PPO._write_models = stage_, timed_as_, write_
-if __name__ == "__main__":
-    from verl.trainer.main_ppo import main
-    sys.exit(main(sys.argv[3:]))
-"""
 LONG_RUN = {
     "trainer__total_training_steps": len(STAGES) + 1,
     "trainer__save_freq": 1,
@@ -62,6 +39,32 @@ LONG_RUN = {
 }
 
 
+def run_until(stage: str, step: int, arguments: list[str]) -> int:
+    """The run, which ends with SIGKILL on entering (or, for "save_checkpoint", halfway through) a stage of a step."""
+    enter, timed_as, write = PPOTrainer.stage, PPOTrainer._timed_as, PPOTrainer._write_models
+
+    def kill_at(name: str, of: int) -> None:
+        if (name, of) == (stage, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed_on_entering(self, name, total=None):
+        if name != "save_checkpoint":
+            kill_at(name, self.step)
+        return enter(self, name, total)
+
+    def killed_on_timing(self, name):
+        kill_at(name, self.step)
+        return timed_as(self, name)
+
+    def killed_while_writing(self, folder):
+        write(self, folder)
+        kill_at("save_checkpoint", self.step)
+
+    PPOTrainer.stage, PPOTrainer._timed_as = killed_on_entering, killed_on_timing
+    PPOTrainer._write_models = killed_while_writing
+    return main(arguments)
+
+
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     newest = Checkpoints(run).all()[-1].folder
     found = {}
@@ -72,14 +75,13 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_killed_in_every_stage_ends_with_the_same_bits(small, tmp_path):
-    whole, killed, killer = tmp_path / "whole", tmp_path / "killed", tmp_path / "killer.py"
-    killer.write_text(KILLER)
-    done = start(arguments(small, whole, **LONG_RUN))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run_forked(main, arguments(small, whole, **LONG_RUN))
     assert done.returncode == 0, done.stderr
     for step, stage in enumerate(STAGES, start=1):
-        ended = start([stage, str(step), *arguments(small, killed, **LONG_RUN)], script=killer)
+        ended = run_forked(run_until, stage, step, arguments(small, killed, **LONG_RUN))
         assert ended.returncode == -signal.SIGKILL, (stage, ended.stderr)
-    assert start(arguments(small, killed, **LONG_RUN)).returncode == 0
+    assert run_forked(main, arguments(small, killed, **LONG_RUN)).returncode == 0
 
     timed = {name for step in metrics_of(whole) for name in step if name.startswith("timing_s/")}
     assert timed == {f"timing_s/{stage}" for stage in [*STAGES, "step"]}  # no stage is forgotten here

@@ -1,19 +1,13 @@
-"""Tiny random models of real architectures, ragged tables, plain references, and jobs of several ranks."""
+"""Tiny random models of real architectures, ragged tables, plain references."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import tempfile
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 import transformers
 
 from verl.config.parts import FSDPConfig, ModelConfig, OptimConfig
@@ -152,58 +146,3 @@ def state_of(engine: TrainEngine, folder: Path) -> dict[str, torch.Tensor]:
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
-
-
-# ---- several ranks
-
-# One server imports everything once; each rank is forked from it, before it has threads.
-_RANKS = multiprocessing.get_context("forkserver")
-_RANKS.set_forkserver_preload(
-    ["transformers.models.qwen2.modeling_qwen2", "transformers.models.llama.modeling_llama", "verl.engine", "pandas"]
-)
-
-
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(rank, world_size, *args)`` in as many processes with a gloo group; their answers (numpy, not tensors,
-    for the processes end), in rank order."""
-    with tempfile.TemporaryDirectory() as folder:
-        pipes = [_RANKS.Pipe(duplex=False) for _ in range(world_size)]
-        processes = [
-            _RANKS.Process(
-                target=_rank, args=(rank, world_size, f"file://{folder}/store", pipes[rank][1], function, args)
-            )
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        for _, writer in pipes:
-            writer.close()
-        try:
-            answers = [_answer(reader, rank) for rank, (reader, _) in enumerate(pipes)]
-        finally:
-            for process in processes:
-                process.join(timeout=10)
-                process.kill()
-    return answers
-
-
-def _answer(reader, rank: int) -> Any:
-    if not reader.poll(240):
-        raise TimeoutError(f"rank {rank} does not answer")
-    try:
-        ok, answer = reader.recv()
-    except EOFError:
-        raise RuntimeError(f"rank {rank} died") from None
-    if not ok:
-        raise RuntimeError(f"rank {rank}:\n{answer}")
-    return answer
-
-
-def _rank(rank: int, world_size: int, store: str, writer, function: Callable[..., Any], args: tuple) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    try:
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-        writer.send((True, function(rank, world_size, *args)))
-        dist.destroy_process_group()
-    except BaseException:
-        writer.send((False, traceback.format_exc()))

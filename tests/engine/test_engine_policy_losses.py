@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from engine_helpers import ALL, build, largest_difference, make_table, run_ranks, weights_of
+from engine_helpers import ALL, build, largest_difference, make_table, weights_of
+from forks import run_ranks
 
 from verl.config.models import ActorConfig, PolicyLossConfig
 from verl.data.ragged import Ragged

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, run_ranks, weights_of
+from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, weights_of
+from forks import run_ranks
 
 from verl.engine import Batching, CheckpointError
 from verl.errors import UserError

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from engine_helpers import ALL, LOSSES, VOCAB, build, make_table, run_ranks, weights_of
+from engine_helpers import ALL, LOSSES, VOCAB, build, make_table, weights_of
+from forks import run_ranks
 from safetensors.torch import load_file
 from transformers.core_model_loading import Chunk, WeightConverter, revert_weight_conversion
 

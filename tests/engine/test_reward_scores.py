@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 import transformers
-from engine_helpers import VOCAB, build, run_ranks, save_tiny_model
+from engine_helpers import VOCAB, build, save_tiny_model
+from forks import run_ranks
 
 from verl.data.ragged import Ragged
 from verl.engine import Batching

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
+from forks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -60,14 +57,11 @@ def train(policy: Policy) -> torch.Tensor:
     return torch.stack([grad.norm() for grad in grads]).norm()
 
 
-def run_rank(rank: int, store: str) -> None:
+def generate_and_train(rank: int, world_size: int) -> None:
     """Rank 0 has nothing to generate, then little; rank 1 has much. No rank waits for the other in between."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     reference = whole_policy()
     policy = whole_policy()
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (world_size,))
     for layer in policy.hf.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(policy, mesh=mesh)
@@ -89,11 +83,10 @@ def run_rank(rank: int, store: str) -> None:
         torch.testing.assert_close(train(policy), train(reference))
     with pytest.raises(IllegalState, match="whole_weights"):
         asyncio.run(engine.generate([Request("late", [5], SamplingParams(max_new_tokens=9))]))
-    dist.destroy_process_group()
 
 
-def test_ranks_with_other_numbers_and_lengths_of_requests_do_not_wait_for_each_other(tmp_path: Path):
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path / "store"),), nprocs=2)
+def test_ranks_with_other_numbers_and_lengths_of_requests_do_not_wait_for_each_other():
+    run_ranks(2, generate_and_train)
 
 
 def test_without_sharding_whole_weights_changes_nothing():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import math
-import multiprocessing
 import random
 import socket
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from forks import FORKS
 from hypothesis import given
 from hypothesis import strategies as st
 from weight_receivers import content, receive
@@ -32,8 +32,6 @@ from verl.rollout.weights.sender import ReceiverLost, WeightSender
 CPU = torch.device("cpu")
 GONE = (EOFError, ConnectionError)  # what a receiver makes of a sender that is
 BUCKET = 4096
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["verl.rollout.weights.receiver"])  # torch takes a second to import
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int16, torch.int32, torch.bool]
 
 

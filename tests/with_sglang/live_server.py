@@ -1,8 +1,9 @@
-"""A real SGLang server on the CPU, in a process group of its own."""
+"""A real SGLang server on the CPU, in a process group of its own, with a pause at each token."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import slow_sglang
+from helpers import with_tests_folder
 
 START_TIMEOUT = 300.0
 
@@ -49,10 +53,12 @@ class Server:
             "grammar-backend": "none",
             "max-total-tokens": 8192,
             "max-running-requests": 8,
+            "forward-hooks": json.dumps(slow_sglang.FORWARD_HOOKS),
         }
         command = [sys.executable, "-m", "sglang.launch_server", "--skip-tokenizer-init"]
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
         environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "passive"}
+        environment["PYTHONPATH"] = with_tests_folder()
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=output, start_new_session=True

@@ -191,17 +191,17 @@ def test_a_killed_servers_requests_are_answered_and_it_is_synced_before_it_is_us
     notes: list[str] = []
     router, trainer = connect("disk", note=notes.append, retry_every=0.5), tiny_model(seed=6)
     update(router, trainer, version=1)
-    asked = requests(40, tokens=300, ignore_eos=True)
+    asked = requests(40, tokens=100, ignore_eos=True)  # 20 of them, 8 at a time, take a server 3.6 s at least
     threading.Timer(1.0, servers[0].kill).start()
     results = generate(router, asked)
     check(trainer, asked, results)
-    assert all(len(result.response_ids) == 300 for result in results)
+    assert all(len(result.response_ids) == 100 for result in results)
     assert [member.state for member in router.members] == ["dead", "used"]
     assert any("is taken out; its unfinished requests are drawn again by the 1 left" in note for note in notes)
 
     servers[0].start()
     servers[0].wait()  # with the weights of its model's folder, which are not the trainer's
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while router.members[0].state != "used":
         assert time.monotonic() < deadline, notes
         time.sleep(0.1)

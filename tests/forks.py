@@ -1,0 +1,96 @@
+"""Processes forked from one server that has imported torch, transformers and verl once for all of them: a fresh
+interpreter takes 7 s of a core to do so."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+FORKS = multiprocessing.get_context("forkserver")
+# Importing these touches no GPU and starts no thread of theirs.
+FORKS.set_forkserver_preload(
+    [
+        "transformers.models.qwen2.modeling_qwen2",
+        "transformers.models.llama.modeling_llama",
+        "verl.engine",
+        "verl.rollout.weights.receiver",
+        "verl.trainer.ppo.run",
+        "pandas",
+    ]
+)
+
+
+def run_forked(main: Callable[..., int], *args: Any) -> subprocess.CompletedProcess[str]:
+    """``main(*args)``, which gives an exit code, in a process of its own; as ``subprocess.run`` gives it back."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder, "stdout"), Path(folder, "stderr")
+        process = FORKS.Process(target=_main, args=(outputs, main, args))
+        process.start()
+        try:
+            process.join()
+        finally:
+            process.kill()
+        stdout, stderr = (path.read_text() if path.exists() else "" for path in outputs)
+    return subprocess.CompletedProcess(args, process.exitcode, stdout, stderr)
+
+
+def _main(outputs: tuple[Path, Path], main: Callable[..., int], args: tuple) -> None:
+    for number, path in enumerate(outputs, start=1):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.exit(main(*args))
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(rank, world_size, *args)`` in as many processes with a gloo group; their answers (numpy, not tensors,
+    for the processes end), in rank order."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [FORKS.Pipe(duplex=False) for _ in range(world_size)]
+        processes = [
+            FORKS.Process(
+                target=_rank, args=(rank, world_size, f"file://{folder}/store", pipes[rank][1], function, args)
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for _, writer in pipes:
+            writer.close()
+        try:
+            answers = [_answer(reader, rank) for rank, (reader, _) in enumerate(pipes)]
+        finally:
+            for process in processes:
+                process.join(timeout=10)
+                process.kill()
+    return answers
+
+
+def _answer(reader, rank: int) -> Any:
+    if not reader.poll(240):
+        raise TimeoutError(f"rank {rank} does not answer")
+    try:
+        ok, answer = reader.recv()
+    except EOFError:
+        raise RuntimeError(f"rank {rank} died") from None
+    if not ok:
+        raise RuntimeError(f"rank {rank}:\n{answer}")
+    return answer
+
+
+def _rank(rank: int, world_size: int, store: str, writer, function: Callable[..., Any], args: tuple) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+        writer.send((True, function(rank, world_size, *args)))
+        dist.destroy_process_group()
+    except BaseException:
+        writer.send((False, traceback.format_exc()))
