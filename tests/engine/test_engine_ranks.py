@@ -2,6 +2,7 @@
 
 import errno
 import resource
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, w
 from forks import run_ranks
 
 from verl.engine import Batching, CheckpointError
+from verl.engine.compile import CompiledLayers
 from verl.errors import UserError
 
 ROWS = 9
@@ -75,6 +77,29 @@ def test_bfloat16_with_sharded_masters_follows_one_process(tiny):
     _, metrics, weights = run_ranks(2, numbers_then_training, tiny, "policy", {"dtype": "bfloat16"})[0]
     assert [each["loss"] for each in metrics] == pytest.approx([each["loss"] for each in expected_metrics], abs=0.02)
     assert all(np.allclose(array, expected[name].float(), atol=0.02) for name, array in weights.items())
+
+
+@pytest.mark.parametrize("kind", ["policy", "value"])
+def test_a_model_whose_files_are_bfloat16_is_sharded_in_float32_all_through(tiny, tmp_path, kind):
+    transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    _, expected, _ = one_process(str(tmp_path), kind)
+    _, metrics, _ = run_ranks(2, numbers_then_training, str(tmp_path), kind, {})[0]
+    assert [each["loss"] for each in metrics] == pytest.approx([each["loss"] for each in expected], rel=1e-5)
+
+
+def compiled(rank, world_size, path, packed):
+    torch.compile = partial(torch.compile, backend="aot_eager")  # all of the compiler but code for the device
+    engine, table = build(path, eps=EPS, checkpointing=True, packed=packed), share(rank, world_size)
+    engine._layers = CompiledLayers(engine.module)
+    return numbers(engine, table, "policy"), train(engine, table, "policy"), plain(weights_of(engine))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_compiled_layers_train_alike_under_sharding(tiny, packed):
+    _, expected_metrics, expected = one_process(tiny, "policy")
+    _, metrics, weights = run_ranks(2, compiled, tiny, packed)[0]
+    assert [each["loss"] for each in metrics] == pytest.approx([each["loss"] for each in expected_metrics], rel=1e-4)
+    assert largest_difference({k: torch.from_numpy(v) for k, v in weights.items()}, expected) < 1e-4
 
 
 def untied_without_resharding(rank, world_size, path):

@@ -5,6 +5,7 @@ Each wraps a transformers model and is the root of sharding: all that touches pa
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -139,6 +140,8 @@ def empty_model(
     model: ModelConfig, kind: Kind, config: transformers.PreTrainedConfig, dtype: torch.dtype
 ) -> transformers.PreTrainedModel:
     """The same module without storage (meta device): its tensors come from another rank."""
+    config = copy.deepcopy(config)
+    config.dtype = dtype  # that of the files would be the backbone's under a classifier's head
     with torch.device("meta"):
         hf = _auto_class(kind).from_config(
             config,
