@@ -157,7 +157,7 @@ class MovableTensors:
         self._host = self._host or HostPlaces(self._tensors)
         with self._copies.beside():
             for tensor, place in zip(self._tensors, self._host, strict=True):
-                give_storage(tensor, self._copies.to_host(local(tensor), place))
+                self._give(tensor, self._copies.to_host(local(tensor), place))
         self.loaded = False
 
     def onload(self) -> None:
@@ -165,8 +165,11 @@ class MovableTensors:
             return
         with self._copies.beside():
             for tensor in self._tensors:  # FSDP may have put a tensor that it pads elsewhere on the host
-                give_storage(tensor, self._copies.to_device(local(tensor)))
+                self._give(tensor, self._copies.to_device(local(tensor)))
         self.loaded = True
+
+    def _give(self, tensor: torch.Tensor, storage: torch.Tensor) -> None:
+        give_storage(tensor, storage)
 
     def close(self) -> None:
         if self._host is not None:
@@ -176,27 +179,47 @@ class MovableTensors:
 
 
 class MovableModule(MovableTensors):
-    """Parameters, sharded or not, and buffers. ``_apply`` is what ``Module.to`` calls: there FSDP learns where its
-    shards are now."""
+    """Parameters, sharded or not, and buffers."""
 
     def __init__(self, module: nn.Module, copies: Copies):
         super().__init__([*module.parameters(), *module.buffers()], copies)
         self._module = module
+        self._given: dict[int, torch.Tensor] = {}  # a sharded parameter's new storage, by its id
 
     def offload(self) -> None:
         if self.loaded:
             super().offload()
-            self._tell()
+            self._tell_fsdp()
 
     def onload(self) -> None:
         if not self.loaded:
             super().onload()
             self._copies.wait()
-            self._tell()
+            self._tell_fsdp()
 
-    def _tell(self) -> None:
+    def _give(self, tensor: torch.Tensor, storage: torch.Tensor) -> None:
+        if isinstance(tensor, DTensor):
+            self._given[id(tensor)] = storage
+        else:
+            give_storage(tensor, storage)
+
+    def _tell_fsdp(self) -> None:
+        """``_apply`` is what ``Module.to`` calls: there FSDP learns where its shards are now. It takes a parameter's new
+        contents out of a tensor that must be another one, for tied parameters once for each of their names."""
+        if not self._given:
+            return
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor, DTensor):
+                return tensor
+            storage = self._given.get(id(tensor), tensor._local_tensor)
+            other = torch.empty_like(tensor, device=storage.device)
+            give_storage(other, storage)
+            return other
+
         with torch.no_grad():
-            self._module._apply(lambda tensor: tensor)
+            self._module._apply(moved)
+        self._given.clear()
 
 
 def give_storage(tensor: torch.Tensor, storage: torch.Tensor) -> None:
