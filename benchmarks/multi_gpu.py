@@ -124,8 +124,8 @@ def run_on(gpus: int, run: Path, folder: Path, options: argparse.Namespace) -> N
     weights = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
     update = steps[-1]["timing_s/update_weights"] - steps[-1]["timing_s/check_weights"]
     buckets = -(-weights // BUCKET)
-    print(f"weights of {len(steps)} steps compared on all ranks; an update takes {update:.3f} s, in {buckets} buckets")
-    print(f"of {update / buckets * 1000:.0f} ms each")
+    print(f"weights of {len(steps)} steps compared on all ranks")
+    print(f"a weight update: {update:.3f} s, buckets: {buckets}, ms for each: {update / buckets * 1000:.0f}")
     for line in free_memory_at_start(run):
         print(line)
     curve.print(seconds=steps[-1]["timing_s/step"])
@@ -145,8 +145,9 @@ def free_memory_at_start(run: Path) -> list[str]:
     found = {}
     for log in run.glob("rollout/**/*.log"):
         for line in log.read_text(errors="replace").splitlines():
-            if said := re.search(r"(TP\d+)?\]? ?.*Load weight begin. avail mem=([\d.]+) GB", line):
-                found[said[1] or "TP0"] = float(said[2])
+            if said := re.search(r"Load weight begin. avail mem=([\d.]+) GB", line):
+                rank = re.search(r"TP\d+", line)
+                found[rank[0] if rank else "TP0"] = float(said[1])
     if not found:
         return []
     spread = 1 - min(found.values()) / max(found.values())

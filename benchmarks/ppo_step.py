@@ -21,7 +21,6 @@ import tempfile
 from pathlib import Path
 
 GENERATION = ("gen",)
-NOT_STAGES = ("reward_scoring", "reward_hidden")  # sums over samples, beside the step
 MODELS = ("old_log_prob", "ref", "values", "update_actor", "update_critic")
 
 

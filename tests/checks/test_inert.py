@@ -135,8 +135,15 @@ def test_a_key_is_named_where_it_does_nothing_and_only_there(override, inert_wit
     assert key not in inert(override, *effective_with)
 
 
-def test_offloading_means_nothing_on_a_cpu():
-    override = f"{ACTOR}.fsdp_config.param_offload=True"
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"{ACTOR}.fsdp_config.param_offload=True",
+        f"{ACTOR}.fsdp_config.use_torch_compile=False",
+        "actor_rollout_ref.model.use_remove_padding=True",
+    ],
+)
+def test_what_is_for_gpus_means_nothing_on_a_cpu(override):
     assert inert(override, HF, device="cpu") == {override.partition("=")[0]}
     assert inert(override, HF, device="cuda") == set()
 

@@ -17,7 +17,7 @@ def test_a_host_that_is_lost_ends_the_run_in_bounded_time_and_is_named(small, tm
         "trainer__nnodes": 2,
         "trainer__device": "cpu",
         "trainer__total_training_steps": 10000,
-        "trainer__worker_timeout": 15,
+        "trainer__worker_timeout": 30,
         "trainer__val_before_train": False,
     }
     with two_hosts("ipv4", tmp_path) as hosts, ray_on(hosts) as environment:

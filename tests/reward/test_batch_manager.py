@@ -50,7 +50,7 @@ def test_the_function_gets_all_samples_at_once_in_the_order_in_which_they_ended(
     assert [json.loads(text) for text in scored["reward_extra"].to_pylist()] == [
         {"row": n, "call": 1} for n in range(3)
     ]
-    assert metrics["timing_s/reward_hidden"] == 0.0
+    assert metrics["timing_sum_s/reward_hidden"] == 0.0
     again, _ = manager.score_table(table)
     assert json.loads(again["reward_extra"][0].as_py())["call"] == 2
 

@@ -229,7 +229,7 @@ def test_judge_and_scorers_score_the_rows_of_their_data_sources(manager_of, tabl
     scored, metrics = manager_of().score_table(table)
     assert scored["score"].to_pylist() == [1.0, 6.0, 1.0]
     assert metrics["reward/errors"] == 0.0
-    assert metrics["timing_s/reward_scoring"] > 0
+    assert metrics["timing_sum_s/reward_scoring"] > 0
 
 
 def test_a_judge_that_fails_ends_the_run_unless_told_otherwise(manager_of, table_of, server):

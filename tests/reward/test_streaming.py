@@ -57,6 +57,7 @@ def test_scores_are_there_before_the_last_response_is(manager_of, tokenizer, tmp
     trainer.parts = SimpleNamespace(
         rollout=Engine(tokenizer, count, scored),
         rewards=manager_of(USERS, {"folder": str(scored)}),
+        reward_inputs=None,
         trackers=SimpleNamespace(progress=SimpleNamespace(stage=stage)),
     )
     trainer.metrics, trainer.timer = {}, StageTimer()
@@ -74,9 +75,9 @@ def test_scores_are_there_before_the_last_response_is(manager_of, tokenizer, tmp
     table = trainer._generate_and_score(episodes, SamplingParams(max_new_tokens=4))
     assert table["score"].to_pylist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     found = trainer.metrics
-    assert 0 < found["timing_s/reward_hidden"] <= found["timing_s/reward_scoring"]
+    assert 0 < found["timing_sum_s/reward_hidden"] <= found["timing_sum_s/reward_scoring"]
 
 
 def test_time_is_hidden_as_far_as_it_passed_before_the_scores_were_asked_for():
     outcomes = [Outcome(begun=1.0, ended=3.0), Outcome(begun=4.0, ended=9.0), Outcome(begun=6.0, ended=8.0)]
-    assert hidden_time(outcomes, 5.0) == {"timing_s/reward_scoring": 9.0, "timing_s/reward_hidden": 3.0}
+    assert hidden_time(outcomes, 5.0) == {"timing_sum_s/reward_scoring": 9.0, "timing_sum_s/reward_hidden": 3.0}

@@ -401,7 +401,7 @@ def test_a_shift_of_a_groups_rewards_changes_nothing(name, groups, shift):
 
 
 def test_an_estimator_of_the_users_own_is_found_by_import_path(tmp_path, monkeypatch):
-    (tmp_path / "my_algorithms.py").write_text(
+    (tmp_path / "own_estimators.py").write_text(
         "import numpy as np\n"
         "def constant(inputs):\n"
         "    ones = inputs.response_mask.like(np.ones(len(inputs.response_mask.values), np.float32))\n"
@@ -409,7 +409,7 @@ def test_an_estimator_of_the_users_own_is_found_by_import_path(tmp_path, monkeyp
         "constant.needs_critic = True\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    estimator = resolve("my_algorithms:constant")
+    estimator = resolve("own_estimators:constant")
     assert estimator.needs_critic
     assert estimator(grouped([[1, 2]]))[0].values.tolist() == [1.0, 1.0]
 

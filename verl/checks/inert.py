@@ -224,9 +224,10 @@ RULES = (
     *(rule for name in SPLIT_KEYS for rule in _micro_batch_rules(name)),
     Rule(
         ("*.use_remove_padding",),
-        lambda run: True,
-        "this version sorts sequences by length into micro-batches and pads each to its longest; packing is not in it",
+        lambda run: run.plan.device == "cpu",
+        "on a CPU each micro-batch is padded to its longest sequence",
     ),
+    Rule(("*.use_torch_compile",), lambda run: run.plan.device == "cpu", "nothing is compiled on a CPU"),
     *(rule for owner in (ACTOR, "critic") for rule in _optimizer_rules(owner)),
     # engine and sampling
     Rule(

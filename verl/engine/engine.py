@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 LossFunction = Callable[[Tensors, Tensors], tuple[torch.Tensor, Tensors]]
 CPU = torch.device("cpu")
+PADDING_ASKED_FOR = "use_remove_padding=False"
 SPARE = 2 << 30  # bytes of a device that stay free
 
 
@@ -86,7 +87,7 @@ class TrainEngine:
         self.root.eval()
         self.module: transformers.PreTrainedModel = self.root.hf
         reason = why_padded(self.module, self.device, self.compute_dtype)
-        self.padded: str | None = reason if model_config.use_remove_padding else "use_remove_padding=False"
+        self.padded: str | None = reason if model_config.use_remove_padding else PADDING_ASKED_FOR
         self._forward_flops = ForwardFlops(self.module)
         self._layers = CompiledLayers(self.module) if self.compiles else nullcontext
         self.optimizer: Optimizer | None = None

@@ -204,8 +204,8 @@ class MovableModule(MovableTensors):
             give_storage(tensor, storage)
 
     def _tell_fsdp(self) -> None:
-        """``_apply`` is what ``Module.to`` calls: there FSDP learns where its shards are now. It takes a parameter's new
-        contents out of a tensor that must be another one, for tied parameters once for each of their names."""
+        """``_apply`` is what ``Module.to`` calls: there FSDP learns where its shards are now. It swaps a parameter's
+        contents with those of another tensor, for tied parameters once for each of their names."""
         if not self._given:
             return
 

@@ -162,4 +162,4 @@ def hidden_time(outcomes: Sequence[Outcome], collected: float) -> dict[str, floa
     run nothing."""
     spent = sum(outcome.ended - outcome.begun for outcome in outcomes)
     hidden = sum(max(0.0, min(outcome.ended, collected) - outcome.begun) for outcome in outcomes)
-    return {"timing_s/reward_scoring": spent, "timing_s/reward_hidden": hidden}
+    return {"timing_sum_s/reward_scoring": spent, "timing_sum_s/reward_hidden": hidden}
