@@ -105,6 +105,7 @@ def test_compiled_layers_train_alike_under_sharding(tiny, packed):
 def untied_without_resharding(rank, world_size, path):
     engine, table = build(path, eps=EPS, reshard_after_forward=False), share(rank, world_size)
     metrics = train(engine, table, "policy")
+    engine._copies.moves = True  # as between a GPU and the host
     engine.offload(params=True, optimizer=True)
     engine.onload(params=True, optimizer=True)
     return metrics + train(engine, table, "policy"), plain(weights_of(engine))

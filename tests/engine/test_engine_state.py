@@ -9,7 +9,7 @@ import transformers
 from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, policy_loss, state_of, weights_of
 from safetensors.torch import load_file
 
-from verl.engine import Batching, CheckpointError
+from verl.engine import Batching, CheckpointError, offload
 from verl.errors import UserError
 
 
@@ -108,12 +108,31 @@ def test_an_export_is_a_model_that_transformers_loads(any_tiny, tmp_path, kind, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_offload_and_onload_leave_training_bitwise_as_it_was(tiny, dtype):
     moved, still = build(tiny, dtype=dtype), build(tiny, dtype=dtype)
+    moved._copies.moves = True  # as between a GPU and the host
     for _ in range(3):
         moved.offload(params=True, optimizer=True)
         moved.onload(params=True)
         moved.onload(params=True, optimizer=True)
         assert updates(moved, 1) == updates(still, 1)
     assert largest_difference(weights_of(moved), weights_of(still)) == 0
+
+
+def test_places_on_the_host_are_of_the_tensors_shapes_apart_and_always_the_same(monkeypatch):
+    monkeypatch.setattr(offload, "PIECE", 256)
+    tensors = [torch.randn(3, 5), torch.randn(70), torch.zeros(0, 4), torch.ones(()), torch.arange(9)]
+    places = offload.HostPlaces(tensors)
+    for tensor, place in zip(tensors, places, strict=True):
+        place.copy_(tensor)
+    for tensor, place in zip(tensors, places, strict=True):
+        assert place.dtype == tensor.dtype
+        assert torch.equal(place, tensor)
+
+
+def test_on_a_cpu_nothing_is_moved(tiny):
+    engine = build(tiny)
+    where = [param.data_ptr() for param in engine.root.parameters()]
+    engine.offload(params=True, optimizer=True)
+    assert [param.data_ptr() for param in engine.root.parameters()] == where
 
 
 @pytest.mark.parametrize("bucket", [1, 20_000, 1 << 30])
@@ -123,6 +142,7 @@ def test_a_state_that_stays_on_the_host_passes_through_the_device_bitwise_as_if_
 ):
     monkeypatch.setattr("verl.engine.optim.BUCKET", bucket)
     on_host, still = build(tiny, dtype=dtype), build(tiny, dtype=dtype)
+    on_host._copies.moves = True
     on_host.offload(optimizer=True)
     assert updates(on_host, 3) == updates(still, 3)
     assert largest_difference(weights_of(on_host), weights_of(still)) == 0

@@ -21,10 +21,10 @@ IN_FLIGHT = 2  # buckets on the device at a time
 
 
 class Copies:
-    """The copies between one device and the host. Without a GPU all is done at once, in order."""
+    """The copies between a device and the host. moves: whether they are two, and not one."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.moves = device, device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def wait(self) -> None:
@@ -114,7 +114,7 @@ def through_device(
     buckets: Iterable[list[torch.Tensor]], copies: Copies, work: Callable[[int, list[torch.Tensor]], None]
 ) -> None:
     """``work(number, tensors)`` on each bucket of host tensors, as copies on the device that go back to the host
-    afterwards. The next bucket comes in and the last one goes out while one is worked on."""
+    afterwards. A bucket comes in while the one before it goes out."""
     outward = Copies(copies.device)
     done: list[Callable[[], None]] = []
     for number, places in enumerate(buckets):
@@ -142,7 +142,7 @@ class MovableTensors:
     def __init__(self, tensors: Sequence[torch.Tensor], copies: Copies, loaded: bool = True):
         """loaded: whether they are on the device now."""
         self._tensors, self._copies, self.loaded = tensors, copies, loaded
-        self._host = None if loaded else HostPlaces(tensors)
+        self._host = HostPlaces(tensors) if copies.moves and not loaded else None
         if self._host:
             for tensor, place in zip(tensors, self._host, strict=True):
                 give_storage(tensor, place.copy_(local(tensor)))
@@ -152,21 +152,25 @@ class MovableTensors:
         return sum(local(tensor).nbytes for tensor in self._tensors)
 
     def offload(self) -> None:
-        if not self.loaded:
-            return
+        if self.loaded and self._copies.moves:
+            self._to_host()
+        self.loaded = False
+
+    def onload(self) -> None:
+        if not self.loaded and self._copies.moves:
+            self._to_device()
+        self.loaded = True
+
+    def _to_host(self) -> None:
         self._host = self._host or HostPlaces(self._tensors)
         with self._copies.beside():
             for tensor, place in zip(self._tensors, self._host, strict=True):
                 self._give(tensor, self._copies.to_host(local(tensor), place))
-        self.loaded = False
 
-    def onload(self) -> None:
-        if self.loaded:
-            return
+    def _to_device(self) -> None:
         with self._copies.beside():
             for tensor in self._tensors:  # FSDP may have put a tensor that it pads elsewhere on the host
                 self._give(tensor, self._copies.to_device(local(tensor)))
-        self.loaded = True
 
     def _give(self, tensor: torch.Tensor, storage: torch.Tensor) -> None:
         give_storage(tensor, storage)
@@ -186,16 +190,16 @@ class MovableModule(MovableTensors):
         self._module = module
         self._given: dict[int, torch.Tensor] = {}  # a sharded parameter's new storage, by its id
 
-    def offload(self) -> None:
-        if self.loaded:
-            super().offload()
-            self._tell_fsdp()
+    def _to_host(self) -> None:
+        super()._to_host()
+        if self._given:  # some of which FSDP copies on the host, to pad them
+            self._copies.finish()
+        self._tell_fsdp()
 
-    def onload(self) -> None:
-        if not self.loaded:
-            super().onload()
-            self._copies.wait()
-            self._tell_fsdp()
+    def _to_device(self) -> None:
+        super()._to_device()
+        self._copies.wait()
+        self._tell_fsdp()
 
     def _give(self, tensor: torch.Tensor, storage: torch.Tensor) -> None:
         if isinstance(tensor, DTensor):
