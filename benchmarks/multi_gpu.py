@@ -1,4 +1,4 @@
-"""The guide's first command, scaled down, on several GPUs: does it run, what does it hold, how does it scale?
+"""PPO with actor and critic sharded and one SGLang on several GPUs: does it run, what does it hold, how does it scale?
 
     python benchmarks/multi_gpu.py [--gpus 2] [--shape 1.5b] [--parts train,hold,one] [--steps 5] [key=value ...]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,12 @@ def test_a_dry_run_names_the_advantages_and_the_loss(arguments, capsys):
     assert "remax, with a greedy response to each prompt on top" in out
     assert "gspo, seq-mean-token-mean" in out
     assert "builds critic" not in out
+
+
+def test_a_dry_run_says_how_the_reward_model_is_run(arguments, model, capsys):
+    keys = ["reward_model.enable=True", f"reward_model.model.path={model}", "reward_model.micro_batch_size_per_gpu=8"]
+    main([*arguments, *keys, "trainer.dry_run=True"])
+    assert re.search(r"reward model +per rank .* 8 ", capsys.readouterr().out)
 
 
 def test_a_dry_run_says_that_prompts_are_drawn_until_enough_differ(arguments, capsys):

@@ -1,4 +1,4 @@
-"""benchmarks/multi_gpu.py, which several GPUs are for, on two CPU ranks."""
+"""benchmarks/multi_gpu.py, which is for several GPUs, on two CPU ranks."""
 
 import os
 import re

@@ -105,7 +105,12 @@ def _step(config: Config, plan: RunPlan) -> Section:
         ("prompts", f"{plan.prompts:,}{drawn}"),
         ("trajectories", f"{plan.trajectories:,} ({samples} to each prompt)"),
     ]
-    names = {"old_log_probs": "old log-probs", "ref_log_probs": "reference log-probs", "values": "values"}
+    names = {
+        "old_log_probs": "old log-probs",
+        "ref_log_probs": "reference log-probs",
+        "values": "values",
+        "reward_scores": "reward model",
+    }
     rows += [(names[name], f"per rank {_split(split)}") for name, split in plan.forwards.items()]
     if plan.critic:
         rows += _update("critic update", plan.critic)

@@ -64,11 +64,11 @@ def _inert(findings: Findings, config: SFTConfig, set_keys: frozenset[str]) -> N
         "fsdp_config.fsdp_size": one_device,
         "fsdp_config.reshard_after_forward": one_device,
         "fsdp_config.param_offload": "the model is in use all the time",
-        "fsdp_config.optimizer_offload": "the optimizer is in use all the time",
     }
     if device_of(config) == "cpu":
         reasons["model.use_remove_padding"] = "on a CPU each micro-batch is padded to its longest sequence"
         reasons["fsdp_config.use_torch_compile"] = "nothing is compiled on a CPU"
+        reasons["fsdp_config.optimizer_offload"] = "on a CPU all memory is the host's"
     if not config.data.val_files:
         reasons["trainer.test_freq"] = "there is nothing to validate on (data.val_files)"
     if config.trainer.total_training_steps is not None:

@@ -53,7 +53,7 @@ class SFTDataConfig(Section):
         None,
         description="Examples of one forward and backward pass of a rank; null: as many as max_token_len_per_gpu says.",
     )
-    max_token_len_per_gpu: PositiveInt = Field(16384, description="Tokens of such a pass, padding counted.")
+    max_token_len_per_gpu: PositiveInt = Field(16384, description="Tokens of such a pass, with what padding there is.")
     max_length: PositiveInt = Field(1024, description="Longest example, prompt and response, in tokens.")
     truncation: Literal["error", "left", "right"] = Field(
         "error", description="What happens to a longer example: stop, or cut on that side."

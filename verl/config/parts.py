@@ -18,7 +18,9 @@ class ModelConfig(Section):
         True, description="Recompute activations in the backward pass instead of storing them: less memory, more time."
     )
     use_remove_padding: bool = Field(
-        True, description="Pack the sequences of a micro-batch end to end, so that no compute goes into padding."
+        True,
+        description="Pack the sequences of a micro-batch end to end, so that no compute goes into padding. "
+        "On GPUs in 16-bit types; elsewhere they are padded.",
     )
     attn_implementation: str = Field("sdpa", description="Attention of transformers: sdpa, eager, flash_attention_2.")
     override_config: dict[str, Any] = Field({}, description="Entries of the model's config.json to replace.")
@@ -53,7 +55,8 @@ class SFTOptimConfig(OptimConfig):
 class FSDPConfig(Section):
     param_offload: bool = Field(False, description="Keep the weights in host memory while this model is not in use.")
     optimizer_offload: bool = Field(
-        False, description="Keep the optimizer's state in host memory except during this model's update."
+        False,
+        description="Keep the optimizer's state on the host; in an update too, part by part, where it would not fit.",
     )
     fsdp_size: CountOrAll = Field(
         -1, description="Ranks over which the weights are sharded, replicated over the others; -1: all."
