@@ -37,7 +37,7 @@ class ActorConfig(Section):
     )
     ppo_max_token_len_per_gpu: PositiveInt = Field(
         16384,
-        description="Tokens of a micro-batch that is cut by tokens, with what padding there is; a longer sequence goes alone.",
+        description="Tokens of a micro-batch that is cut by tokens, with its padding; a longer sequence goes alone.",
     )
     ppo_epochs: PositiveInt = Field(1, description="Passes over a step's trajectories.")
     shuffle: bool = Field(False, description="Draw the mini-batches in a new order each pass.")
