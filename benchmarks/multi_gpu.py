@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--engine", default="sglang")
     parser.add_argument("--data", type=Path, default=ROOT / "tests" / "end_to_end" / "gsm8k")
     parser.add_argument("--parts", default="train,hold,one")
-    parser.add_argument("--prompts", type=int, default=32, help="of a step, for each GPU")
+    parser.add_argument("--prompts", type=int, default=16, help="of a step, for each GPU")
     parser.add_argument("--lengths", type=int, nargs=2, default=(512, 256), help="longest prompt and response")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("settings", nargs="*", metavar="key=value")
@@ -79,6 +79,7 @@ def settings(folder: Path, run: Path, gpus: int, options: argparse.Namespace) ->
         f"actor_rollout_ref.rollout.name={options.engine}",
         f"actor_rollout_ref.rollout.n={SAMPLES}",
         f"actor_rollout_ref.rollout.tensor_model_parallel_size={gpus}",
+        f"actor_rollout_ref.rollout.update_weights_bucket_megabytes={BUCKET >> 20}",
         "actor_rollout_ref.rollout.ignore_eos=True",
         "algorithm.use_kl_in_reward=True",
         "algorithm.kl_ctrl.kl_coef=0.001",

@@ -107,6 +107,15 @@ def test_lengths_must_fit_the_model_and_the_engine(checked):
         (["algorithm.adv_estimator=no_such_package:f"], "algorithm.adv_estimator"),
         ([f"{ACTOR}.policy_loss.loss_mode=gsop"], f"{ACTOR}.policy_loss.loss_mode"),
         (["algorithm.filter_groups.enable=True"], f"{ROLLOUT}.n"),
+        (
+            [
+                "algorithm.filter_groups.enable=True",
+                "algorithm.filter_groups.metric=acc",
+                f"{ROLLOUT}.n=4",
+                "reward_model.enable=True",
+            ],
+            "algorithm.filter_groups.metric",
+        ),
         (["reward_model.overlong_buffer.enable=True"], "reward_model.overlong_buffer.len"),
         (
             ["reward_model.overlong_buffer.enable=True", "reward_model.overlong_buffer.len=257"],

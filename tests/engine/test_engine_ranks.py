@@ -91,6 +91,7 @@ def compiled(rank, world_size, path, packed):
     torch.compile = partial(torch.compile, backend="aot_eager")  # all of the compiler but code for the device
     engine, table = build(path, eps=EPS, checkpointing=True, packed=packed), share(rank, world_size)
     engine._layers = CompiledLayers(engine.module)
+    assert len(engine._layers._forwards) == 2
     return numbers(engine, table, "policy"), train(engine, table, "policy"), plain(weights_of(engine))
 
 

@@ -119,7 +119,14 @@ def test_offload_and_onload_leave_training_bitwise_as_it_was(tiny, dtype):
 
 def test_places_on_the_host_are_of_the_tensors_shapes_apart_and_always_the_same(monkeypatch):
     monkeypatch.setattr(offload, "PIECE", 256)
-    tensors = [torch.randn(3, 5), torch.randn(70), torch.zeros(0, 4), torch.ones(()), torch.arange(9)]
+    tensors = [
+        torch.zeros(0, 4),
+        torch.randn(3, 5),
+        torch.randn(70),
+        torch.zeros(0, 4),
+        torch.ones(()),
+        torch.arange(9),
+    ]
     places = offload.HostPlaces(tensors)
     for tensor, place in zip(tensors, places, strict=True):
         place.copy_(tensor)

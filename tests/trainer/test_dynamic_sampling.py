@@ -103,3 +103,10 @@ def test_what_differs_may_be_another_number_of_the_scorers():
     assert differs(table, SAMPLES, "acc").tolist() == [False, True]
     with pytest.raises(UserError, match=r"algorithm.filter_groups.metric=pred .* one of score, acc"):
         differs(table, SAMPLES, "pred")
+
+
+def test_a_response_that_could_not_be_scored_differs_from_none():
+    table = scored([0, 1, 2], [True, True, True])
+    extras = [{"acc": 1}, {}, {"acc": 0}, {"acc": 1}, {}, {"acc": 1}, {}, {}, {}]
+    table = table.set_column(3, "reward_extra", [[json.dumps(extra) for extra in extras]])
+    assert differs(table, SAMPLES, "acc").tolist() == [True, False, False]

@@ -235,7 +235,15 @@ def _dapo(findings: Findings, config: Config, plan: RunPlan) -> None:
             f"the penalty grows over the last tokens of data.max_response_length={longest}",
             f"set it to a number from 1 to {longest}, a fifth of it or so",
         )
-    if config.algorithm.filter_groups.enable and plan.samples == 1:
+    groups = config.algorithm.filter_groups
+    if groups.enable and groups.metric != "score" and not config.uses_scorers:
+        findings.problem(
+            "algorithm.filter_groups.metric",
+            groups.metric,
+            "only scorers give such numbers, and the reward model's score replaces theirs",
+            "set it to score, or reward_model.combine=add",
+        )
+    if groups.enable and plan.samples == 1:
         findings.problem(
             f"{ROLLOUT}.n",
             plan.samples,

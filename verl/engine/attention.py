@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 NAME = "verl_packed"
 OWN = ("sdpa",)  # attn_implementation for which packed rows come here
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+WINDOW_IN_MASK = ("qwen2_moe", "phimoe", "doge")
 NATIVE = ("flash_attention_2", "flash_attention_3")  # and those that take packed rows themselves
 
 
@@ -32,6 +33,8 @@ def why_padded(hf: transformers.PreTrainedModel, device: torch.device, dtype: to
         return f"{config.model_type} has an attention of its own in transformers"
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "kv_lora_rank", None):
         return f"{config.model_type} caps attention logits, or attends over latents"
+    if config.model_type in WINDOW_IN_MASK and getattr(config, "sliding_window", None):
+        return f"{config.model_type} tells of its sliding window in attention's mask alone"
     layers = set(getattr(config, "layer_types", None) or ())
     if hf._is_stateful or layers - {"full_attention", "sliding_attention"}:
         return f"{config.model_type} has layers that are not attention over all tokens, or over a sliding window"

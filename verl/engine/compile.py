@@ -17,8 +17,8 @@ class CompiledLayers:
     large ones no longer by the memory traffic between matrix products."""
 
     def __init__(self, hf: transformers.PreTrainedModel):
-        names = set(hf._no_split_modules or ())
-        layers = [module for module in hf.modules() if type(module).__name__ in names]
+        names = set(hf._no_split_modules or ())  # of classes, of which sharding makes subclasses
+        layers = [module for module in hf.modules() if names & {each.__name__ for each in type(module).__mro__}]
         self._forwards = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
 

@@ -108,7 +108,7 @@ class TrainEngine:
             self.root.to(self.device)
         self.optimizer = optimizer = Optimizer(self.masters, config, grad_clip, steps, home)
         self._state = offload.MovableTensors(optimizer.movable(), self._copies, loaded=not on_host)
-        self._state_fits = self.device.type == "cpu"  # beside an update; found out in the first one
+        self._state_fits = self.device.type != "cuda"  # beside an update; found out in each
 
     def _build(self, model_config: ModelConfig, fsdp_config: FSDPConfig, seed: int) -> Any:
         stored = torch.float32 if self.trainable else self.compute_dtype
@@ -196,7 +196,7 @@ class TrainEngine:
         lr = self.optimizer.lr
         self._copies.wait()
         grad_norm, stepped = self.optimizer.step(None if self._state.loaded else self._copies)
-        self._state_fits = self._state_fits or self._fits_beside_an_update()
+        self._state_fits = self._fits_beside_an_update()
         sums = sum_over_ranks({name: float(value) for name, value in totals.items()})
         return {**sums, "grad_norm": grad_norm, "lr": lr, "skipped": float(not stepped)}
 
@@ -300,10 +300,12 @@ class TrainEngine:
         return self._params.loaded
 
     def _fits_beside_an_update(self) -> bool:
-        if self._state.loaded:
+        """By the most that this process has used so far, in which a loaded state is contained."""
+        if self.device.type != "cuda":
             return True
         ours = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-        return torch.cuda.max_memory_allocated(self.device) + self._state.nbytes + SPARE <= ours
+        extra = 0 if self._state.loaded else self._state.nbytes
+        return torch.cuda.max_memory_allocated(self.device) + extra + SPARE <= ours
 
     def _need_params(self) -> None:
         if not self.params_loaded:

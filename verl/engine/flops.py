@@ -45,10 +45,8 @@ def _weights(module: nn.Module, config: transformers.PreTrainedConfig) -> float:
     """Of a linear layer all; of fused experts (E, ..., ...) those that a token goes through."""
     if isinstance(module, nn.Linear):
         return module.weight.numel()
-    experts = [param.numel() for param in module.parameters(recurse=False) if param.ndim == 3]
-    return (
-        sum(experts) * getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1) if experts else 0
-    )
+    experts = [param for param in module.parameters(recurse=False) if param.ndim == 3]
+    return sum(param.numel() * config.num_experts_per_tok / param.shape[0] for param in experts)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

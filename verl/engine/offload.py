@@ -75,7 +75,7 @@ class HostPlaces:
         self._pieces: list[list[torch.Tensor]] = []  # the tensors that each is for
         room = 0
         for shard in map(local, tensors):
-            if _aligned(shard.nbytes) > room:
+            if not self._pieces or _aligned(shard.nbytes) > room:
                 self._pieces.append([])
                 room = max(PIECE, _aligned(shard.nbytes))
             self._pieces[-1].append(torch.empty_like(shard, device="meta"))

@@ -146,7 +146,7 @@ def _buckets(names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
     buckets: list[list[str]] = []
     room = 0
     for name in names:
-        if sizes[name] > room:
+        if not buckets or sizes[name] > room:
             buckets.append([])
             room = BUCKET
         buckets[-1].append(name)

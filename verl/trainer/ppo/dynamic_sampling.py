@@ -3,7 +3,8 @@
 Dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2). Prompts are drawn in the data's order until as
 many groups as a step has are found. Those of the last draw that come after the last one found count as not drawn: the
 next step begins with them, and its policy answers them. So every prompt is either trained on or found equal, and where
-the data stand is one number, as without this.
+the data stand is one number, as without this. (Where a draw would cross the end of an epoch, what is left of the epoch
+is not drawn, as without this.)
 """
 
 from __future__ import annotations
@@ -77,22 +78,23 @@ def fill_step(
 
 def differs(table: pa.Table, samples: int, metric: str) -> np.ndarray:
     """bool, one a prompt: whether its responses differ in the metric: ``score``, or a number that the scorer returned
-    besides."""
+    besides (those of them that have it)."""
     values = table["score"].to_numpy() if metric == "score" else np.array(_extras(table, metric))
     of_prompts = values.reshape(-1, samples)
-    return of_prompts.max(1) != of_prompts.min(1)
+    return np.fmax.reduce(of_prompts, 1) > np.fmin.reduce(of_prompts, 1)
 
 
 def _extras(table: pa.Table, metric: str) -> list[float]:
+    """nan where a response could not be scored: it differs from none."""
     extras = [json.loads(text) for text in table["reward_extra"].to_pylist()]
-    for extra in extras:
-        if not isinstance(extra.get(metric), int | float):
-            numbers = sorted(name for name, value in extra.items() if isinstance(value, int | float))
-            raise UserError(
-                f"{KEY}.metric={metric} is no number that the reward function returns: "
-                f"set it to one of {', '.join(['score', *numbers])}."
-            )
-    return [float(extra[metric]) for extra in extras]
+    found = [float(extra[metric]) if isinstance(extra.get(metric), int | float) else np.nan for extra in extras]
+    if np.isnan(found).all():
+        numbers = {name for extra in extras for name, value in extra.items() if isinstance(value, int | float)}
+        raise UserError(
+            f"{KEY}.metric={metric} is no number that the reward function returns: "
+            f"set it to one of {', '.join(['score', *sorted(numbers)])}."
+        )
+    return found
 
 
 def _too_few(settings: FilterSettings, draws: int, drawn: int, found: int, groups: int) -> str:

@@ -210,3 +210,10 @@ def _spread(name: str, values: np.ndarray) -> Metrics:
         f"{name}/max": float(np.max(values)),
         f"{name}/min": float(np.min(values)),
     }
+
+
+def reward_model_metrics(table: pa.Table) -> Metrics:
+    """reward_model/score/mean, of its own scores, where a reward model gave any."""
+    if "reward_model_score" not in table.column_names:
+        return {}
+    return {"reward_model/score/mean": float(table["reward_model_score"].to_numpy().mean())}

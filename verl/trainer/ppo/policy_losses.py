@@ -31,7 +31,8 @@ Tensors = dict[str, torch.Tensor]
 class PolicyTokens:
     """The T response tokens of a micro-batch, in whole rows; all is 0 where the mask is.
 
-    mask: bool, whether the policy wrote the token. log_probs: with gradient. columns: all of the table's, as they are.
+    mask: bool, whether the policy wrote the token. log_probs: with gradient. columns: those of the table that an
+    update reads (``worker.READS``), as they are.
     """
 
     mask: torch.Tensor

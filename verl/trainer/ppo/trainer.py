@@ -199,8 +199,8 @@ class PPOTrainer:
         found = scored["score"].to_numpy()
         if not np.isfinite(found).all():
             raise UserError(f"reward_model.model.path={self.config.reward_model.model.path} gives scores not finite")
-        self.metrics["reward_model/score/mean"] = float(found.mean())
-        return with_columns(table, score=found + table["score"].to_numpy() if self.parts.rewards else found)
+        score = found + table["score"].to_numpy() if self.parts.rewards else found
+        return with_columns(table, score=score, reward_model_score=found)
 
     def old_log_probs(self, table: pa.Table) -> pa.Table:
         with self.stage("old_log_prob"), self.loaded("actor"):
@@ -342,7 +342,7 @@ class PPOTrainer:
         found = validation_metrics(table, seed=config.seed)
         others = {
             f"val-aux/{name.replace('/', '_', 1)}": value
-            for name, value in self.metrics.items()
+            for name, value in (self.metrics | measure.reward_model_metrics(table)).items()
             if name.startswith("reward")
         }
         self.metrics = training_metrics | found | others
@@ -383,6 +383,7 @@ class PPOTrainer:
             "training/epoch": epoch,
             **measure.data_metrics(table, max_prompt_length=self.plan.max_prompt_length),
             **measure.rollout_mismatch_metrics(table),
+            **measure.reward_model_metrics(table),
             **measure.seqlen_metrics(lengths, self.parts.workers.shares(table)),
             **measure.timing_metrics(self.timer.seconds, table, num_devices=self.plan.world_size),
             **measure.most_of(self.parts.workers.call("memory_metrics").result()),
