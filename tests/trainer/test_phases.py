@@ -62,7 +62,9 @@ class Workers:
 class Trainer(PPOTrainer):
     """The loop, with a generation that draws nothing and a training that loads the actor."""
 
-    def __init__(self, rollout: ClientEngine, log: list[str], validates: Sequence[int] = (), steps: int = 2):
+    def __init__(
+        self, rollout: ClientEngine, log: list[str], validates: Sequence[int] = (), steps: int = 2, saves=False
+    ):
         super().__init__(
             config=SimpleNamespace(
                 data=SimpleNamespace(shuffle=False, seed=0, max_response_length=4),
@@ -70,12 +72,13 @@ class Trainer(PPOTrainer):
                 trainer=SimpleNamespace(check_log_probs=False, check_weights="first", save_freq=-1),
             ),
             plan=SimpleNamespace(
-                prompts=2, last_step=steps, validates=lambda step: step in validates, saves=lambda step: False
+                prompts=2, last_step=steps, validates=lambda step: step in validates, saves=lambda step: saves
             ),
             parts=SimpleNamespace(
                 rollout=rollout,
                 workers=Workers(log),
                 weights=lambda: [("weight", torch.zeros(1))],
+                checkpoints=SimpleNamespace(save=lambda step, write, state: write("folder")),
                 train_prompts=SimpleNamespace(num_rows=4, take=lambda rows: rows),
                 trackers=SimpleNamespace(progress=SimpleNamespace(stage=stage), log=lambda *_: None),
             ),
@@ -144,16 +147,17 @@ def test_validation_draws_before_the_engine_makes_room():
     ]
 
 
+@pytest.mark.parametrize("saves", [False, True])
 @pytest.mark.parametrize("validates", [[], [0], [0, 1, 2], [1], [2]])
-def test_no_model_is_loaded_beside_the_cache_and_none_is_trained_beside_the_engines_weights(validates):
+def test_no_model_is_loaded_beside_the_cache_and_none_is_trained_beside_the_engines_weights(validates, saves):
     awake = set(BOTH)
-    for order in run(BOTH, validates=validates, steps=3):
+    for order in run(BOTH, validates=validates, saves=saves, steps=3):
         name, *tags = order.split()
         if name == "sleep":
             awake -= set(tags)
         elif name == "wake":
             awake |= set(tags)
-        elif name == "load":
+        elif name in ("load", "save"):  # which may load models to export them
             assert "kv_cache" not in awake
         elif name == "train":
             assert not awake

@@ -367,6 +367,8 @@ class PPOTrainer:
         self.parts.trackers.log({"timing_s/save_checkpoint": self.timer.seconds["save_checkpoint"]}, self.step)
 
     def _write_models(self, folder: Path) -> None:
+        if self.parts.rollout.capabilities.sleep:
+            self.phases.update()  # a validation left the engine all awake; an export loads models
         self.parts.workers.call("save", folder).result()
 
     def restore(self, checkpoint: Checkpoint) -> None:
