@@ -33,6 +33,8 @@ from verl.rollout.states import EngineState
 CLOSE_TIMEOUT = 20.0  # seconds
 NO_WEIGHTS = "it has not been given the actor's weights yet"
 LOOK_EVERY = 30.0  # seconds between looks at an engine that is drawing
+# Of all clients of this process: an order to end a draw that comes late must not meet one of another client.
+_DRAW_NUMBERS = itertools.count()
 
 
 class ClientEngine:
@@ -64,7 +66,6 @@ class ClientEngine:
         self._draws: dict[str, Row] = {}  # under way in the backend, by draw id
         self._draw_of: dict[Row, str] = {}
         self._recalled: dict[str, Future[None]] = {}  # ended once the draw has
-        self._numbers = itertools.count()
         self._death: EngineDied | None = None
         self._looked = time.monotonic()
         backend.listen(self)
@@ -218,7 +219,7 @@ class ClientEngine:
         draws = []
         for row in rows:
             draw = Draw(
-                id=f"{next(self._numbers):016x}",
+                id=f"{next(_DRAW_NUMBERS):016x}",
                 prompt_ids=[*row.prompt.tolist(), *row.ids],
                 max_new_tokens=row.request.sampling.max_new_tokens - len(row.ids),
                 sampling=row.request.sampling,
