@@ -42,6 +42,7 @@ TRAJECTORY_COLUMNS: dict[str, pa.DataType] = {
 # Added by later stages of a step.
 STAGE_COLUMNS: dict[str, pa.DataType] = {
     "score": pa.float64(),  # the scorer's number
+    "reward_model_score": pa.float64(),  # the reward model's own, where there is one
     "reward_extra": pa.string(),  # JSON object: other numbers a scorer returned
     "greedy_reward": pa.float64(),  # of the greedy response to the same prompt
     "old_log_probs": FLOATS,
