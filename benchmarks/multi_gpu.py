@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -134,8 +135,6 @@ def run_on(gpus: int, run: Path, folder: Path, options: argparse.Namespace) -> N
 
 def throughput(run: Path) -> float:
     """Median tokens a second and device, without the first step; 0 where there was no run."""
-    import statistics
-
     file = run / "metrics.jsonl"
     steps = [json.loads(line) for line in file.read_text().splitlines()][1:] if file.exists() else []
     return statistics.median(step["perf/throughput"] for step in steps) if steps else 0.0

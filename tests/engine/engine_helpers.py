@@ -69,7 +69,7 @@ def build(
         device="cpu",
         seed=seed,
     )
-    engine.padded = None if packed else engine.padded
+    engine.packed = packed
     return engine
 
 

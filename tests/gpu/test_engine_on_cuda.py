@@ -72,10 +72,11 @@ def flat(column: pa.ListArray) -> np.ndarray:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_packed_numbers_are_those_of_one_sequence_at_a_time(path, compiled):
     engine = build(path, use_torch_compile=compiled)
-    assert engine.padded is None
+    assert engine.packed
     found = engine.log_probs(table(), temperature=0.7, batching=BATCHING)
     whole = build(path, packed=False, dtype="float32", use_torch_compile=False)
-    assert "use_remove_padding" in whole.padded
+    assert not whole.packed
+    assert whole.unpackable is None
     expected = whole.log_probs(table(), temperature=0.7, batching=Batching(1))
     rounded = build(path, packed=False, use_torch_compile=False).log_probs(
         table(), temperature=0.7, batching=Batching(1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from verl.checks.findings import Findings
 from verl.checks.plan import RunPlan, Split, UpdatePlan
@@ -20,14 +19,18 @@ UNKNOWN = "unknown until the data can be read"
 Section = list[tuple[str, str]]
 
 
-def print_plan(loaded: Loaded[Config], out: TextIO | None = None) -> int:
-    """Print the plan (unless the settings could not be read), then all that the checks found.
+def print_plan(loaded: Loaded[Config]) -> int:
+    """PPO's dry run. The exit code, see ``print_dry_run``."""
+    plan, findings = check(loaded, dry_run=True)
+    return print_dry_run(None if loaded.config is None else plan_text(loaded.config, plan), findings)
+
+
+def print_dry_run(plan: str | None, findings: Findings) -> int:
+    """Print the plan (None: the settings could not be read), then all that the checks found.
 
     The exit code: 1 when there are problems, else 0.
     """
-    plan, findings = check(loaded, dry_run=True)
-    texts = [] if loaded.config is None else [plan_text(loaded.config, plan)]
-    print(*texts, findings_text(findings), sep="\n\n", file=out or sys.stdout)
+    print(*([] if plan is None else [plan]), findings_text(findings), sep="\n\n")
     return 1 if findings.problems else 0
 
 

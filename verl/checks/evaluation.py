@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from verl.checks.dry_run import findings_text
 from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
 from verl.checks.preflight import unexplained
@@ -63,14 +61,6 @@ def _check_lines(findings: Findings, file: str, columns: dict[str, str]) -> None
             value = value.get(name) if isinstance(value, dict) else None
         if value is None:
             findings.problem("data.path", file, f"its first line has no {column!r}", fix)
-
-
-def print_plan(loaded: Loaded[EvalConfig], out: TextIO | None = None) -> int:
-    """The exit code: 1 when there are problems, else 0."""
-    findings = check(loaded, dry_run=True)
-    texts = [] if loaded.config is None else [plan_text(loaded.config)]
-    print(*texts, findings_text(findings), sep="\n\n", file=out or sys.stdout)
-    return 1 if findings.problems else 0
 
 
 def plan_text(config: EvalConfig) -> str:

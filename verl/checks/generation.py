@@ -3,12 +3,10 @@ engine and devices these are: the same keys have the same limits, without ``acto
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from verl.checks.dry_run import findings_text
 from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
 from verl.checks.inert import find_inert
@@ -115,14 +113,6 @@ def _as_typed(findings: Findings) -> Findings:
         unchecked=list(map(here, findings.unchecked)),
         notices=list(map(here, findings.notices)),
     )
-
-
-def print_plan(loaded: Loaded[GenerationConfig], out: TextIO | None = None) -> int:
-    """The exit code: 1 when there are problems, else 0."""
-    findings = check(loaded, dry_run=True)
-    texts = [] if loaded.config is None else [plan_text(loaded.config)]
-    print(*texts, findings_text(findings), sep="\n\n", file=out or sys.stdout)
-    return 1 if findings.problems else 0
 
 
 def plan_text(config: GenerationConfig) -> str:

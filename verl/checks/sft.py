@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from verl.checks.dry_run import findings_text
 from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
@@ -89,14 +87,6 @@ def _inert(findings: Findings, config: SFTConfig, set_keys: frozenset[str]) -> N
         reasons["trainer.resume_from_path"] = "it is read with trainer.resume_mode=resume_path only"
     for key in sorted(set_keys & reasons.keys()):
         findings.warn(f"{key} has no effect: {reasons[key]}")
-
-
-def print_plan(loaded: Loaded[SFTConfig], out: TextIO | None = None) -> int:
-    """The exit code: 1 when there are problems, else 0."""
-    findings = check(loaded, dry_run=True)
-    texts = [] if loaded.config is None else [plan_text(loaded.config)]
-    print(*texts, findings_text(findings), sep="\n\n", file=out or sys.stdout)
-    return 1 if findings.problems else 0
 
 
 def plan_text(config: SFTConfig) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Gt, Lt
 from pydantic import Field
 
 from verl.config.base import CountOrAll, Device, PositiveInt, Section, Strings
 from verl.config.data import Truncation
+from verl.config.trainer import PlacementConfig
 
 Files = Annotated[Strings, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -37,17 +38,9 @@ class GenerationDataConfig(Section):
     apply_chat_template_kwargs: dict[str, Any] = Field({}, description="Further arguments of the chat template.")
 
 
-class GenerationTrainerConfig(Section):
+class GenerationTrainerConfig(PlacementConfig):
     """Named as for training, though nothing is trained."""
 
-    nnodes: PositiveInt = Field(1, description="Machines.")
-    n_gpus_per_node: PositiveInt = Field(1, description="GPUs (or CPU ranks) of each machine.")
-    executor: Literal["auto", "local", "ray"] = Field(
-        "auto", description="Where ranks live; auto: in this process for one device, else under Ray."
-    )
-    worker_timeout: float = Field(
-        1800.0, gt=0, description="Seconds that one call to the ranks may take; then the run ends, with their stacks."
-    )
     device: Device = Field("auto", description="Where the model lives; auto: cuda where there is a GPU, else cpu.")
     seed: int = Field(1, ge=0, description="Every response's own seed follows from it.")
     dry_run: bool = Field(False, description="Check everything, print what would be done and stop.")

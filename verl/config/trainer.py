@@ -40,7 +40,9 @@ class RunConfig(Section):
     dry_run: bool = Field(False, description="Check everything, print the plan of the run and stop.")
 
 
-class TrainerConfig(RunConfig):
+class PlacementConfig(Section):
+    """Where ranks are."""
+
     nnodes: PositiveInt = Field(1, description="Machines.")
     n_gpus_per_node: PositiveInt = Field(1, description="GPUs (or CPU ranks) of each machine.")
     executor: Literal["auto", "local", "ray"] = Field(
@@ -49,6 +51,9 @@ class TrainerConfig(RunConfig):
     worker_timeout: float = Field(
         1800.0, gt=0, description="Seconds that one call to the ranks may take; then the run ends, with their stacks."
     )
+
+
+class TrainerConfig(PlacementConfig, RunConfig):
     rollout_restarts: int = Field(2, ge=0, description="Times that a rollout replica which died is started again.")
     critic_warmup: int = Field(0, ge=0, description="The actor is trained from this step on; before, only the critic.")
     balance_batch: bool = Field(

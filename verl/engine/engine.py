@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 LossFunction = Callable[[Tensors, Tensors], tuple[torch.Tensor, Tensors]]
 CPU = torch.device("cpu")
-PADDING_ASKED_FOR = "use_remove_padding=False"
 SPARE = 2 << 30  # bytes of a device that stay free
 
 
@@ -59,8 +58,8 @@ class TrainEngine:
     number, none included).
 
     module: the transformers model (its parameters sharded, with several ranks). root: the module around it that is the
-    root of sharding. compute_dtype: of the forward. padded: why sequences are padded; None when they are packed.
-    params_loaded: whether the parameters are on the device.
+    root of sharding. compute_dtype: of the forward. packed: whether sequences are, and not padded. unpackable: why
+    they are not although it was asked for. params_loaded: whether the parameters are on the device.
     """
 
     def __init__(
@@ -86,8 +85,9 @@ class TrainEngine:
         self.root = self._build(model_config, fsdp_config, seed)
         self.root.eval()
         self.module: transformers.PreTrainedModel = self.root.hf
-        reason = why_padded(self.module, self.device, self.compute_dtype)
-        self.padded: str | None = reason if model_config.use_remove_padding else PADDING_ASKED_FOR
+        asked = model_config.use_remove_padding
+        self.unpackable = why_padded(self.module, self.device, self.compute_dtype) if asked else None
+        self.packed = asked and self.unpackable is None
         self._forward_flops = ForwardFlops(self.module)
         self._layers = CompiledLayers(self.module) if self.compiles else nullcontext
         self.optimizer: Optimizer | None = None
@@ -142,7 +142,7 @@ class TrainEngine:
     @torch.no_grad()
     def _infer(self, table: pa.Table, batching: Batching, **options: Any) -> dict[str, pa.ListArray]:
         self._need_params()
-        packer = Packer(table, self.device, packed=self.padded is None)
+        packer = Packer(table, self.device, packed=self.packed)
         tokens: list[np.ndarray] = []
         found: dict[str, list[torch.Tensor]] = {}
         with self._forwarding():
@@ -179,7 +179,7 @@ class TrainEngine:
             raise RuntimeError("this engine was built without an optimizer")
         self._need_params()
         options = {"temperature": _positive(temperature), "entropy": entropy} if self.kind == "policy" else {}
-        packer = Packer(table, self.device, packed=self.padded is None)
+        packer = Packer(table, self.device, packed=self.packed)
         flops = 3 * self._forward_flops(*packer.sizes())  # a backward is two forwards
         totals: dict[str, Any] = {"flops": flops, "peak_flops": peak_flops(self.device, self.compute_dtype)}
         with self._forwarding(), self._recomputing():
@@ -221,7 +221,7 @@ class TrainEngine:
     @contextmanager
     def _forwarding(self) -> Iterator[None]:
         """What makes the module's forwards those of this engine, and not those of a rollout that borrows it."""
-        with nullcontext() if self.padded else packed_attention(self.module), self._layers():
+        with packed_attention(self.module) if self.packed else nullcontext(), self._layers():
             yield
 
     @contextmanager

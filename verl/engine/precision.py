@@ -34,7 +34,7 @@ class Masters:
         self.separate = compute_dtype != torch.float32 and not sharded
         self._sums: dict[str, torch.Tensor] = {}  # gradients of separate masters
         if not self.separate:
-            self.by_name: dict[str, torch.Tensor] = {**self.params}
+            self.by_name: dict[str, torch.Tensor] = dict(self.params)
             return
         self.by_name = {name: param.detach().to(home) for name, param in self.params.items()}
         for name, param in self.params.items():

@@ -25,7 +25,24 @@ COLUMNS = {"prompt": "input", "response": "output", "score": "score", "reference
 IDS = "loggers.json"
 
 
-class WandbBackend(Backend):
+class _RunWithTables(Backend):
+    """Of packages whose run takes metrics and tables in one way."""
+
+    _run: Any
+    _table: Any
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._run.log(metrics, step=step)
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        columns, *values = _table(rows, step)
+        self._run.log({"samples": self._table(columns=columns, data=values)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class WandbBackend(_RunWithTables):
     """``wandb/``. WANDB_MODE=offline keeps it there for ``wandb sync``. A step that is done again after a resume is not
     taken a second time: W&B's steps only grow."""
 
@@ -42,16 +59,6 @@ class WandbBackend(Backend):
             config=run.config,
             settings=wandb.Settings(silent=True, console="off"),
         )
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self._run.log(metrics, step=step)
-
-    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        columns, *values = _table(rows, step)
-        self._run.log({"samples": self._table(columns=columns, data=values)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class MlflowBackend(Backend):
@@ -118,7 +125,7 @@ class SwanLabBackend(Backend):
         self._swanlab.finish()
 
 
-class TrackioBackend(Backend):
+class TrackioBackend(_RunWithTables):
     """In TRACKIO_DIR, else in ``trackio/``; on a Space where TRACKIO_SPACE_ID names one."""
 
     def __init__(self, run: RunInfo):
@@ -135,16 +142,6 @@ class TrackioBackend(Backend):
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self._run.log(metrics, step=step)
-
-    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        columns, *values = _table(rows, step)
-        self._run.log({"samples": self._table(columns=columns, data=values)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 SERVICES: dict[str, type[Backend]] = {

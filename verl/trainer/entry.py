@@ -14,22 +14,24 @@ def enter(
     argv: Sequence[str] | None,
     schema: Any,
     check: Callable[..., Any],
-    print_plan: Callable[[Any], int],
+    plan_text: Callable[[Any], str],
     run: Callable[[Any, Any], int],
 ) -> int:
     """The exit code: 0 when all went well, 2 when the settings are wrong, 1 for other errors that the user can mend.
 
-    schema: class of the configuration. check(loaded, dry_run=False) finds what is wrong with it; run(loaded, findings)
-    imports torch, print_plan(loaded) does not. argv: None for the command line.
+    schema: class of the configuration. check(loaded, dry_run=...) finds what is wrong with it; run(loaded, findings)
+    imports torch; plan_text(config), of a dry run, does not. argv: None for the command line.
     """
+    from verl.checks.dry_run import print_dry_run
     from verl.config.load import load
     from verl.config.problems import report
 
     try:
         loaded = load(sys.argv[1:] if argv is None else argv, schema)
-        if loaded.draft.trainer.dry_run:
-            return print_plan(loaded)
-        findings = check(loaded, dry_run=False)
+        dry_run = loaded.draft.trainer.dry_run
+        findings = check(loaded, dry_run=dry_run)
+        if dry_run:
+            return print_dry_run(None if loaded.config is None else plan_text(loaded.config), findings)
         if findings.problems:
             print(report(findings.problems), file=sys.stderr)
             return 2

@@ -13,7 +13,7 @@ from verl.trainer.entry import enter
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code, see ``enter``."""
-    from verl.checks.evaluation import check, print_plan
+    from verl.checks.evaluation import check, plan_text
     from verl.config.models import EvalConfig
 
     def run(*found: Any) -> int:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return run(*found)
 
-    return enter(argv, EvalConfig, check, print_plan, run)
+    return enter(argv, EvalConfig, check, plan_text, run)
 
 
 if __name__ == "__main__":

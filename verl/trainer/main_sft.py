@@ -13,7 +13,7 @@ from verl.trainer.entry import enter
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code, see ``enter``."""
-    from verl.checks.sft import check, print_plan
+    from verl.checks.sft import check, plan_text
     from verl.config.models import SFTConfig
 
     def run(*found: Any) -> int:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return run(*found)
 
-    return enter(argv, SFTConfig, check, print_plan, run)
+    return enter(argv, SFTConfig, check, plan_text, run)
 
 
 if __name__ == "__main__":

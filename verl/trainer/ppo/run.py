@@ -65,7 +65,7 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
             trained = on_ray.build_on_ray(stack, config, plan, tokenizer, seats, checkpoints.folder, trackers)
         else:
             trained = build_here(stack, config, plan, tokenizer, checkpoints.folder, trackers)
-        for role, reason in trained.workers.call("padded").result()[0].items():
+        for role, reason in trained.workers.call("unpackable").result()[0].items():
             trackers.progress.note(f"{role}: sequences are padded, not packed: {reason}")
         trainer = PPOTrainer(
             config,

@@ -150,8 +150,7 @@ class PPOTrainer:
         return table
 
     def _draw_more(self, count: int, draw: int) -> pa.Table:
-        if self.parts.reward_inputs is not None and self.parts.rollout.capabilities.sleep:
-            self.update_rollout_weights()  # which it lost while the reward model scored
+        self._restore_weights()
         _, rows = self.loader.draw(count)
         return self._respond(self.parts.train_prompts.take(rows), draw)
 
@@ -201,6 +200,11 @@ class PPOTrainer:
             raise UserError(f"reward_model.model.path={self.config.reward_model.model.path} gives scores not finite")
         score = found + table["score"].to_numpy() if self.parts.rewards else found
         return with_columns(table, score=score, reward_model_score=found)
+
+    def _restore_weights(self) -> None:
+        """To an engine that lost them in its sleep, while the reward model scored."""
+        if self.parts.reward_inputs is not None and self.parts.rollout.capabilities.sleep:
+            self.update_rollout_weights()
 
     def old_log_probs(self, table: pa.Table) -> pa.Table:
         with self.stage("old_log_prob"), self.loaded("actor"):
@@ -337,8 +341,7 @@ class PPOTrainer:
             episodes = episodes_of(self.parts.val_prompts, n=rollout.val_kwargs.n, seed=config.seed, step=VALIDATION)
             sampling = validation_sampling(rollout, self.plan.max_response_length)
             table = self._generate_and_score(episodes, sampling)
-            if self.parts.reward_inputs is not None and self.parts.rollout.capabilities.sleep:
-                self.update_rollout_weights()
+            self._restore_weights()
         found = validation_metrics(table, seed=config.seed)
         others = {
             f"val-aux/{name.replace('/', '_', 1)}": value

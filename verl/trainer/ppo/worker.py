@@ -16,7 +16,6 @@ from verl.config.models import ActorConfig, Config, CriticConfig, FSDPConfig, Mo
 from verl.data.schema import with_columns
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import Batching, TrainEngine
-from verl.engine.engine import PADDING_ASKED_FOR
 from verl.engine.model import Kind
 from verl.trainer.ppo.loss_modes import resolve
 from verl.trainer.ppo.losses import policy_loss, value_loss
@@ -89,12 +88,11 @@ class PPOWorker:
             seed=self.config.trainer.seed,
         )
 
-    def padded(self) -> dict[str, str]:
-        """The roles whose sequences are padded on a GPU although packing was not switched off, each with the reason."""
+    def unpackable(self) -> dict[str, str]:
+        """The roles whose sequences are padded on a GPU although packing was asked for, each with the reason."""
         if self.plan.device == "cpu":
             return {}
-        engines = self.engines.items()
-        return {role: each.padded for role, each in engines if each.padded and each.padded != PADDING_ASKED_FOR}
+        return {role: engine.unpackable for role, engine in self.engines.items() if engine.unpackable}
 
     # ---- memory
 
