@@ -85,3 +85,19 @@ def test_a_judge_without_an_address_is_a_problem(checked, make_parquet, tmp_path
     data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100, data_source='judge')}"
     (problem,) = checked(data, "reward.judge.model=m")[1].problems
     assert (problem.key, problem.fix) == ("reward.judge", "set reward.judge.url")
+
+
+def test_a_key_of_a_scorer_that_scores_nothing_is_named(checked, make_parquet, tmp_path):
+    data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100, data_source='openai/gsm8k')}"
+    keys = ["reward.gsm8k.method=flexible", "reward.json_match.format_score=0.5"]
+    warnings = checked(data, *keys)[1].warnings
+    assert [text for text in warnings if "json_match" in text] == [
+        "reward.json_match.format_score has no effect: no data source of this run is scored by json_match "
+        "(column 'data_source')."
+    ]
+    assert not [text for text in warnings if "gsm8k" in text]
+
+
+def test_of_data_that_cannot_be_read_no_scorer_is_said_to_be_idle(checked, tmp_path):
+    warnings = checked(f"data.train_files={tmp_path}/none.parquet", "reward.json_match.format_score=0.5")[1].warnings
+    assert not [text for text in warnings if "json_match" in text]

@@ -10,10 +10,14 @@ from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
 from verl.checks.preflight import unexplained
 from verl.checks.rewards import check_reward_function, check_scoring
+from verl.reward.scorers import SCORERS
 
 if TYPE_CHECKING:
     from verl.config.load import Loaded
     from verl.config.models import EvalConfig
+
+
+OF_SCORERS = ("reward.data_sources", *(f"reward.{name}." for name in SCORERS))
 
 
 def check(loaded: Loaded[EvalConfig], *, dry_run: bool) -> Findings:
@@ -32,13 +36,14 @@ def check(loaded: Loaded[EvalConfig], *, dry_run: bool) -> Findings:
             check_parquet(findings, "data.path", file, columns)
     if scorer.path is None:
         parquet = [file for file in data.path if file.endswith(".parquet")]
-        check_scoring(findings, config.reward, {"data.path": parquet}, data.reward_fn_key, dry_run)
+        set_keys = loaded.set_keys if len(parquet) == len(data.path) else frozenset[str]()  # of lines only one is read
+        check_scoring(findings, config.reward, {"data.path": parquet}, data.reward_fn_key, dry_run, set_keys)
     else:
         check_reward_function(findings, scorer.path, scorer.name)
     if data.output_path is not None:
         check_output_folder(findings, "data.output_path", str(Path(data.output_path).parent))
     for key in sorted(loaded.set_keys):
-        if key.startswith("reward.gsm8k.") and scorer.path is not None:
+        if key.startswith(OF_SCORERS) and scorer.path is not None:
             findings.warn(f"{key} has no effect: custom_reward_function.path scores instead of the source's scorer.")
         if key in ("custom_reward_function.name", "custom_reward_function.reward_kwargs") and scorer.path is None:
             findings.warn(f"{key} has no effect: there is no custom reward function (custom_reward_function.path).")

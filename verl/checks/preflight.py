@@ -42,7 +42,7 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
     problem. Nothing here asks the network or imports torch.
     """
     config, findings = loaded.draft, Findings(notices=list(loaded.notices))
-    train_rows, val_rows = _data(findings, config, dry_run)
+    train_rows, val_rows = _data(findings, config, dry_run, loaded.set_keys)
     world = config.trainer.nnodes * config.trainer.n_gpus_per_node
     gpus = 0 if torch_is_cpu_build() else installed_gpus()
     device = resolve_device(config.trainer.device, world, gpus)
@@ -71,7 +71,7 @@ def _follows(problem: Problem, faults: list[Problem]) -> bool:
     return any(named & set(DOTTED.findall(f"{fault.key} {fault.fix}")) for fault in faults)
 
 
-def _data(findings: Findings, config: Config, dry_run: bool) -> tuple[int | None, int | None]:
+def _data(findings: Findings, config: Config, dry_run: bool, set_keys: frozenset[str]) -> tuple[int | None, int | None]:
     """Rows of the training and validation data, as far as they can be read."""
     data, trainer = config.data, config.trainer
     columns = {
@@ -85,7 +85,7 @@ def _data(findings: Findings, config: Config, dry_run: bool) -> tuple[int | None
     rows = {name: check_parquet(findings, f"data.{name}_files", files, columns) for name, files in sets.items()}
     if config.uses_scorers and config.custom_reward_function.path is None:
         files = {f"data.{name}_files": files for name, files in sets.items()}
-        check_scoring(findings, config.reward, files, data.reward_fn_key, dry_run)
+        check_scoring(findings, config.reward, files, data.reward_fn_key, dry_run, set_keys)
         if config.reward_model.reward_manager == "batch":
             fix = "name one in custom_reward_function.path, or leave it out: scorers of data sources take a sample each"
             findings.problem("reward_model.reward_manager", "batch", "it calls a reward function of yours", fix)

@@ -58,9 +58,14 @@ def _names(module: ast.Module) -> set[str]:
 
 
 def check_scoring(
-    findings: Findings, reward: RewardConfig, files: Mapping[str, list[str]], column: str, dry_run: bool
+    findings: Findings,
+    reward: RewardConfig,
+    files: Mapping[str, list[str]],
+    column: str,
+    dry_run: bool,
+    set_keys: frozenset[str],
 ) -> None:
-    """Every data source has a scorer, which can run on this machine.
+    """Every data source has a scorer, which can run on this machine, and no scorer is set that has nothing to score.
 
     files: by the key that names them. column: the data sources'. Files that cannot be read are not this check's
     business.
@@ -71,8 +76,10 @@ def check_scoring(
             fix = f"did you mean {close[0]}?" if close else f"name one of {', '.join(SCORERS)}, or module:function"
             findings.problem(f"reward.data_sources.{source}", name, "there is no scorer of this name", fix)
     names = set[str | None]()
+    all_known = True
     for key, paths in files.items():
         sources = _values(paths, column)
+        all_known &= bool(sources)
         names.update(scorer_of(source, reward.data_sources) for source in sources)
         if unknown := sorted(str(source) for source in sources if scorer_of(source, reward.data_sources) is None):
             why = f"no scorer is known for the data source {', '.join(unknown)} (column {column!r})"
@@ -81,6 +88,9 @@ def check_scoring(
     if "code" in names and longest >= reward.timeout:
         why = f"tests may take reward.code.total_seconds + reward.code.limits.wall_seconds = {longest:g} seconds"
         findings.problem("reward.timeout", reward.timeout, why, f"set it to {longest + 5:g}, or those lower")
+    for name in sorted(SCORERS.keys() - names) if all_known else ():
+        for key in sorted(key for key in set_keys if key.startswith(f"reward.{name}.")):
+            findings.warn(f"{key} has no effect: no data source of this run is scored by {name} (column {column!r}).")
     settings = settings_of(reward)
     for name in sorted(SCORERS.keys() & names):
         if lack := SCORERS[name].missing(**settings[name]):
