@@ -15,6 +15,7 @@ from forks import run_ranks
 from verl.engine import Batching, CheckpointError
 from verl.engine.compile import CompiledLayers
 from verl.errors import UserError
+from verl.rollout.fsdp import UnshardedForward
 
 ROWS = 9
 EPS = 1e-5  # see test_engine_updates
@@ -213,6 +214,17 @@ def test_an_export_from_two_ranks_is_a_model_that_an_engine_loads(any_tiny, tmp_
     loaded = weights_of(build(str(tmp_path)))
     assert loaded.keys() == weights.keys()
     assert all(np.array_equal(loaded[name].numpy(), weights[name]) for name in weights)
+
+
+def export_while_whole(rank, world_size, path, folder):
+    engine = build(path)
+    with UnshardedForward(engine.module, engine.root, reshard_after_forward=True).unsharded():
+        engine.export_hf(folder)
+
+
+def test_a_model_that_a_rollout_holds_whole_is_not_exported(tiny, tmp_path):
+    with pytest.raises(RuntimeError, match=r"embed_tokens.weight is whole.*a rollout that borrows the model"):
+        run_ranks(2, export_while_whole, tiny, tmp_path)
 
 
 def test_an_fsdp_size_that_does_not_divide_the_ranks_is_refused(tiny):

@@ -23,10 +23,9 @@ BOTH: list[MemoryTag] = ["weights", "kv_cache"]
 class Backend:
     """See ``verl.rollout.backend.Backend``."""
 
-    keeps_weights = False
-
-    def __init__(self, log: list[str], sleep: Sequence[MemoryTag]):
-        self.capabilities, self.log = Capabilities(sleep=frozenset(sleep)), log
+    def __init__(self, log: list[str], sleep: Sequence[MemoryTag], borrows: bool = False):
+        self.capabilities, self.log = Capabilities(sleep=frozenset(sleep), holds_weights=not borrows), log
+        self.keeps_weights = borrows
 
     def listen(self, listener: object) -> None:
         pass
@@ -112,11 +111,11 @@ def stage(name: str, total: int | None):
     yield None
 
 
-def run(sleep: Sequence[MemoryTag], **options: Any) -> list[str]:
+def run(sleep: Sequence[MemoryTag], borrows: bool = False, **options: Any) -> list[str]:
     """What is noted from the start of the engine to the end of the run."""
     log: list[str] = []
     engine = ClientEngine(
-        Backend(log, sleep), eos_token_ids=[1], max_model_len=10, vocab_size=10, no_weights="none have come"
+        Backend(log, sleep, borrows), eos_token_ids=[1], max_model_len=10, vocab_size=10, no_weights="none have come"
     )
     put_to_sleep(engine)
     trainer = Trainer(engine, log, **options)
@@ -170,6 +169,19 @@ def test_an_engine_that_gives_up_only_its_cache_keeps_its_weights():
     assert [order for order in log if order.split()[0] in ("sleep", "wake", "free_memory")] == [
         *["sleep kv_cache", "free_memory", "wake kv_cache", "sleep kv_cache"],
     ]
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_an_engine_that_borrows_the_model_has_it_only_while_it_draws(saves):
+    whole = False
+    for order in run(["weights"], borrows=True, validates=[0, 1, 2], saves=saves):
+        name, *_ = order.split()
+        if name in ("sleep", "wake"):
+            whole = name == "wake"
+        elif name in ("train", "save"):
+            assert not whole
+        elif name == "generate":
+            assert whole
 
 
 def test_an_engine_that_cannot_sleep_is_left_alone():

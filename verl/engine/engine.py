@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from verl.engine import checkpoint, offload
@@ -257,6 +258,8 @@ class TrainEngine:
         """All that is saved, under the names that it has in the module."""
         self._need_params()
         for name, param in self.module.named_parameters():
+            if world_size() > 1 and not isinstance(param, DTensor):
+                raise RuntimeError(f"{name} is whole, and FSDP's to free: a rollout that borrows the model still draws")
             yield name, full(param.detach().to(self.compute_dtype))
         for name in self._checkpoint_names.persistent_buffers:
             yield name, self.module.get_buffer(name)

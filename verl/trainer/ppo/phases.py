@@ -32,7 +32,10 @@ class Phases:
         self._sleep({"weights", "kv_cache"})
 
     def update(self) -> None:
-        """The engine has room for its weights, and not more."""
+        """The engine has room for its weights, and not more. One that borrows the trainer's model gave it back after
+        it drew, and takes none of it now."""
+        if not self._rollout.capabilities.holds_weights:
+            return
         self._sleep({"kv_cache"})
         self._wake({"weights"})
 

@@ -288,8 +288,7 @@ class PPOTrainer:
         """The engine gets the actor's weights; its own copy is compared with them as trainer.check_weights says."""
         rollout, holds = self.parts.rollout, self.parts.rollout.capabilities.holds_weights
         with self.stage("update_weights"):
-            if holds:
-                self.phases.update()
+            self.phases.update()
             with self.loaded("actor"):
                 asyncio.run(rollout.update_weights(self.parts.weights() if holds else (), version=self.step))
                 if self.check_weights_now:
@@ -370,8 +369,7 @@ class PPOTrainer:
         self.parts.trackers.log({"timing_s/save_checkpoint": self.timer.seconds["save_checkpoint"]}, self.step)
 
     def _write_models(self, folder: Path) -> None:
-        if self.parts.rollout.capabilities.sleep:
-            self.phases.update()  # a validation left the engine all awake; an export loads models
+        self.phases.update()  # a validation left the engine all awake; an export loads models
         self.parts.workers.call("save", folder).result()
 
     def restore(self, checkpoint: Checkpoint) -> None:
