@@ -67,9 +67,12 @@ class Server:
     def wait(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         while "The server is fired up" not in self._log.read_text().rpartition("server_args=")[2]:
-            assert self._process.poll() is None, self._log.read_text()[-3000:]
+            self.assert_running()
             assert time.monotonic() < deadline, self._log.read_text()[-3000:]
             time.sleep(0.2)
+
+    def assert_running(self) -> None:
+        assert self._process.poll() is None, self._log.read_text()[-5000:]
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

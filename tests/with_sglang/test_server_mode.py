@@ -74,6 +74,8 @@ def servers(model) -> Iterator[list[Server]]:
 @pytest.fixture
 def connect(servers, model, tmp_path) -> Iterator[Callable[..., Router]]:
     routers: list[Router] = []
+    for server in servers:
+        server.assert_running()
 
     def one(by: str = "tensors", note: Callable[[str], None] = print, retry_every: float = 10.0) -> Router:
         config = config_of(

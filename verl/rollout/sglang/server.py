@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -26,11 +27,22 @@ class Server(EngineServer):
 
     def __init__(self, orders: Orders, arguments: dict[str, Any]):
         import sglang
+        from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.server_args import ServerArgs
+
+        class Forking(Engine):
+            """On a CPU its workers are forks of this process and not started afresh: each would import for 7 s what
+            is here already. (What CUDA has opened no fork could use.)"""
+
+            @classmethod
+            def _launch_scheduler_processes(cls, server_args: ServerArgs, *args: Any, **options: Any) -> Any:
+                if server_args.device == "cpu":
+                    multiprocessing.set_start_method("fork", force=True)
+                return super()._launch_scheduler_processes(server_args, *args, **options)
 
         super().__init__(orders, SGLANG)
         check_arguments(SGLANG, arguments, [field.name for field in dataclasses.fields(ServerArgs)], sglang.__version__)
-        self.engine = sglang.Engine(**arguments, custom_weight_loader=[LOADER])
+        self.engine = Forking(**arguments, custom_weight_loader=[LOADER])
         self.loop = self.engine.loop
         self._manager = self.engine.tokenizer_manager
         self._ranks = arguments["tp_size"]
