@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import httpx
 import pytest
 import torch
 from fake_sglang import FakeSGLang, hang, reset, send, token_at
@@ -287,6 +288,36 @@ def test_a_server_that_cannot_be_reached_is_named(start, connect):
     with pytest.raises(EngineDied, match=rf"{server.url}.* cannot be reached"):
         connect(server)
     server.start()
+
+
+@pytest.mark.parametrize("stop", [(), ("never",)], ids=["whole", "streamed"])
+def test_a_connection_that_is_slow_to_come_about_is_no_server_that_is_gone(start, connect, monkeypatch, stop):
+    server = start()
+    engine = connect(server)
+    send_on, late = httpx.AsyncHTTPTransport.handle_async_request, []
+
+    async def sometimes_late(transport, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/generate" and len(late) < 2:
+            late.append(request)
+            raise httpx.ConnectTimeout("", request=request)
+        return await send_on(transport, request)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", sometimes_late)
+    (result,) = generate(engine, request(stop=stop))
+    assert len(late) == 2
+    assert result.finish_reason == "length"
+
+
+def test_a_server_that_takes_no_connection_is_gone_in_the_end(start, connect, monkeypatch):
+    server = start()
+    engine = connect(server)
+
+    async def late(transport, request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectTimeout("", request=request)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", late)
+    with pytest.raises(EngineDied, match=f"{server.url}.* took no connection within 10 s"):
+        generate(engine, request())
 
 
 def test_a_server_whose_context_is_too_short_is_refused(start, connect):

@@ -86,9 +86,11 @@ class ServerAPI:
         return _parsed(response.content)
 
     def unreachable(self, path: str, error: httpx.HTTPError) -> Unreachable:
-        refused = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+        if isinstance(error, httpx.ConnectTimeout):  # it, or this process, has too much to do; or its machine is gone
+            return Unreachable(f"{self.url}{path} took no connection within {CONNECT_TIMEOUT:g} s", refused=False)
+        refused = isinstance(error, httpx.ConnectError)
         what = "cannot be reached" if refused else "broke off the connection"
-        return Unreachable(f"{self.url}{path} {what}: {error or type(error).__name__}", refused)
+        return Unreachable(f"{self.url}{path} {what}: {str(error) or type(error).__name__}", refused)
 
     def check(self, path: str, status: int, content: bytes) -> None:
         """Raises for anything but success."""
