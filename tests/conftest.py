@@ -18,24 +18,29 @@ settings.register_profile("verl", deadline=None, derandomize=True)
 settings.load_profile("verl")
 
 
-# These files come one after the other when several processes run tests (make test has two): they start Rays, or take
-# the GPUs. And they come first, as they wait more than they compute.
-ONE_AFTER_THE_OTHER = (
-    "tests/end_to_end/test_ppo_on_ray.py",
-    "tests/end_to_end/test_two_hosts.py",
-    "tests/end_to_end/test_reward_model.py",
-    "tests/trainer/test_generation.py",
-    "tests/cluster/test_hosts.py",
-    "tests/cluster/test_worker_group.py",
-    "tests/cluster/test_ray_start.py",
-    "tests/with_engines/test_engine_on_ray.py",
-    "tests/with_engines/test_generation_with_engine.py",
-    "tests/with_sglang/test_sglang_on_two_hosts.py",
-    "tests/with_sglang/test_multi_gpu_benchmark.py",
-    "tests/gpu/test_engine_on_cuda.py",
-    "tests/gpu/test_ppo_on_cuda.py",
-    "tests/gpu/test_sglang_on_cuda.py",
-)
+# When several processes run tests (make test has two), the files of a group come one after the other. And the groups
+# come first, as they wait more than they compute.
+GROUPS = {
+    "hosts of their own": (
+        "tests/end_to_end/test_two_hosts.py",
+        "tests/cluster/test_hosts.py",
+        "tests/with_sglang/test_sglang_on_two_hosts.py",
+    ),
+    "Rays of this host, and its GPUs": (
+        "tests/end_to_end/test_ppo_on_ray.py",
+        "tests/end_to_end/test_reward_model.py",
+        "tests/trainer/test_generation.py",
+        "tests/cluster/test_worker_group.py",
+        "tests/cluster/test_ray_start.py",
+        "tests/with_engines/test_engine_on_ray.py",
+        "tests/with_engines/test_generation_with_engine.py",
+        "tests/with_sglang/test_multi_gpu_benchmark.py",
+        "tests/gpu/test_engine_on_cuda.py",
+        "tests/gpu/test_ppo_on_cuda.py",
+        "tests/gpu/test_sglang_on_cuda.py",
+    ),
+}
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 # The longest of the others, so that the processes end at about the same time.
 LONG = (
     "tests/conformance/test_rollout_contract.py",
@@ -45,7 +50,7 @@ LONG = (
     "tests/end_to_end/test_gsm8k_smollm2.py",
     "tests/engine/test_engine_ranks.py",
 )
-ORDER = {name: place for place, name in enumerate((*ONE_AFTER_THE_OTHER, *LONG))}
+ORDER = {name: place for place, name in enumerate((*GROUP_OF, *LONG))}
 
 
 class WholeFiles(LoadScopeScheduling):
@@ -53,8 +58,8 @@ class WholeFiles(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file, _, test = nodeid.partition("::")
-        if file in ONE_AFTER_THE_OTHER:
-            return "one after the other"
+        if file in GROUP_OF:
+            return GROUP_OF[file]
         engine = re.search(r"\[([^]-]*)", test) if file.startswith("tests/conformance/") else None
         return f"{file} of {engine[1]}" if engine else file
 
