@@ -7,8 +7,8 @@
 #
 # Install: pip install -e ".[sglang,data]". Data: python3 examples/data_preprocess/gsm8k.py.
 # With trainer.dry_run=True it prints its plan, on any machine.
-# Weights and optimizers wait in host memory while they are not in use. Packed sequences, compiled layers and bfloat16 with
-# float32 master weights are the defaults on a GPU.
+# Weights and optimizers wait in host memory while they are not in use. Packed sequences, compiled layers and bfloat16
+# with float32 master weights are the defaults on a GPU.
 set -euo pipefail
 PYTHON=${PYTHON:-python3}
 DATA=${DATA:-$HOME/data/gsm8k}
