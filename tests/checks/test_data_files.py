@@ -11,6 +11,7 @@ import pytest
 from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
 from verl.checks.images import check_images
+from verl.config.models import DataConfig
 
 COLUMNS = {"prompt": "name it in data.prompt_key", "reward_model.ground_truth": "add it"}
 
@@ -120,7 +121,7 @@ def with_images(tmp_path, images, kind=LISTS, limit=-1, column="images"):
     for number, rows in enumerate(images):
         files.append(str(tmp_path / f"{number}.parquet"))
         pq.write_table(pa.table({"images": pa.array(rows, kind)}), files[-1])
-    check_images(findings, "data.train_files", files, column, limit, "sglang")
+    check_images(findings, "data.train_files", files, DataConfig(image_key=column), limit, "sglang")
     return findings.problems
 
 
@@ -159,3 +160,14 @@ def test_images_of_rows_that_the_run_leaves_out_are_no_problem(tmp_path, limit, 
 def test_images_are_not_looked_for_where_no_column_is_named_or_there_is_none(tmp_path):
     assert with_images(tmp_path, [[["a"]]], column=None) == []
     assert with_images(tmp_path, [[["a"]]], column="pictures") == []
+
+
+def test_messages_in_parts_are_no_text(tmp_path):
+    parts = [{"type": "image", "image": "a.png", "text": None}, {"type": "text", "image": None, "text": "What is it?"}]
+    chats = [[{"role": "user", "content": parts}]]
+    pq.write_table(pa.table({"prompt": chats}), tmp_path / "x.parquet")
+    findings = Findings()
+    check_images(findings, "data.val_files", str(tmp_path / "x.parquet"), DataConfig(), -1, "hf")
+    (problem,) = findings.problems
+    assert problem.key == "data.val_files"
+    assert "the messages in its column 'prompt' are not text: their content is list<" in problem.why

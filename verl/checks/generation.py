@@ -44,8 +44,7 @@ def check(loaded: Loaded[GenerationConfig], *, dry_run: bool) -> Findings:
     findings = _as_typed(shared)
     findings.notices = [*loaded.notices, *findings.notices]
     prompt_rows(findings, config)
-    data = config.data
-    check_images(findings, "data.path", data.path, data.image_key, data.max_samples, config.rollout.name)
+    check_images(findings, "data.path", config.data.path, config.data, config.data.max_samples, config.rollout.name)
     check_file_name(findings, "data.output_path", config.data.output_path)
     check_output_folder(findings, "data.output_path", str(Path(config.data.output_path).parent))
     _sampling(findings, config)

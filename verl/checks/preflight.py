@@ -86,7 +86,7 @@ def _data(findings: Findings, config: Config, dry_run: bool, set_keys: frozenset
     rows = {name: check_parquet(findings, f"data.{name}_files", files, columns) for name, files in sets.items()}
     used, engine = {"train": data.train_max_samples, "val": data.val_max_samples}, config.actor_rollout_ref.rollout.name
     for name, paths in sets.items():
-        check_images(findings, f"data.{name}_files", paths, data.image_key, used[name], engine)
+        check_images(findings, f"data.{name}_files", paths, data, used[name], engine)
     if config.uses_scorers and config.custom_reward_function.path is None:
         files = {f"data.{name}_files": files for name, files in sets.items()}
         check_scoring(findings, config.reward, files, data.reward_fn_key, dry_run, set_keys)

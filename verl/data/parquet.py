@@ -67,7 +67,7 @@ def chats_of(column: pa.ChunkedArray, where: str) -> list[str]:
         if not isinstance(chat, list) or not chat:
             raise UserError(f"{where}, row {row}: {_short(chat)} is not a chat; {fix}")
         for message in chat:
-            if not isinstance(message, dict) or None in (message.get("role"), message.get("content")):
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
                 raise UserError(f"{where}, row {row}: {_short(message)} is not a message; {fix}")
         texts.append(_json(chat))
     return texts
