@@ -10,6 +10,8 @@ import pytest
 
 from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
+from verl.checks.images import check_images
+from verl.config.models import DataConfig
 
 COLUMNS = {"prompt": "name it in data.prompt_key", "reward_model.ground_truth": "add it"}
 
@@ -107,3 +109,65 @@ def test_a_folder_that_cannot_be_written_to_is_a_problem():
     findings = Findings()
     check_output_folder(findings, "trainer.default_local_dir", "/proc/run")
     assert "cannot be written to" in findings.problems[0].why
+
+
+LISTS = pa.list_(pa.string())
+STRUCTS = pa.list_(pa.struct([("path", pa.string()), ("bytes", pa.binary())]))
+
+
+def with_images(tmp_path, images, kind=LISTS, limit=-1, column="images"):
+    """What is said of one file for each of these lists of rows' images."""
+    findings, files = Findings(), []
+    for number, rows in enumerate(images):
+        files.append(str(tmp_path / f"{number}.parquet"))
+        pq.write_table(pa.table({"images": pa.array(rows, kind)}), files[-1])
+    check_images(findings, "data.train_files", files, DataConfig(image_key=column), limit, "sglang")
+    return findings.problems
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"), [([[], None, []], LISTS), ([None, None], pa.null()), ([[], []], STRUCTS), ([], LISTS)]
+)
+def test_rows_whose_images_are_empty_or_null_are_no_problem(tmp_path, rows, kind):
+    assert with_images(tmp_path, [rows], kind) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "kind"),
+    [(["a.png"], LISTS), ([{"path": None, "bytes": b"x"}], STRUCTS), ("a.png", pa.string())],
+)
+def test_the_first_row_with_images_is_named(tmp_path, image, kind):
+    rows = [None] * 700 + [image, image]
+    (problem,) = with_images(tmp_path, [rows], kind)
+    assert problem.value == str(tmp_path / "0.parquet")
+    assert "its row 700 has images (column 'images')" in problem.why
+    assert "sglang" in problem.why
+
+
+def test_of_each_file_with_images_the_first_row_is_named(tmp_path):
+    problems = with_images(tmp_path, [[["a"]], [[]], [[], ["b"]]])
+    assert [(Path(problem.value).name, problem.why[:9]) for problem in problems] == [
+        ("0.parquet", "its row 0"),
+        ("2.parquet", "its row 1"),
+    ]
+
+
+@pytest.mark.parametrize(("limit", "found"), [(0, 0), (3, 0), (4, 1), (-1, 1)])
+def test_images_of_rows_that_the_run_leaves_out_are_no_problem(tmp_path, limit, found):
+    assert len(with_images(tmp_path, [[[], []], [[], ["a"]]], limit=limit)) == found
+
+
+def test_images_are_not_looked_for_where_no_column_is_named_or_there_is_none(tmp_path):
+    assert with_images(tmp_path, [[["a"]]], column=None) == []
+    assert with_images(tmp_path, [[["a"]]], column="pictures") == []
+
+
+def test_messages_in_parts_are_no_text(tmp_path):
+    parts = [{"type": "image", "image": "a.png", "text": None}, {"type": "text", "image": None, "text": "What is it?"}]
+    chats = [[{"role": "user", "content": parts}]]
+    pq.write_table(pa.table({"prompt": chats}), tmp_path / "x.parquet")
+    findings = Findings()
+    check_images(findings, "data.val_files", str(tmp_path / "x.parquet"), DataConfig(), -1, "hf")
+    (problem,) = findings.problems
+    assert problem.key == "data.val_files"
+    assert "the messages in its column 'prompt' are not text: their content is list<" in problem.why

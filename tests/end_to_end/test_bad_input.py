@@ -3,13 +3,14 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import arguments, command, make_prompts, metrics_of
+from helpers import ROOT, arguments, command, make_prompts, metrics_of
 
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.main_ppo import main
@@ -125,6 +126,55 @@ def test_a_data_source_without_a_scorer(small, tmp_path, capsys):
     pq.write_table(table, tmp_path / "unknown.parquet")
     keys = {"data__train_files": tmp_path / "unknown.parquet", "custom_reward_function__path": "null"}
     refused(capsys, arguments(small, tmp_path, **keys), "nobody/knows", "custom_reward_function.path")
+
+
+@pytest.fixture
+def pictures(small, tmp_path):
+    """Makes of the small job's file of this name one in which these rows have an image."""
+
+    def make(name, *rows):
+        table = pq.read_table(small / f"{name}.parquet")
+        images = [["a.png"] if row in rows else [] for row in range(table.num_rows)]
+        path = tmp_path / f"pictures_{name}.parquet"
+        pq.write_table(table.append_column("images", pa.array(images, pa.list_(pa.string()))), path)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+@pytest.mark.parametrize("engine", ["hf", "sglang", "vllm"])
+def test_images_which_no_engine_takes(small, tmp_path, capsys, pictures, name, engine):
+    path = pictures(name, 3, 5)
+    keys = {f"data__{name}_files": path, "actor_rollout_ref__rollout__name": engine, "trainer__dry_run": True}
+    words = (f"data.{name}_files={path}", f"{engine} does not take them")
+    said = refused(capsys, arguments(small, tmp_path / "run", **keys), *words)
+    assert "its row 3 has images (column 'images')" in said
+    assert "data.image_key=null" in said
+
+
+def test_images_are_refused_before_anything_starts(small, tmp_path, pictures):
+    """Not even torch is imported."""
+    code = (
+        "import sys; from verl.trainer.main_ppo import main; code = main(sys.argv[1:]); "
+        "assert not {'torch', 'ray', 'transformers'} & sys.modules.keys(); sys.exit(code)"
+    )
+    line = arguments(small, tmp_path / "run", data__train_files=pictures("train", 0))
+    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert "nothing was started" in done.stderr
+    assert "its row 0 has images" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_column_of_images_with_none_in_it_is_no_problem(small, tmp_path, pictures):
+    keys = {"data__train_files": pictures("train"), "data__val_files": pictures("val")}
+    assert main(arguments(small, tmp_path / "run", **keys, trainer__total_training_steps=1)) == 0
+
+
+def test_the_text_of_prompts_with_images_is_trained_on_when_asked(small, tmp_path, pictures):
+    keys = {"data__train_files": pictures("train", *range(24)), "data__image_key": "null"}
+    assert main(arguments(small, tmp_path / "run", **keys, trainer__total_training_steps=1)) == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

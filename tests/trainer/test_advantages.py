@@ -366,6 +366,15 @@ def test_opos_baseline_weighs_responses_by_their_length():
     np.testing.assert_allclose(ESTIMATORS["opo"](x)[0].values, [0.75, -0.25, -0.25, -0.25])
 
 
+def test_gpg_worked_by_hand():
+    """Eight responses, two of them in a group that is all right and two in one that is all wrong: B / (B - M) = 2,
+    however many of the others are right."""
+    advantages, _ = ESTIMATORS["gpg"](grouped([[1, 1], [0, 0], [1, 0], [0, 1]]))
+    np.testing.assert_allclose(advantages.values, [0, 0, 0, 0, 1, -1, -1, 1])
+    advantages, _ = ESTIMATORS["gpg"](grouped([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    np.testing.assert_allclose(advantages.values, [0, 0, 0, 0, 0.5, 0.5, 0.5, -1.5])
+
+
 def test_gpg_gives_back_what_groups_of_equal_rewards_take_from_the_mean():
     alone, diluted = grouped([[1, 0]]), grouped([[1, 0], [1, 1], [0, 0], [0, 0]])
     expected = ESTIMATORS["gpg"](alone)[0].values

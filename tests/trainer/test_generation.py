@@ -169,6 +169,18 @@ def test_prompts_that_hold_responses_already_are_refused(small, tmp_path, capsys
     assert "has a column 'responses', which will be written: rename it" in capsys.readouterr().err
 
 
+def test_prompts_with_images_are_refused_before_anything_starts(small, tmp_path, capsys):
+    table = pq.read_table(small / "train.parquet")
+    images = pa.array([[]] * 4 + [["a.png"]] * 20, pa.list_(pa.string()))
+    pq.write_table(table.append_column("images", images), tmp_path / "in.parquet")
+    keys = {"data__path": tmp_path / "in.parquet", "trainer__dry_run": True}
+    assert main(arguments(small, tmp_path / "out.parquet", **keys)) == 1
+    said = capsys.readouterr().out
+    assert "its row 4 has images (column 'images'): hf does not take them" in said
+    for fine in ({"data__image_key": "null"}, {"data__max_samples": 4}):
+        assert main(arguments(small, tmp_path / "out.parquet", **keys, **fine)) == 0
+
+
 def test_a_dry_run_prints_what_would_be_done_and_names_keys_without_effect(small, tmp_path, capsys):
     keys = {"rollout__enforce_eager": True, "model__use_remove_padding": True, "trainer__dry_run": True}
     assert main(arguments(small, tmp_path / "out.parquet", **keys)) == 0

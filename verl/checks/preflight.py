@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
+from verl.checks.images import check_images
 from verl.checks.inert import find_inert
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import ModelFacts, check_model, check_tokenizer, check_tokenizer_path
@@ -83,13 +84,16 @@ def _data(findings: Findings, config: Config, dry_run: bool, set_keys: frozenset
     if data.val_files and (trainer.test_freq > 0 or trainer.val_before_train):
         sets["val"] = data.val_files
     rows = {name: check_parquet(findings, f"data.{name}_files", files, columns) for name, files in sets.items()}
+    used, engine = {"train": data.train_max_samples, "val": data.val_max_samples}, config.actor_rollout_ref.rollout.name
+    for name, paths in sets.items():
+        check_images(findings, f"data.{name}_files", paths, data, used[name], engine)
     if config.uses_scorers and config.custom_reward_function.path is None:
         files = {f"data.{name}_files": files for name, files in sets.items()}
         check_scoring(findings, config.reward, files, data.reward_fn_key, dry_run, set_keys)
         if config.reward_model.reward_manager == "batch":
             fix = "name one in custom_reward_function.path, or leave it out: scorers of data sources take a sample each"
             findings.problem("reward_model.reward_manager", "batch", "it calls a reward function of yours", fix)
-    return _at_most(rows["train"], data.train_max_samples), _at_most(rows.get("val"), data.val_max_samples)
+    return _at_most(rows["train"], used["train"]), _at_most(rows.get("val"), used["val"])
 
 
 def _at_most(rows: int | None, limit: int) -> int | None:

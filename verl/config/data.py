@@ -20,8 +20,10 @@ class DataConfig(Section):
     )
     prompt_key: str = Field("prompt", description="Column with the prompt's chat messages.")
     reward_fn_key: str = Field("data_source", description="Column that names the data set, which chooses the scorer.")
-    image_key: str = Field(
-        "images", description="Column with paths or URLs of the prompt's images, where there is one."
+    image_key: str | None = Field(
+        "images",
+        description="Column with the prompt's images, which nothing takes yet: rows that have any are refused; null: "
+        "they are not looked at.",
     )
     train_batch_size: PositiveInt = Field(
         1024, description="Prompts of a step, over all ranks; each gets rollout.n responses."

@@ -22,8 +22,10 @@ class GenerationDataConfig(Section):
         "responses."
     )
     prompt_key: str = Field("prompt", description="Column with the prompt's chat messages.")
-    image_key: str = Field(
-        "images", description="Column with paths or URLs of the prompt's images, where there is one."
+    image_key: str | None = Field(
+        "images",
+        description="Column with the prompt's images, which nothing takes yet: rows that have any are refused; null: "
+        "they are not looked at.",
     )
     batch_size: PositiveInt = Field(
         1024, description="Prompts answered together; what a batch gave is safe on disk when it ends."

@@ -17,12 +17,12 @@ from verl.errors import UserError
 READ = pa.schema([(name, PROMPT_COLUMNS[name]) for name in PROMPT_COLUMNS if name not in ("row", "prompt_ids")])
 
 
-def read_prompts(files: str | Sequence[str], *, prompt_key: str, reward_fn_key: str, image_key: str) -> pa.Table:
+def read_prompts(files: str | Sequence[str], *, prompt_key: str, reward_fn_key: str, image_key: str | None) -> pa.Table:
     """The rows of all files, in order, with the columns ``READ``.
 
     prompt_key: column of chat messages, a list of {role, content}. reward_fn_key: column that names the data source,
     and so the scorer. ``reward_model.ground_truth``: what the scorer compares with; JSON text unless it is a string.
-    ``extra_info`` (a struct) and image_key (references: paths or URLs) may be missing.
+    ``extra_info`` (a struct) and image_key (references: paths or URLs; None: not read) may be missing.
     """
     names = [files] if isinstance(files, str) else list(files)
     if not names:
@@ -30,7 +30,7 @@ def read_prompts(files: str | Sequence[str], *, prompt_key: str, reward_fn_key: 
     return pa.concat_tables(_read_file(name, prompt_key, reward_fn_key, image_key) for name in names)
 
 
-def _read_file(name: str, prompt_key: str, reward_fn_key: str, image_key: str) -> pa.Table:
+def _read_file(name: str, prompt_key: str, reward_fn_key: str, image_key: str | None) -> pa.Table:
     wanted = [prompt_key, reward_fn_key, "reward_model", "extra_info", image_key]
     path = Path(name).expanduser()
     if not path.is_file():
@@ -67,7 +67,7 @@ def chats_of(column: pa.ChunkedArray, where: str) -> list[str]:
         if not isinstance(chat, list) or not chat:
             raise UserError(f"{where}, row {row}: {_short(chat)} is not a chat; {fix}")
         for message in chat:
-            if not isinstance(message, dict) or None in (message.get("role"), message.get("content")):
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
                 raise UserError(f"{where}, row {row}: {_short(message)} is not a message; {fix}")
         texts.append(_json(chat))
     return texts

@@ -121,8 +121,10 @@ def grpo_passk(inputs: AdvantageInputs) -> tuple[Ragged, Ragged]:
 def gpg(inputs: AdvantageInputs) -> tuple[Ragged, Ragged]:
     """Group policy gradient (Chu et al. 2025, arXiv:2504.02546): alpha (R - mean of the group), not divided by the std.
 
-    alpha = B / (B - M), M of the batch's B responses being in groups whose rewards are all equal: such responses add
-    nothing to the gradient, and alpha gives back what they take from its mean.
+    alpha = B / (B - M), M of the batch's B responses being in groups whose rewards are all equal, be they right or
+    wrong: such responses add nothing to the gradient, and alpha gives back what they take from its mean. The formula
+    is that of the authors' repository (AMAP-ML/GPG, with F_norm = 1), whose trainer counts groups of equal rewards;
+    other implementations take the responses of reward 0 for M. With ``algorithm.filter_groups`` alpha is 1.
     """
     groups = _rewards(inputs)
     useful = np.where(groups.alone, groups.values != 0, groups.unequal)

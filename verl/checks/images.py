@@ -1,0 +1,81 @@
+"""Whether prompts are text alone: no engine takes images, and no model here is trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from verl.checks.files import paths
+from verl.checks.findings import Findings
+
+if TYPE_CHECKING:
+    from verl.config.generation import GenerationDataConfig
+    from verl.config.models import DataConfig
+
+BATCH = 256  # rows read at a time: they may hold the pictures themselves
+
+
+def check_images(
+    findings: Findings,
+    key: str,
+    files: str | Sequence[str],
+    data: DataConfig | GenerationDataConfig,
+    limit: int,
+    engine: str,
+) -> None:
+    """No row that the run uses has an image, in a column of their own or in its messages; the first one of each file is
+    named.
+
+    key: that names the files. limit: rows that are used of all files together, the first; -1: all. Files that cannot be
+    read are not this check's business.
+    """
+    for file in paths(files):
+        try:
+            with pq.ParquetFile(Path(file).expanduser()) as parquet:
+                parts = _parts_of_messages(parquet.schema_arrow, data.prompt_key)
+                row = None if data.image_key is None else _first_with_images(parquet, data.image_key, limit)
+                rows = parquet.metadata.num_rows
+        except (OSError, pa.ArrowException):
+            continue
+        if parts is not None:
+            why = f"the messages in its column {data.prompt_key!r} are not text: their content is {parts}"
+            findings.problem(key, file, why, "write each message as {role, content}, its content a text")
+        if row is not None:
+            why = (
+                f"its row {row} has images (column {data.image_key!r}): {engine} does not take them, nor does any "
+                "other engine in this version, and models are trained on text alone"
+            )
+            fix = "write it without rows that have images, or train on the text alone: data.image_key=null"
+            findings.problem(key, file, why, fix)
+        if limit >= 0:
+            limit = max(limit - rows, 0)
+
+
+def _parts_of_messages(schema: pa.Schema, column: str) -> pa.DataType | None:
+    """The type of the messages' content where it has parts (of text, images, ...) instead of being a text."""
+    kind = schema.field(column).type if column in schema.names else None
+    if kind is None or not pa.types.is_list(kind) or not pa.types.is_struct(kind.value_type):
+        return None
+    index = kind.value_type.get_field_index("content")
+    content = None if index < 0 else kind.value_type.field(index).type
+    return content if content is not None and pa.types.is_nested(content) else None
+
+
+def _first_with_images(parquet: pq.ParquetFile, column: str, limit: int) -> int | None:
+    """Its row, counted from 0, among the first ``limit`` (-1: all)."""
+    if column not in parquet.schema_arrow.names:
+        return None
+    start = 0
+    for batch in parquet.iter_batches(BATCH, columns=[column]):
+        if 0 <= limit <= start:
+            break
+        inside = batch.column(0) if limit < 0 else batch.column(0).slice(0, limit - start)
+        for place, images in enumerate(inside):
+            if images.as_py():
+                return start + place
+        start += len(batch)
+    return None
