@@ -16,6 +16,7 @@ import slow_sglang
 from helpers import with_tests_folder
 
 START_TIMEOUT = 300.0
+LAUNCHER = Path(__file__).with_name("forking_server.py")  # not imported: SGLang changes the environment
 
 
 def free_port() -> int:
@@ -55,7 +56,7 @@ class Server:
             "max-running-requests": 8,
             "forward-hooks": json.dumps(slow_sglang.FORWARD_HOOKS),
         }
-        command = [sys.executable, "-m", "sglang.launch_server", "--skip-tokenizer-init"]
+        command = [sys.executable, str(LAUNCHER), "--skip-tokenizer-init"]
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
         environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "passive"}
         environment["PYTHONPATH"] = with_tests_folder()

@@ -36,10 +36,11 @@ GENERATED = "generated:"
 
 ENGINE = """
 import sys
-import sglang
+from sglang.srt.entrypoints.engine import Engine
+from verl.rollout.sglang.server import forking
 
 def main():
-    engine = sglang.Engine(
+    engine = forking(Engine)(
         model_path=sys.argv[1], load_format="dummy", skip_tokenizer_init=True, tp_size=2, max_total_tokens=4096,
         device="cpu", attention_backend="torch_native", sampling_backend="pytorch", grammar_backend="none",
         log_level="warning",
@@ -52,8 +53,9 @@ if __name__ == "__main__":
     main()
 """
 
-# Python runs a sitecustomize in every process, so in SGLang's spawned schedulers, too. SGLang's function stays as it
-# is, with its minimum over the ranks; only what it takes for the machine's free memory is the rank's from the test.
+# Python runs a sitecustomize in every process that it starts, and SGLang's schedulers are forks of one. SGLang's
+# function stays as it is, with its minimum over the ranks; only what it takes for the machine's free memory is the
+# rank's from the test.
 READINGS = """
 import os, sys
 from importlib.abc import MetaPathFinder

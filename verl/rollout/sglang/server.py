@@ -22,6 +22,20 @@ from verl.rollout.sglang.requests import sampling_params
 LOOK_EVERY = 0.5
 
 
+def forking(engine: type) -> type:
+    """SGLang's Engine (it is imported where it is used). On a CPU its workers are forks of the process that makes it
+    and not started afresh: each would import for 7 s what is here already. (What CUDA has opened no fork can use.)"""
+
+    class Forking(engine):
+        @classmethod
+        def _launch_scheduler_processes(cls, server_args: Any, *args: Any, **options: Any) -> Any:
+            if server_args.device == "cpu":
+                multiprocessing.set_start_method("fork", force=True)
+            return super()._launch_scheduler_processes(server_args, *args, **options)
+
+    return Forking
+
+
 class Server(EngineServer):
     """SGLang's engine in this process, its workers in children of it."""
 
@@ -30,19 +44,9 @@ class Server(EngineServer):
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.server_args import ServerArgs
 
-        class Forking(Engine):
-            """On a CPU its workers are forks of this process and not started afresh: each would import for 7 s what
-            is here already. (What CUDA has opened no fork could use.)"""
-
-            @classmethod
-            def _launch_scheduler_processes(cls, server_args: ServerArgs, *args: Any, **options: Any) -> Any:
-                if server_args.device == "cpu":
-                    multiprocessing.set_start_method("fork", force=True)
-                return super()._launch_scheduler_processes(server_args, *args, **options)
-
         super().__init__(orders, SGLANG)
         check_arguments(SGLANG, arguments, [field.name for field in dataclasses.fields(ServerArgs)], sglang.__version__)
-        self.engine = Forking(**arguments, custom_weight_loader=[LOADER])
+        self.engine = forking(Engine)(**arguments, custom_weight_loader=[LOADER])
         self.loop = self.engine.loop
         self._manager = self.engine.tokenizer_manager
         self._ranks = arguments["tp_size"]

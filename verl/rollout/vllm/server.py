@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import multiprocessing
 import os
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from verl.errors import UserError
@@ -20,18 +22,24 @@ DEATH_TIMEOUT = 5.0  # seconds from a worker's end to that of the engine
 
 
 class Server(EngineServer):
-    """vLLM's front end in this process, its scheduler and its workers in children of it."""
+    """vLLM's front end in this process, its scheduler and its workers in children of it.
+
+    On a CPU the scheduler is a fork, as it is by default elsewhere: started afresh, it imports for 10 s what is here.
+    """
 
     def __init__(self, orders: Orders, arguments: dict[str, Any]):
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.v1.engine import utils as core
         from vllm.v1.engine.async_llm import AsyncLLM
 
         super().__init__(orders, VLLM)
         known = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
         check_arguments(VLLM, arguments, known, vllm.__version__)
         self.loop = asyncio.new_event_loop()
+        if current_platform.is_cpu():
+            core.get_mp_context = partial(multiprocessing.get_context, "fork")
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._cache_sleeps = False
         self._seeded = current_platform.is_cpu()  # as ``capabilities_of`` says
