@@ -214,6 +214,20 @@ def test_a_checkpoint_holds_float32_masters_and_no_pickle(tiny, tmp_path):
     assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".safetensors", ".json"}
 
 
+def test_a_checkpoint_in_many_files_is_that_in_one(tiny, tmp_path, monkeypatch):
+    engine, other = build(tiny), build(tiny)
+    updates(engine, 2)
+    whole = state_of(engine, tmp_path / "one")
+    monkeypatch.setattr("verl.engine.checkpoint.FILE", 50_000)
+    in_parts = state_of(engine, tmp_path / "many")
+    sizes = [file.stat().st_size for file in (tmp_path / "many").glob("*.safetensors")]
+    assert len(sizes) > 5
+    assert max(sizes) < 70_000  # with the header
+    assert largest_difference(whole, in_parts) == 0
+    other.load(tmp_path / "many")
+    assert updates(engine, 1) == updates(other, 1)
+
+
 def test_an_offloaded_engine_saves_and_loads(tiny, tmp_path):
     engine, other = build(tiny, dtype="bfloat16"), build(tiny, dtype="bfloat16")
     updates(engine, 2)
