@@ -110,9 +110,16 @@ def test_too_little_is_refused_with_what_each_model_holds_and_the_keys():
         "  actor      14.0 GB    84.0 GB  actor.fsdp_config.*\n"
         "  critic     14.0 GB    84.0 GB  critic.fsdp_config.*\n"
         "  reference  14.0 GB          -  reference.fsdp_config.*\n"
-        "Leave param_offload or optimizer_offload off where a model fits on the GPUs, or take more machines "
-        "(trainer.nnodes): they share what is held."
+        "Leave param_offload or optimizer_offload off where a model fits on the GPUs, or take a machine with more "
+        "memory; several machines (trainer.nnodes, in PPO) share what is held."
     )
+
+
+def test_a_model_that_cannot_even_be_read_is_not_blamed_on_offload():
+    reading = budget_of([model()], Devices("cuda"), saves=False)
+    with pytest.raises(UserError, match=r"(?s)while the actor is built.*\nTake a smaller model") as error:
+        require_host_memory([reading], [("this machine", of(20))], "cuda")
+    assert "Leave" not in str(error.value)
 
 
 def test_hardly_enough_is_a_warning_and_enough_is_no_word():

@@ -117,8 +117,8 @@ class HostBudget:
 def budget_of(models: Sequence[Model], devices: Devices, *, saves: bool, node: int = 0) -> HostBudget:
     """saves: whether checkpoints are. node: the machine; the first also has whole models for a while."""
     held = tuple(_held(model, devices, first=node == 0) for model in models)
-    state = sum(devices.per_node * _share(model, devices) * 12 for model in models if model.trained)
-    return HostBudget(held, min(int(state), FILES * devices.per_node) if saves else 0)
+    state = max((devices.per_node * _share(model, devices) * 12 for model in models if model.trained), default=0)
+    return HostBudget(held, min(2 * int(state), FILES * devices.per_node) if saves else 0)
 
 
 def _held(model: Model, devices: Devices, first: bool) -> Held:

@@ -38,14 +38,8 @@ def judge(budgets: Sequence[HostBudget], machines: Sequence[tuple[str, HostMemor
     if not near:
         return None
     why = "; ".join(_need(*each) for each in near)
-    fix = (
-        "Take a smaller model, or more machines (trainer.nnodes)."
-        if kind == "cpu"
-        else "Leave param_offload or optimizer_offload off where a model fits on the GPUs, or take more machines "
-        "(trainer.nnodes): they share what is held."
-    )
     short = any(budget.most()[0] > memory.available for budget, _, memory in near)
-    return Finding(short, why, budget_table(near[0][0]), fix)
+    return Finding(short, why, budget_table(near[0][0]), _fix(near[0][0], kind))
 
 
 def _need(budget: HostBudget, name: str, memory: HostMemory) -> str:
@@ -54,6 +48,15 @@ def _need(budget: HostBudget, name: str, memory: HostMemory) -> str:
     return (
         f"the run takes up to {gigabytes(most)} on {name}, {when}, and {gigabytes(memory.available)} are available "
         f"({limit}: {gigabytes(memory.total)})"
+    )
+
+
+def _fix(budget: HostBudget, kind: str) -> str:
+    if kind == "cpu" or not budget.kept:  # a model is read whole there
+        return "Take a smaller model, or a machine with more memory."
+    return (
+        "Leave param_offload or optimizer_offload off where a model fits on the GPUs, or take a machine with more "
+        "memory; several machines (trainer.nnodes, in PPO) share what is held."
     )
 
 
