@@ -7,7 +7,7 @@ import json
 import pytest
 
 from verl.checks.findings import Findings
-from verl.checks.models import check_model, check_tokenizer, looks_local, parameter_count
+from verl.checks.models import check_model, check_tokenizer, looks_local, parameter_counts
 
 KEY = "actor_rollout_ref.model.path"
 
@@ -105,4 +105,4 @@ def test_parameters_are_counted_over_all_weight_files(tmp_path):
     second = {"c": np.zeros((2, 2, 2), np.int8), "d": np.zeros((), np.float64)}
     save_file(first, tmp_path / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
     save_file(second, tmp_path / "model-00002-of-00002.safetensors")
-    assert parameter_count(tmp_path) == sum(tensor.size for tensor in (*first.values(), *second.values()))
+    assert parameter_counts(tmp_path)[0] == sum(tensor.size for tensor in (*first.values(), *second.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from contextlib import suppress
@@ -17,6 +18,7 @@ from forks import run_forked
 from helpers import ROOT, arguments, command, metrics_of, start, wait_for_steps
 from safetensors.torch import load_file
 
+from verl.checks.machine import HostMemory
 from verl.trainer.main_ppo import main
 
 # What a step's tokens decide, whoever computes it.
@@ -82,6 +84,15 @@ def test_any_number_of_ranks_draws_and_trains_as_one_process_does(small, alone, 
     expected, found = weights_of(alone), weights_of(tmp_path)
     assert set(found) == set(expected)
     assert all(torch.allclose(found[name], expected[name], atol=2e-5) for name in expected)
+
+
+def test_a_node_without_the_memory_is_refused_before_ranks_start(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("verl.trainer.ppo.on_ray.host_memory", lambda: HostMemory(available=10**6, total=10**9))
+    assert main(arguments(small, tmp_path / "run", trainer__n_gpus_per_node=2, trainer__device="cpu")) == 1
+    told = capsys.readouterr()
+    assert f"host memory: the run takes up to 2 MB on {socket.gethostname()}, while" in told.err
+    assert "starting 2 ranks" not in told.out
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_two_ranks_goes_on_with_one_process(small, alone, tmp_path):

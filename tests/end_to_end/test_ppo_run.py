@@ -8,6 +8,9 @@ import yaml
 from forks import run_forked
 from helpers import arguments, metrics_of, repeatable
 
+from verl.checks.machine import HostMemory
+from verl.config.parts import ModelConfig
+from verl.engine.model import model_size
 from verl.rollout.sampling import draw
 from verl.tracking.dumps import read_rows
 from verl.trainer.main_ppo import main
@@ -38,6 +41,32 @@ def test_the_job_learns_its_reward_and_leaves_a_whole_run_folder(small, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(exported)
     answer = model.generate(**tokenizer("bc", return_tensors="pt"), max_new_tokens=8, do_sample=False)[0, 2:]
     assert "a" in tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize("available", [0.5, 1.1], ids=["too little", "hardly enough"])
+def test_a_machine_without_the_memory_is_refused_before_anything_is_built(
+    small, tmp_path, capsys, monkeypatch, available
+):
+    memory = HostMemory(available=int(available * memory_of(small)), total=10**12)
+    monkeypatch.setattr("verl.trainer.ppo.run.host_memory", lambda: memory)
+    exit_code = main(arguments(small, tmp_path / "run", trainer__total_training_steps=1))
+    told = capsys.readouterr()
+    if available < 1:
+        assert exit_code == 1
+        assert "error: host memory: the run takes up to" in told.err
+        assert "critic.model.fsdp_config" in told.err
+        assert not (tmp_path / "run").exists()
+    else:
+        assert exit_code == 0
+        assert "warning: host memory: the run takes up to" in told.out
+
+
+def memory_of(small) -> int:
+    """Bytes that actor and critic take on a CPU: 12 a parameter, and 4 for gradients of one of them."""
+    actor, critic = (
+        model_size(ModelConfig(path=str(small / "model")), kind).parameters for kind in ("policy", "value")
+    )
+    return 12 * (actor + critic) + 4 * actor
 
 
 def test_engine_and_trainer_agree_on_every_tokens_log_prob(small, tmp_path):

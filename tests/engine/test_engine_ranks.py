@@ -12,7 +12,7 @@ import transformers
 from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, weights_of
 from forks import run_ranks
 
-from verl.engine import Batching, CheckpointError
+from verl.engine import Batching, CheckpointError, checkpoint
 from verl.engine.compile import CompiledLayers
 from verl.errors import UserError
 from verl.rollout.fsdp import UnshardedForward
@@ -142,7 +142,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tiny):
 # ---- checkpoints
 
 
-def train_and_save(rank, world_size, path, folder, kind, dtype):
+def train_and_save(rank, world_size, path, folder, kind, dtype, file_bytes=checkpoint.FILE):
+    checkpoint.FILE = file_bytes
     engine = build(path, kind, dtype=dtype, eps=EPS)
     train(engine, share(rank, world_size), kind)
     engine.step_schedule()
@@ -160,7 +161,8 @@ def load_and_train(rank, world_size, path, folder, kind, dtype, fsdp_size):
 @pytest.mark.parametrize(("kind", "dtype"), [("policy", "float32"), ("value", "bfloat16")])
 def test_a_checkpoint_of_two_ranks_goes_on_on_one_two_and_four(tiny, tmp_path, kind, dtype):
     folder = tmp_path / "checkpoint"
-    saved = run_ranks(2, train_and_save, tiny, folder, kind, dtype)[0]
+    saved = run_ranks(2, train_and_save, tiny, folder, kind, dtype, 50_000)[0]
+    assert len(list(folder.glob("*.safetensors"))) > 5
     losses = {}
     for world_size, fsdp_size in LAYOUTS if kind == "policy" else LAYOUTS[1:2]:
         for loaded, metrics in run_ranks(world_size, load_and_train, tiny, folder, kind, dtype, fsdp_size):

@@ -1,6 +1,8 @@
 """Loading, weights, offload and checkpoints in one process."""
 
+import errno
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import transformers
 from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, policy_loss, state_of, weights_of
 from safetensors.torch import load_file
 
+from verl.checks.machine import HostMemory
 from verl.engine import Batching, CheckpointError, offload
 from verl.errors import UserError
 
@@ -135,6 +138,82 @@ def test_places_on_the_host_are_of_the_tensors_shapes_apart_and_always_the_same(
         assert torch.equal(place, tensor)
 
 
+class Runtime:
+    """Stands for CUDA's: pins as many pieces as it is told. pinned: the addresses that are, now."""
+
+    def __init__(self, pieces: int):
+        self.left, self.pinned = pieces, set()
+
+    def cudaHostRegister(self, address, nbytes, flags):  # noqa: N802
+        if not self.left:
+            return 2
+        self.left -= 1
+        self.pinned.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address):  # noqa: N802
+        self.pinned.remove(address)
+
+    def cudaGetErrorString(self, status):  # noqa: N802
+        return {2: "out of memory"}[status]
+
+
+@pytest.fixture
+def runtime(monkeypatch) -> Runtime:
+    """Of a machine with a GPU, and memory for three pieces of 100 kB."""
+    found = Runtime(pieces=3)
+    monkeypatch.setattr(offload, "PIECE", 100_000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
+    memory = HostMemory(available=3 * 10**9, total=64 * 10**9)
+    monkeypatch.setattr(offload, "host_memory", lambda: memory)
+    return found
+
+
+def moving(count: int, loaded: bool = True) -> offload.MovableTensors:
+    """Tensors of 80 kB each."""
+    copies = offload.Copies(torch.device("cpu"))
+    copies.moves = True  # as between a GPU and the host
+    return offload.MovableTensors([torch.ones(20_000) for _ in range(count)], copies, loaded)
+
+
+def test_memory_that_cannot_be_pinned_is_refused_with_the_amounts_and_the_keys(runtime):
+    tensors = moving(10)
+    with pytest.raises(UserError) as error:
+        tensors.offload()
+    said = str(error.value)
+    assert re.match(r"0 MB of host memory could not be pinned \(out of memory\), of 1 MB that", said)
+    assert "has 3.0 GB available of 64.0 GB" in said
+    assert "param_offload or optimizer_offload" in said
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["moved later", "made on the host"])
+def test_nothing_stays_pinned_where_not_all_of_it_could_be(runtime, loaded):
+    with pytest.raises(UserError):
+        moving(10, loaded).offload()
+    assert runtime.left == 0
+    assert not runtime.pinned
+
+
+def test_memory_is_pinned_once_until_it_is_closed(runtime):
+    tensors = moving(3)
+    for _ in range(3):
+        tensors.offload()
+        tensors.onload()
+    assert len(runtime.pinned) == 3
+    tensors.close()
+    assert not runtime.pinned
+
+
+def test_memory_that_the_host_does_not_give_is_refused_likewise(runtime, monkeypatch):
+    def refuse(fileno, length):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(offload.mmap, "mmap", refuse)
+    with pytest.raises(UserError, match=r"could not be pinned \(Cannot allocate memory\)"):
+        moving(1).offload()
+
+
 def test_on_a_cpu_nothing_is_moved(tiny):
     engine = build(tiny)
     where = [param.data_ptr() for param in engine.root.parameters()]
@@ -212,6 +291,20 @@ def test_a_checkpoint_holds_float32_masters_and_no_pickle(tiny, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(state[f"model.{name}"], state[f"model.{name}"].bfloat16().float())
     assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".safetensors", ".json"}
+
+
+def test_a_checkpoint_in_many_files_is_that_in_one(tiny, tmp_path, monkeypatch):
+    engine, other = build(tiny), build(tiny)
+    updates(engine, 2)
+    whole = state_of(engine, tmp_path / "one")
+    monkeypatch.setattr("verl.engine.checkpoint.FILE", 50_000)
+    in_parts = state_of(engine, tmp_path / "many")
+    sizes = [file.stat().st_size for file in (tmp_path / "many").glob("*.safetensors")]
+    assert len(sizes) > 5
+    assert max(sizes) < 70_000  # with the header
+    assert largest_difference(whole, in_parts) == 0
+    other.load(tmp_path / "many")
+    assert updates(engine, 1) == updates(other, 1)
 
 
 def test_an_offloaded_engine_saves_and_loads(tiny, tmp_path):

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from verl.checks.findings import Findings
+from verl.checks.host_budget import budget_of_run
+from verl.checks.host_memory import budget_table
 from verl.checks.plan import RunPlan, Split, UpdatePlan
 from verl.checks.preflight import check
 from verl.config.problems import report
@@ -78,8 +80,19 @@ def _setup(config: Config, plan: RunPlan) -> Section:
     rows.append(("advantages", _advantages(config)))
     rows.append(("policy loss", f"{actor.policy_loss.loss_mode}, {actor.loss_agg_mode}"))
     rows.append(("rollout engine", _rollout(config, plan)))
+    rows += _host_memory(config, plan)
     lengths = f"{plan.max_prompt_length:,} of prompt + {plan.max_response_length:,} of response"
     rows.append(("context", f"{plan.context_length:,} tokens ({lengths} at most)"))
+    return rows
+
+
+def _host_memory(config: Config, plan: RunPlan) -> Section:
+    budget = budget_of_run(config, plan)
+    if budget is None:
+        return [("host memory", "unknown until the models' files can be read")]
+    rows = [("host memory", f"of each machine {budget}")]
+    if budget.kept and plan.device == "cuda":
+        rows += [("", line) for line in budget_table(budget)]
     return rows
 
 

@@ -21,11 +21,14 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model's folder says without loading it. max_positions: its context length in tokens; None if unsaid."""
+    """What a model's folder says without loading it. max_positions: its context length in tokens; None if unsaid.
+    parameters: in its files; head: of these, in the output embeddings. dtype: as torch names it."""
 
     folder: Path
     max_positions: int | None
     parameters: int | None
+    head: int = 0
+    dtype: str | None = None
 
 
 def check_model(findings: Findings, key: str, path: str) -> ModelFacts | None:
@@ -89,7 +92,10 @@ def _check_folder(findings: Findings, key: str, path: str, folder: Path) -> Mode
     if "model_type" not in config:
         findings.problem(key, path, "its config.json names no model_type", "name a model that transformers can load")
     _check_weights(findings, key, path, folder)
-    return ModelFacts(folder, _text_config(config).get("max_position_embeddings"), parameter_count(folder))
+    text = _text_config(config)
+    parameters, head = parameter_counts(folder)
+    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+    return ModelFacts(folder, text.get("max_position_embeddings"), parameters, head, dtype)
 
 
 def _check_weights(findings: Findings, key: str, path: str, folder: Path) -> None:
@@ -117,18 +123,21 @@ def _shards(index: Path) -> list[str]:
         return [index.name + " (unreadable)"]
 
 
-def parameter_count(folder: Path) -> int | None:
-    """Parameters in the folder's safetensors files, read from their headers; None where there are none to read."""
-    total = 0
+def parameter_counts(folder: Path) -> tuple[int | None, int]:
+    """Parameters in the folder's safetensors files, read from their headers, and of these the output embeddings'; None
+    where there are none to read."""
+    total = head = 0
     for file in folder.glob("*.safetensors"):
         try:
             with file.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 header = json.loads(stream.read(length))
         except (OSError, ValueError, struct.error):
-            return None
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total or None
+            return None, 0
+        sizes = {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        total += sum(sizes.values())
+        head += sizes.get("lm_head.weight", 0)
+    return total or None, head
 
 
 def _text_config(config: dict) -> dict:

@@ -5,8 +5,9 @@ Pure: no torch, no file, no device is touched here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from verl.errors import UserError
@@ -69,6 +70,14 @@ class UpdatePlan:
 
 
 @dataclass(frozen=True)
+class ModelSize:
+    """dtype: of its files, as torch names it; None where they do not say."""
+
+    parameters: int
+    dtype: str | None
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """Sizes, counts and roles of a run. ``None`` marks what the (missing) data would tell.
 
@@ -77,6 +86,7 @@ class RunPlan:
     forwards: how a rank cuts each forward over the step's trajectories: "old_log_probs", "ref_log_probs", "values",
         "reward_scores".
     roles: models built for training or scoring ("actor", "critic", "reference", "reward") -> why.
+    models: of these, the sizes that are known.
     replicas, tensor_parallel: copies of the rollout engine, and devices of each.
     context_length: prompt and response tokens that the rollout engine must hold.
     """
@@ -100,6 +110,7 @@ class RunPlan:
     val_before_train: bool
     critic_warmup: int
     roles: dict[str, str]
+    models: Mapping[str, ModelSize]
     engine: str
     tensor_parallel: int
     max_prompt_length: int
@@ -175,9 +186,14 @@ class RunPlan:
 
 
 def plan_run(
-    config: Config, *, device: Literal["cpu", "cuda"], train_rows: int | None = None, val_rows: int | None = None
+    config: Config,
+    *,
+    device: Literal["cpu", "cuda"],
+    train_rows: int | None = None,
+    val_rows: int | None = None,
+    models: Mapping[str, ModelSize] = MappingProxyType({}),
 ) -> RunPlan:
-    """``train_rows``, ``val_rows``: rows of the data sets, as far as known."""
+    """``train_rows``, ``val_rows``: rows of the data sets, as far as known; ``models``: by role, likewise."""
     data, trainer = config.data, config.trainer
     model, rollout = config.actor_rollout_ref, config.actor_rollout_ref.rollout
     world = trainer.nnodes * trainer.n_gpus_per_node
@@ -203,6 +219,7 @@ def plan_run(
         val_before_train=trainer.val_before_train,
         critic_warmup=trainer.critic_warmup,
         roles=roles,
+        models=dict(models),
         engine=rollout.name,
         tensor_parallel=1 if rollout.name == "hf" or rollout.mode == "server" else rollout.tensor_model_parallel_size,
         max_prompt_length=data.max_prompt_length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
+from verl.checks.host_budget import budget_of_run
+from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_images
 from verl.checks.inert import find_inert
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import ModelFacts, check_model, check_tokenizer, check_tokenizer_path
-from verl.checks.plan import RunPlan, plan_run
+from verl.checks.plan import ModelSize, RunPlan, plan_run
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.checks.servers import check_servers
 from verl.checks.settings import ROLLOUT, check_context, check_settings
@@ -49,11 +52,14 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
     device = resolve_device(config.trainer.device, world, gpus)
     plan = plan_run(config, device=device, train_rows=train_rows, val_rows=val_rows)
     check_settings(findings, config, plan)
-    models = _models(findings, config, plan)
+    plan = dataclasses.replace(plan, models=_models(findings, config, plan))
     check_engine(findings, config, plan, dry_run)
     check_servers(findings, config, dry_run)
     check_devices(findings, config, plan, gpus, dry_run)
-    _files(findings, config, plan, models)
+    if dry_run and (budget := budget_of_run(config, plan)):
+        here = not plan.uses_ray and (plan.device == "cpu" or gpus >= plan.devices_per_node)
+        check_host_memory(findings, budget, plan.device, here)
+    _files(findings, config, plan)
     for sentence in find_inert(config, plan, loaded.set_keys):
         findings.warn(sentence)
     findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
@@ -100,8 +106,8 @@ def _at_most(rows: int | None, limit: int) -> int | None:
     return rows if rows is None or limit < 0 else min(rows, limit)
 
 
-def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, ModelFacts]:
-    """Facts of the models that could be looked at, by role. A path that two keys share is looked at once."""
+def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, ModelSize]:
+    """Sizes of the models that could be looked at, by role. A path that two keys share is looked at once."""
     actor, critic = config.actor_rollout_ref.model, config.critic.model
     found = _model(findings, config, "actor", "actor_rollout_ref.model.path", actor.path)
     if actor.tokenizer_path == actor.path:
@@ -124,7 +130,19 @@ def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, Mode
         elif reward.input_tokenizer is not None:
             check_tokenizer_path(findings, "reward_model.model.path", reward.path)
             check_tokenizer_path(findings, "reward_model.model.input_tokenizer", reward.input_tokenizer)
-    return found
+        if facts is not None:
+            found["reward"] = facts
+    if "reference" in plan.roles and "actor" in found:
+        found["reference"] = found["actor"]
+    sizes = {role: _size(facts, whole=role != "critic") for role, facts in found.items()}
+    return {role: size for role, size in sizes.items() if size is not None}
+
+
+def _size(facts: ModelFacts, whole: bool) -> ModelSize | None:
+    """whole: with its output embeddings; a critic has a head of a few thousand parameters instead."""
+    if facts.parameters is None:
+        return None
+    return ModelSize(facts.parameters - (0 if whole else facts.head), facts.dtype)
 
 
 def _model(findings: Findings, config: Config, role: str, key: str, path: str) -> dict[str, ModelFacts]:
@@ -241,10 +259,10 @@ def check_loggers(findings: Findings, names: Sequence[str]) -> None:
             findings.problem("trainer.logger", list(names), f"{name}: {why}", f"{fix}, or leave {name} out")
 
 
-def _files(findings: Findings, config: Config, plan: RunPlan, models: dict[str, ModelFacts]) -> None:
+def _files(findings: Findings, config: Config, plan: RunPlan) -> None:
     trainer, scorer = config.trainer, config.custom_reward_function
     check_loggers(findings, trainer.logger)
-    needed = checkpoint_bytes(config, plan, models) if plan.save_freq > 0 else None
+    needed = checkpoint_bytes(config, plan) if plan.save_freq > 0 else None
     check_output_folder(findings, "trainer.default_local_dir", str(trainer.default_local_dir), needed)
     if scorer.path is not None:
         check_reward_function(findings, scorer.path, scorer.name)
@@ -255,17 +273,16 @@ def _files(findings: Findings, config: Config, plan: RunPlan, models: dict[str, 
             findings.problem("trainer.resume_from_path", trainer.resume_from_path, "there is no such folder", fix)
 
 
-def checkpoint_bytes(config: Config, plan: RunPlan, models: dict[str, ModelFacts]) -> int | None:
+def checkpoint_bytes(config: Config, plan: RunPlan) -> int | None:
     """What the run's checkpoints take at most: as many as are kept, and the one being written. None if unknown."""
     contents = {"actor": config.actor_rollout_ref.actor.checkpoint.save_contents}
     if plan.critic:
         contents["critic"] = config.critic.checkpoint.save_contents
     total = 0
     for role, names in contents.items():
-        parameters = models[role].parameters if role in models else None
-        if parameters is None:
+        if role not in plan.models:
             return None
-        total += parameters * (CHECKPOINT_BYTES + (EXPORT_BYTES if "hf_model" in names else 0))
+        total += plan.models[role].parameters * (CHECKPOINT_BYTES + (EXPORT_BYTES if "hf_model" in names else 0))
     saved = len(plan.steps(plan.saves)) or 1
     return total * min(saved, (config.trainer.max_ckpt_to_keep or saved) + 1)
 

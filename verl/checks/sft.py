@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
+from verl.checks.host_budget import HostBudget, budget_of_sft
+from verl.checks.host_memory import check_host_memory
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
-from verl.checks.models import check_model, check_tokenizer_path
+from verl.checks.models import ModelFacts, check_model, check_tokenizer_path
+from verl.checks.plan import ModelSize
 from verl.checks.preflight import check_loggers, unexplained
 
 if TYPE_CHECKING:
@@ -35,6 +38,9 @@ def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:
     check_output_folder(findings, "trainer.default_local_dir", trainer.default_local_dir)
     if trainer.device == "cuda" and (torch_is_cpu_build() or not installed_gpus()) and not dry_run:
         findings.problem("trainer.device", "cuda", "this machine or its torch has no GPU", "set it to auto or cpu")
+    if dry_run and (budget := _budget(config, facts)):
+        kind = device_of(config)
+        check_host_memory(findings, budget, kind, here=kind == "cpu" or installed_gpus() > 0)
     _inert(findings, config, loaded.set_keys)
     findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
     return findings
@@ -51,8 +57,14 @@ def train_rows(findings: Findings, config: SFTConfig) -> int | None:
     return check_parquet(findings, "data.train_files", data.train_files, columns)
 
 
-def device_of(config: SFTConfig) -> str:
+def device_of(config: SFTConfig) -> Literal["cpu", "cuda"]:
     return resolve_device(config.trainer.device, 1, 0 if torch_is_cpu_build() else installed_gpus())
+
+
+def _budget(config: SFTConfig, facts: ModelFacts | None) -> HostBudget | None:
+    if facts is None or facts.parameters is None:
+        return None
+    return budget_of_sft(config, ModelSize(facts.parameters, facts.dtype), device_of(config))
 
 
 def _inert(findings: Findings, config: SFTConfig, set_keys: frozenset[str]) -> None:
@@ -94,6 +106,7 @@ def plan_text(config: SFTConfig) -> str:
     steps: object = config.trainer.total_training_steps
     if steps is None:
         steps = "unknown until the data can be read" if rows is None else rows // batch * config.trainer.total_epochs
+    budget = _budget(config, check_model(Findings(), "model.path", config.model.path))
     return "\n".join(
         [
             "Plan of the run",
@@ -102,5 +115,6 @@ def plan_text(config: SFTConfig) -> str:
             f"  left out          {'unknown' if rows is None else rows % batch} an epoch",
             f"  optimizer steps   {steps}",
             f"  folder            {config.trainer.default_local_dir}",
+            *([] if budget is None else [f"  host memory       {budget}"]),
         ]
     )

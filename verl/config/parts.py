@@ -53,10 +53,15 @@ class SFTOptimConfig(OptimConfig):
 
 
 class FSDPConfig(Section):
-    param_offload: bool = Field(False, description="Keep the weights in host memory while this model is not in use.")
+    param_offload: bool = Field(
+        False,
+        description="Keep the weights in host memory while this model is not in use (4 bytes a parameter over all "
+        "GPUs, 2 in bfloat16 on one GPU or untrained).",
+    )
     optimizer_offload: bool = Field(
         False,
-        description="Keep the optimizer's state on the host; in an update too, part by part, where it would not fit.",
+        description="Keep the optimizer's state on the host; in an update too, part by part, where it would not fit "
+        "(8 bytes a parameter over all GPUs, 12 in bfloat16 on one GPU).",
     )
     fsdp_size: CountOrAll = Field(
         -1, description="Ranks over which the weights are sharded, replicated over the others; -1: all."

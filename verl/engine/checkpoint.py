@@ -17,9 +17,11 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from verl.engine.distributed import on_first_rank, world_size
+from verl.engine.offload import local
 from verl.errors import UserError
 
 STATE = "engine.json"
+FILE = 1 << 30  # bytes of a rank's tensors in one file, or one larger tensor; to write a file, torch holds it twice
 
 
 class CheckpointError(UserError):
@@ -30,12 +32,24 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) 
     """Into ``folder``, which is made if need be and holds no earlier checkpoint. Collective. An OSError of one rank
     (its disk is full) is raised on every rank."""
     on_first_rank(lambda: _write_state(folder, state))
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True)
     try:
         with _quiet():
             dcp.save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
     except CheckpointException as error:
         raise _cause(error) from error
+
+
+def _files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The number of the file that each goes to, from 1."""
+    numbers: dict[str, int] = {}
+    number, room = 0, 0
+    for name, tensor in tensors.items():
+        if not number or local(tensor).nbytes > room:
+            number, room = number + 1, FILE
+        numbers[name] = number
+        room -= local(tensor).nbytes
+    return numbers
 
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:

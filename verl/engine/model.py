@@ -17,6 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from verl.checks.plan import ModelSize
 from verl.engine.token_statistics import token_statistics
 from verl.errors import UserError
 
@@ -152,6 +153,14 @@ def empty_model(
     if kind != "policy":
         _check_head(hf, model.path)
     return hf
+
+
+def model_size(model: ModelConfig, kind: Kind) -> ModelSize:
+    """Without reading its weights."""
+    config = read_config(model, kind)
+    hf = empty_model(model, kind, config, torch.float32)
+    named = str(config.dtype).removeprefix("torch.") if config.dtype else None
+    return ModelSize(sum(param.numel() for param in hf.parameters()), named)
 
 
 def write_model(hf: transformers.PreTrainedModel, folder: str | Path, state: dict[str, torch.Tensor] | None) -> None:

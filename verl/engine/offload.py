@@ -15,9 +15,17 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from verl.checks.files import gigabytes
+from verl.checks.machine import host_memory
+from verl.errors import UserError
+
 ALIGNMENT = 64  # bytes
 PIECE = 1 << 30  # of pinned memory, or one larger tensor
 IN_FLIGHT = 2  # buckets on the device at a time
+
+
+class HostMemoryError(UserError):
+    """The host has no memory left to pin."""
 
 
 class Copies:
@@ -93,17 +101,39 @@ class HostPlaces:
         sizes = [_aligned(shard.nbytes) for shard in shards]
         if not sum(sizes):
             return [torch.empty_like(shard, device="cpu") for shard in shards]
-        memory = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)  # pages that are its own, to be pinned
-        if torch.cuda.is_available():
-            address, runtime = memory.data_ptr(), torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(address, memory.nbytes, 0)))
-            self._unpin.append(weakref.finalize(self, runtime.cudaHostUnregister, address))
+        memory = self._pinned(sum(sizes))
         parts = zip(memory.split(sizes), shards, strict=True)
         return [part[: shard.nbytes].view(shard.dtype).view(shard.shape) for part, shard in parts]
+
+    def _pinned(self, nbytes: int) -> torch.Tensor:
+        try:
+            pages = mmap.mmap(-1, nbytes)  # its own, to be pinned
+        except OSError as error:
+            raise self._refused(nbytes, error.strerror or str(error)) from error
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        if torch.cuda.is_available():
+            address, runtime = memory.data_ptr(), torch.cuda.cudart()
+            status = runtime.cudaHostRegister(address, nbytes, 0)
+            if int(status):
+                del memory, pages  # whoever keeps the error keeps this frame, too
+                raise self._refused(nbytes, runtime.cudaGetErrorString(status))
+            self._unpin.append(weakref.finalize(self, runtime.cudaHostUnregister, address))
+        return memory
+
+    def _refused(self, nbytes: int, reason: str) -> HostMemoryError:
+        wanted = sum(_aligned(shard.nbytes) for shards in self._pieces for shard in shards)
+        had = host_memory()
+        return HostMemoryError(
+            f"{gigabytes(nbytes)} of host memory could not be pinned ({reason}), of {gigabytes(wanted)} that a model's "
+            f"offloaded tensors take on this rank; this machine has {gigabytes(had.available)} available of "
+            f"{gigabytes(had.total)}. Leave param_offload or optimizer_offload off for some models, or take more "
+            "machines; trainer.dry_run=True shows what each model holds, and the keys"
+        )
 
     def close(self) -> None:
         for unpin in self._unpin:
             unpin()
+        self._places.clear()
 
 
 def _aligned(nbytes: int) -> int:
@@ -144,8 +174,9 @@ class MovableTensors:
         self._tensors, self._copies, self.loaded = tensors, copies, loaded
         self._host = HostPlaces(tensors) if copies.moves and not loaded else None
         if self._host:
-            for tensor, place in zip(tensors, self._host, strict=True):
-                give_storage(tensor, place.copy_(local(tensor)))
+            with self._whole_or_closed():
+                for tensor, place in zip(tensors, self._host, strict=True):
+                    give_storage(tensor, place.copy_(local(tensor)))
 
     @property
     def nbytes(self) -> int:
@@ -163,7 +194,7 @@ class MovableTensors:
 
     def _to_host(self) -> None:
         self._host = self._host or HostPlaces(self._tensors)
-        with self._copies.beside():
+        with self._whole_or_closed(), self._copies.beside():
             for tensor, place in zip(self._tensors, self._host, strict=True):
                 self._give(tensor, self._copies.to_host(local(tensor), place))
 
@@ -174,6 +205,15 @@ class MovableTensors:
 
     def _give(self, tensor: torch.Tensor, storage: torch.Tensor) -> None:
         give_storage(tensor, storage)
+
+    @contextmanager
+    def _whole_or_closed(self) -> Iterator[None]:
+        """Nothing stays pinned where not all of it could be."""
+        try:
+            yield
+        except HostMemoryError:
+            self.close()
+            raise
 
     def close(self) -> None:
         if self._host is not None:

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from verl.checks.machine import resolve_dtype
 
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+if TYPE_CHECKING:
+    from verl.config.base import DType
+
+
+def compute_dtype(name: DType, device: torch.device) -> torch.dtype:
     """Of a config's ``dtype``: auto is float32 on a CPU and bfloat16 elsewhere."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return getattr(torch, resolve_dtype(name, device.type))
 
 
 class Masters:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.errors import UserError
+
+T = TypeVar("T")
 
 SETTLING = 5.0  # seconds until all nodes of a cluster show, and what an earlier run held is free again
 LOOK_EVERY = 0.25
@@ -93,6 +98,23 @@ def place(nnodes: int, devices_per_node: int, device: str, timeout: float) -> li
         for number, (node, group) in enumerate(zip(nodes, groups, strict=True))
         for local_rank in range(devices_per_node)
     ]
+
+
+def asked_of_nodes(seats: Sequence[Seat], question: Callable[[], T], timeout: float) -> list[tuple[Seat, T]]:
+    """The first seat of each node, and what ``question`` answers in a process there. timeout: seconds."""
+    first = [seat for seat in seats if seat.local_rank == 0]
+    task = ray.remote(question)
+    answers = [
+        task.options(  # type: ignore[attr-defined]
+            num_cpus=0, scheduling_strategy=PlacementGroupSchedulingStrategy(seat.group, seat.bundle)
+        ).remote()
+        for seat in first
+    ]
+    try:
+        return list(zip(first, ray.get(answers, timeout=timeout), strict=True))
+    except RayError as error:
+        nodes = ", ".join(f"{seat.hostname} ({seat.address})" for seat in first)
+        raise UserError(f"no process of this run answered on {nodes}: {error}") from error
 
 
 def remove(seats: Sequence[Seat]) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from verl.checks.machine import HostMemory, host_memory
 from verl.checks.plan import RunPlan
 from verl.cluster.ray.group import RayRanks, RayWorkerGroup
-from verl.cluster.ray.placement import Seat, check_resources, place, remove
+from verl.cluster.ray.placement import Seat, asked_of_nodes, check_resources, place, remove
 from verl.cluster.ray.start import RaySettings, connected
 from verl.config.models import Config
 from verl.errors import UserError
@@ -26,7 +27,7 @@ from verl.trainer.ppo.replicas import Replicas
 from verl.trainer.ppo.trainer import Trained
 from verl.trainer.ppo.worker import READS
 
-PLACE_TIMEOUT = 60.0  # seconds
+PLACE_TIMEOUT, ANSWER_TIMEOUT = 60.0, 300.0  # seconds
 # What the ranks' libraries read, and a driver's user sets; the ranks' own environment is that of their node's Ray.
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "SGL", "VERL_", "HF_", "TOKENIZERS_", "OMP_", "CUDA_LAUNCH_")
 SECRET = ("_TOKEN", "_KEY")  # stays: what Ray sends is not encrypted
@@ -41,6 +42,11 @@ def seats_of_ranks(stack: ExitStack, config: Config, plan: RunPlan) -> list[Seat
     seats = place(plan.nnodes, plan.devices_per_node, plan.device, PLACE_TIMEOUT)
     stack.callback(remove, seats)
     return seats
+
+
+def host_memories(seats: Sequence[Seat]) -> list[tuple[str, HostMemory]]:
+    """Of each machine, by its name, in the order of the ranks."""
+    return [(seat.hostname, memory) for seat, memory in asked_of_nodes(seats, host_memory, ANSWER_TIMEOUT)]
 
 
 def build_on_ray(

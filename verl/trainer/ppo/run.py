@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,13 +11,16 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from verl.checks.findings import Findings
-from verl.checks.plan import RunPlan, plan_run
+from verl.checks.host_budget import budget_of_run
+from verl.checks.host_memory import require_host_memory
+from verl.checks.machine import HostMemory, host_memory
+from verl.checks.plan import ModelSize, RunPlan, plan_run
 from verl.cluster.local import LocalWorkerGroup
 from verl.config.load import Loaded
 from verl.config.models import Config
 from verl.data.dataset import load_prompts
 from verl.data.tokenizer import load_tokenizer
-from verl.engine.model import read_config
+from verl.engine.model import model_size, read_config
 from verl.reward.manager import RewardManager
 from verl.reward.model_inputs import RewardModelInputs
 from verl.tracking import Trackers, build_trackers
@@ -26,7 +29,7 @@ from verl.trainer.interrupt import STOPPING, StopRequest
 from verl.trainer.ppo.engines import embedded_engine, start_engine
 from verl.trainer.ppo.phases import put_to_sleep
 from verl.trainer.ppo.trainer import Parts, PPOTrainer, Trained
-from verl.trainer.ppo.worker import PPOWorker
+from verl.trainer.ppo.worker import PPOWorker, model_of
 from verl.trainer.runs import close_run, finishes, folder_of, run_folder, run_info, say, where_to_start
 
 
@@ -40,18 +43,22 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
     )
     train_prompts, val_prompts = read_prompts(config, plan, tokenizer)
     val_rows = val_prompts.num_rows if val_prompts is not None else None
-    plan = plan_run(config, device=plan.device, train_rows=train_prompts.num_rows, val_rows=val_rows)
+    models = sizes_of_models(config, plan.roles)
+    plan = plan_run(config, device=plan.device, train_rows=train_prompts.num_rows, val_rows=val_rows, models=models)
 
     checkpoints = Checkpoints(folder_of(config.trainer), config.trainer.max_ckpt_to_keep)
     start = where_to_start(config.trainer, checkpoints, plan.last_step)
     if start and start.step >= plan.last_step:
         return 0
-    folder = run_folder(config, loaded.set_keys)
     with ExitStack() as stack:
+        machines = [("this machine", host_memory())]
         if plan.uses_ray:
             from verl.trainer.ppo import on_ray
 
             seats = on_ray.seats_of_ranks(stack, config, plan)
+            machines = on_ray.host_memories(seats)
+        check_host_memory(config, plan, machines)
+        folder = run_folder(config, loaded.set_keys)
         trackers = stack.enter_context(
             build_trackers(config.trainer.logger, run_info(config, folder, plan.last_step, start))
         )
@@ -99,6 +106,23 @@ def read_prompts(config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBa
     if not config.data.val_files or not plan.validates_ever:
         return train, None
     return train, load_prompts(config.data.val_files, tokenizer, config.data, kind="val", notice=notice)
+
+
+def sizes_of_models(config: Config, roles: Iterable[str]) -> dict[str, ModelSize]:
+    """By role; a model that is one with another's is looked at once."""
+    models = {role: model_of(config, role) for role in roles}
+    found: dict[str, ModelSize] = {}
+    for role, (model, kind) in models.items():
+        same = [other for other in found if models[other] == (model, kind)]
+        found[role] = found[same[0]] if same else model_size(model, kind)
+    return found
+
+
+def check_host_memory(config: Config, plan: RunPlan, machines: Sequence[tuple[str, HostMemory]]) -> None:
+    """machines: in the order of the ranks."""
+    budgets = [budget for node in range(plan.nnodes) if (budget := budget_of_run(config, plan, node))]
+    if warning := require_host_memory(budgets, machines, plan.device):
+        print(f"warning: {warning}")
 
 
 def build_rewards(

@@ -73,13 +73,9 @@ class PPOWorker:
             "actor": self.config.actor_rollout_ref.actor,
             "critic": self.config.critic,
         }
-        kinds: dict[str, tuple[ModelConfig, Kind]] = {
-            "critic": (self.config.critic.model, "value"),
-            "reward": (self.config.reward_model.model, "reward"),
-        }
         settings = trained.get(role)
         return TrainEngine(
-            *kinds.get(role, (self.config.actor_rollout_ref.model, "policy")),
+            *model_of(self.config, role),
             self.fsdp_configs[role],
             optim_config=settings.optim if settings else None,
             grad_clip=settings.grad_clip if settings else None,
@@ -208,6 +204,14 @@ class PPOWorker:
     def close(self) -> None:
         for engine in self.engines.values():
             engine.close()
+
+
+def model_of(config: Config, role: str) -> tuple[ModelConfig, Kind]:
+    kinds: dict[str, tuple[ModelConfig, Kind]] = {
+        "critic": (config.critic.model, "value"),
+        "reward": (config.reward_model.model, "reward"),
+    }
+    return kinds.get(role, (config.actor_rollout_ref.model, "policy"))
 
 
 def as_batching(split: Split) -> Batching:

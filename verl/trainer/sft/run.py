@@ -8,11 +8,15 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from verl.checks.findings import Findings
+from verl.checks.host_budget import budget_of_sft
+from verl.checks.host_memory import require_host_memory
+from verl.checks.machine import host_memory
 from verl.checks.sft import device_of
 from verl.config.load import Loaded
 from verl.config.models import SFTConfig
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import TrainEngine
+from verl.engine.model import model_size
 from verl.tracking import build_trackers
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.interrupt import STOPPING, StopRequest
@@ -34,6 +38,9 @@ def run(loaded: Loaded[SFTConfig], findings: Findings) -> int:
     start = where_to_start(config.trainer, checkpoints, last_step)
     if start and start.step >= last_step:
         return 0
+    budget = budget_of_sft(config, model_size(config.model, "policy"), device_of(config))
+    if warning := require_host_memory([budget], [("this machine", host_memory())], device_of(config)):
+        print(f"warning: {warning}")
     folder = run_folder(config, loaded.set_keys)
     with ExitStack() as stack:
         trackers = stack.enter_context(
