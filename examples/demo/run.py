@@ -86,9 +86,13 @@ def main() -> int:
     ):
         if code := run(title, [str(part) for part in command]):
             return code
-    print(f"\n{outcome(folder / 'ppo')} The whole demo took {(time.monotonic() - started) / 60:.1f} minutes.")
-    print(f"See README.md, curve.png and samples.md in {folder}/ppo.")
-    print(f"The model is in {folder}/ppo/global_step_{PPO_STEPS}/actor/huggingface.")
+    run_folder = folder / "ppo"
+    if not (run_folder / "metrics.jsonl").exists():  # the settings asked for a dry run, or for another folder
+        return 0
+    print(f"\n{outcome(run_folder)} The whole demo took {(time.monotonic() - started) / 60:.1f} minutes.")
+    print(f"See README.md, curve.png and samples.md in {run_folder}.")
+    for exported in run_folder.glob("global_step_*/actor/huggingface"):
+        print(f"The model is in {exported}.")
     return 0
 
 
@@ -102,6 +106,8 @@ def outcome(folder: Path) -> str:
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     name = "val-core/verl/arithmetic/acc/mean@1"
     accuracies = [step[name] for step in steps if name in step]
+    if len(accuracies) < 2:  # the settings asked for less validation
+        return "PPO is done."
     return f"Test problems solved: {accuracies[0]:.1%} before PPO, {accuracies[-1]:.1%} after."
 
 
