@@ -1,6 +1,7 @@
 """Micro-batches: every row with a response in exactly one, within the limits, each token where its prediction is."""
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from verl.data.ragged import Ragged
 from verl.engine import Batching
-from verl.engine.packing import Packer
+from verl.engine.packing import FORWARD_TOKENS, Packer
 
 LIMIT = st.none() | st.integers(1, 40)
 LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12)
@@ -35,6 +36,48 @@ def test_rows_are_cut_within_both_limits_longest_first(lengths, rows, tokens):
     for part in plan:
         assert rows is None or len(part) <= rows
         assert tokens is None or len(part) == 1 or len(part) * totals[part].max() <= tokens
+
+
+def partitions(rows: list[int]) -> Iterator[list[list[int]]]:
+    if not rows:
+        yield []
+        return
+    first, *others = rows
+    for parts in partitions(others):
+        yield [[first], *parts]
+        for place, part in enumerate(parts):
+            yield [*parts[:place], [first, *part], *parts[place + 1 :]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 200)), min_size=1, max_size=7), LIMIT, st.integers(1, 1400))
+def test_no_partition_of_padded_rows_within_the_limits_costs_less(lengths, rows, tokens):
+    """Of all, not only of consecutive rows. A forward costs its tokens with padding and a constant."""
+    totals = np.array([prompt + response for prompt, response in lengths])
+
+    def cost(parts):
+        return sum(FORWARD_TOKENS["cpu"] + len(part) * totals[part].max() for part in parts)
+
+    def within(part):
+        return len(part) == 1 or (len(part) <= (rows or 7) and len(part) * totals[part].max() <= tokens)
+
+    allowed = [parts for parts in partitions(list(range(len(lengths)))) if all(map(within, parts))]
+    assert cost(packer_of(lengths).micro_batches(Batching(rows, tokens))) == min(map(cost, allowed))
+
+
+def test_short_rows_are_not_padded_to_a_long_one_and_like_rows_stay_together():
+    long, short = (10, 390), (10, 10)
+    plan = packer_of([short, long, short, (10, 12), short]).micro_batches(Batching(max_tokens=16384))
+    assert [part.tolist() for part in plan] == [[1], [3, 0, 2, 4]]
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_rows_limited_in_number_alone_are_that_many_in_each_but_the_last(lengths, rows):
+    """Whatever padding it takes: so many were asked for."""
+    lengths = [(prompt, 50 * response) for prompt, response in lengths]
+    count = sum(response > 0 for _, response in lengths)
+    sizes = [len(part) for part in packer_of(lengths).micro_batches(Batching(rows))]
+    assert sizes == [min(rows, count - start) for start in range(0, count, rows)]
+    assert len(packer_of(lengths).micro_batches(Batching())) == (count > 0)
 
 
 @given(LENGTHS, st.integers(1, 5))

@@ -21,6 +21,7 @@ from engine_helpers import (
 
 from verl.engine import Batching
 from verl.engine.optim import lr_factor
+from verl.engine.packing import Packer
 
 # A key bias has no gradient but rounding, which AdamW with its usual eps would make a step of.
 EPS = 1e-5
@@ -49,6 +50,15 @@ def test_three_updates_equal_a_plain_training_loop(any_tiny, tmp_path, kind, che
     for _ in range(3):
         engine.update(make_table(), LOSSES[kind], batching=Batching(3))
     assert largest_difference(weights_of(engine), reference_weights(str(tmp_path), kind, 3, clip=1.0)) < 1e-5
+
+
+def test_cuts_that_save_padding_change_no_gradient(tiny):
+    table, budget = make_table(60), Batching(max_tokens=16384)
+    assert len(Packer(table, torch.device("cpu")).micro_batches(budget)) > 1
+    cut, whole = build(tiny, eps=EPS), build(tiny, eps=EPS)
+    found = cut.update(table, policy_loss, batching=budget)
+    assert found == pytest.approx(whole.update(table, policy_loss, batching=ALL), rel=1e-5, abs=1e-6)
+    assert largest_difference(weights_of(cut), weights_of(whole)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["policy", "value"])

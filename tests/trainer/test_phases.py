@@ -106,19 +106,37 @@ class Trainer(PPOTrainer):
     rollout_correction = ref_log_probs = values = advantages = update_critic = update_actor = report = nothing
 
 
+class DrawsTwice(Trainer):
+    """A reward model scores each draw of a step, and the engine loses its weights meanwhile."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.parts.reward_inputs = object()
+
+    def _respond(self, prompts: Any, draw: int = 0) -> Any:
+        self._generate()
+        self.make_room_for_training()
+
+    def roll_out(self, prompts: Any) -> None:
+        self._respond(prompts)
+        self._draw_more(1, draw=1)
+
+
 @contextmanager
 def stage(name: str, total: int | None):
     yield None
 
 
-def run(sleep: Sequence[MemoryTag], borrows: bool = False, **options: Any) -> list[str]:
+def run(
+    sleep: Sequence[MemoryTag], borrows: bool = False, trainer_class: type[Trainer] = Trainer, **options: Any
+) -> list[str]:
     """What is noted from the start of the engine to the end of the run."""
     log: list[str] = []
     engine = ClientEngine(
         Backend(log, sleep, borrows), eos_token_ids=[1], max_model_len=10, vocab_size=10, no_weights="none have come"
     )
     put_to_sleep(engine)
-    trainer = Trainer(engine, log, **options)
+    trainer = trainer_class(engine, log, **options)
     assert trainer.fit()
     return log
 
@@ -143,6 +161,15 @@ def test_validation_draws_before_the_engine_makes_room():
         *[*FULL, "generate", "generate", *TRAIN, *(order.format(1) for order in UPDATE)],
         *[*FULL, "generate", "generate", *TRAIN, *(order.format(2) for order in UPDATE)],
         *[*FULL, "generate"],
+    ]
+
+
+def test_weights_that_come_back_within_a_step_are_told_the_version_that_they_had():
+    log = run(BOTH, trainer_class=DrawsTwice)
+    noted = [order for order in log if order == "generate" or order.startswith("weights")]
+    assert noted == [
+        *["weights 0", "generate", "weights 0", "generate"],
+        *["weights 1", "generate", "weights 1", "generate", "weights 2"],
     ]
 
 

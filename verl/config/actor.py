@@ -37,7 +37,8 @@ class ActorConfig(Section):
     )
     ppo_max_token_len_per_gpu: PositiveInt = Field(
         16384,
-        description="Tokens of a micro-batch that is cut by tokens, with its padding; a longer sequence goes alone.",
+        description="Tokens of a micro-batch that is cut by tokens, at most, with its padding; a longer sequence goes "
+        "alone. Where sequences are padded, it has fewer if the padding would cost more than another forward.",
     )
     ppo_epochs: PositiveInt = Field(1, description="Passes over a step's trajectories.")
     shuffle: bool = Field(False, description="Draw the mini-batches in a new order each pass.")

@@ -86,6 +86,7 @@ class PPOTrainer:
     def __init__(self, config: Config, plan: RunPlan, parts: Parts, stop: Callable[[], bool] = lambda: False):
         self.config, self.plan, self.parts, self.stop = config, plan, parts, stop
         self.step = 0
+        self.weights_version = 0  # of the actor's weights: the step after which they are
         self.loader = PromptLoader(
             parts.train_prompts.num_rows, plan.prompts, shuffle=config.data.shuffle, seed=config.data.seed
         )
@@ -204,7 +205,7 @@ class PPOTrainer:
     def _restore_weights(self) -> None:
         """To an engine that lost them in its sleep, while the reward model scored."""
         if self.parts.reward_inputs is not None and self.parts.rollout.capabilities.sleep:
-            self.update_rollout_weights()
+            self._send_weights()
 
     def old_log_probs(self, table: pa.Table) -> pa.Table:
         with self.stage("old_log_prob"), self.loaded("actor"):
@@ -286,11 +287,15 @@ class PPOTrainer:
 
     def update_rollout_weights(self) -> None:
         """The engine gets the actor's weights; its own copy is compared with them as trainer.check_weights says."""
+        self.weights_version = self.step
+        self._send_weights()
+
+    def _send_weights(self) -> None:
         rollout, holds = self.parts.rollout, self.parts.rollout.capabilities.holds_weights
         with self.stage("update_weights"):
             self.phases.update()
             with self.loaded("actor"):
-                asyncio.run(rollout.update_weights(self.parts.weights() if holds else (), version=self.step))
+                asyncio.run(rollout.update_weights(self.parts.weights() if holds else (), version=self.weights_version))
                 if self.check_weights_now:
                     self.check_weights()
 
@@ -298,8 +303,9 @@ class PPOTrainer:
         with self.stage("check_weights"):
             if different := asyncio.run(self.parts.rollout.check_weights(self.parts.weights())):
                 raise UserError(
-                    f"after the weight update of step {self.step} the rollout engine does not hold the actor's weights "
-                    f"(trainer.check_weights={self.config.trainer.check_weights}):\n  " + "\n  ".join(different)
+                    f"after the weight update of step {self.weights_version} the rollout engine does not hold the "
+                    f"actor's weights (trainer.check_weights={self.config.trainer.check_weights}):\n  "
+                    + "\n  ".join(different)
                 )
         self.weights_checked = True
 
