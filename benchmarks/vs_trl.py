@@ -33,7 +33,6 @@ from pathlib import Path
 
 PROMPTS, RESPONSES, UPDATES, LEARNING_RATE = 64, 4, 4, 3e-4
 LONGEST = {"equal": 32, "ragged": 96}
-MICRO_BATCH_TOKENS = 1024  # ours: rows of like length together; it changes no gradient
 WARM_UP = 2  # steps of each process that do not count
 CURVE_EVERY = 10
 
@@ -161,7 +160,6 @@ def run_ours(demo: Path, lengths: str, steps: int, validate: bool) -> dict:
             "actor_rollout_ref.rollout.n": RESPONSES,
             "actor_rollout_ref.rollout.ignore_eos": lengths == "equal",
             "actor_rollout_ref.actor.ppo_mini_batch_size": PROMPTS // UPDATES,
-            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": MICRO_BATCH_TOKENS,
             "actor_rollout_ref.actor.optim.lr": LEARNING_RATE,
             "algorithm.adv_estimator": "grpo",
             "trainer.check_log_probs": False,
