@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -124,10 +125,19 @@ def wait_for_steps(process: subprocess.Popen, run: Path, steps: int, told: Calla
         time.sleep(0.05)
 
 
-def descendants(process: subprocess.Popen, words: str) -> list[psutil.Process]:
-    """Processes that it started, or that those did, with these words in their command."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if words in " ".join(child.cmdline())]
+def descendant(process: subprocess.Popen, words: str) -> psutil.Process:
+    """The one process that it started, or that those did, with these words in its command."""
+    deadline = time.monotonic() + 10
+    while True:
+        commands: dict[psutil.Process, str] = {}
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                commands[child] = " ".join(child.cmdline())
+        found = [child for child, command in commands.items() if words in command]
+        if len(found) == 1:
+            return found[0]
+        assert time.monotonic() < deadline, (words, list(commands.values()))
+        time.sleep(0.1)
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:

@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import psutil
 import pytest
-from helpers import ROOT, arguments, command, descendants, metrics_of, start, wait_for_steps
+from helpers import ROOT, arguments, command, descendant, metrics_of, start, wait_for_steps
 
 from verl.rollout.adapter import Adapter
 
@@ -72,7 +72,7 @@ def test_the_death_of_the_engine_ends_the_run_with_a_message_and_leaves_no_proce
     started: list[psutil.Process] = []
     try:
         wait_for_steps(run, tmp_path, 3, run.communicate)
-        (process,) = descendants(run, engine.server)
+        process = descendant(run, engine.server)
         started = [process, *process.children(recursive=True)]
         workers = [child for child in started if WORKERS[engine.name] in " ".join(child.cmdline())]
         chosen = process if victim == "engine" else workers[0]
