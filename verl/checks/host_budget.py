@@ -153,16 +153,22 @@ def _share(model: Model, devices: Devices) -> float:
     return model.size.parameters / (size if 0 < size < devices.count else devices.count)
 
 
+def fsdp_settings(config: Config) -> dict[str, FSDPConfig]:
+    """By role, those that the run does not have among them."""
+    return {role: reduce(getattr, section.split("."), config) for role, section in FSDP.items()}  # type: ignore[misc]
+
+
 def budget_of_run(config: Config, plan: RunPlan, node: int = 0) -> HostBudget | None:
     """None: not all sizes of models are known."""
     if plan.roles.keys() - plan.models.keys():
         return None
+    settings = fsdp_settings(config)
     trained = {"actor": config.actor_rollout_ref.actor.checkpoint, "critic": config.critic.checkpoint}
     models = [
         Model(
             role,
             FSDP[role],
-            reduce(getattr, FSDP[role].split("."), config),  # type: ignore[arg-type]
+            settings[role],
             plan.models[role],
             trained=role in trained,
             exports=plan.save_freq > 0 and role in trained and "hf_model" in trained[role].save_contents,

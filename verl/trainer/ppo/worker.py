@@ -11,8 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
+from verl.checks.host_budget import fsdp_settings
 from verl.checks.plan import RunPlan, Split
-from verl.config.models import ActorConfig, Config, CriticConfig, FSDPConfig, ModelConfig
+from verl.config.models import ActorConfig, Config, CriticConfig, ModelConfig
 from verl.data.schema import with_columns
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import Batching, TrainEngine
@@ -54,12 +55,7 @@ class PPOWorker:
         self.config, self.plan = config, plan
         self.temperature = config.actor_rollout_ref.rollout.temperature
         self.token_loss = resolve(config.actor_rollout_ref.actor.policy_loss.loss_mode).load()
-        self.fsdp_configs: dict[str, FSDPConfig] = {
-            "actor": config.actor_rollout_ref.actor.fsdp_config,
-            "critic": config.critic.model.fsdp_config,
-            "reference": config.actor_rollout_ref.ref.fsdp_config,
-            "reward": config.reward_model.model.fsdp_config,
-        }
+        self.fsdp_configs = fsdp_settings(config)
         self.engines: dict[str, TrainEngine] = {}
         for role in plan.roles:
             self.engines[role] = self._build(role)
