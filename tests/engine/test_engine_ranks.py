@@ -91,7 +91,7 @@ def test_a_model_whose_files_are_bfloat16_is_sharded_in_float32_all_through(tiny
 def compiled(rank, world_size, path, packed):
     torch.compile = partial(torch.compile, backend="aot_eager")  # all of the compiler but code for the device
     engine, table = build(path, eps=EPS, checkpointing=True, packed=packed), share(rank, world_size)
-    engine._layers = CompiledLayers(engine.module)
+    engine._layers = CompiledLayers(engine.module, checkpointing=True)
     assert len(engine._layers._forwards) == 2
     return numbers(engine, table, "policy"), train(engine, table, "policy"), plain(weights_of(engine))
 

@@ -2,34 +2,75 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import transformers
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import verl.engine.attention  # noqa: F401 (attention over packed rows is a torch operator from here on)
 
 # Code is compiled once for all layers, but anew for each model, with and without gradient, packed and not.
 VARIANTS = 64
+ATTENTION = (
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 
 class CompiledLayers:
     """What transformers calls a layer (``_no_split_modules``): small models are no longer held up by their launches,
-    large ones no longer by the memory traffic between matrix products."""
+    large ones no longer by the memory traffic between matrix products.
 
-    def __init__(self, hf: transformers.PreTrainedModel):
+    recomputing: those of the layers whose backward computes the layer again, from its input and the output of its
+        attention, as far as gradients need it: not the last matrix product.
+    """
+
+    def __init__(self, hf: transformers.PreTrainedModel, checkpointing: bool = False):
+        """checkpointing: the layers that can be checkpointed are."""
         names = set(hf._no_split_modules or ())  # of classes, of which sharding makes subclasses
         layers = [module for module in hf.modules() if names & {each.__name__ for each in type(module).__mro__}]
         self._forwards = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
+        self.recomputing = [each for each in layers if checkpointing and isinstance(each, GradientCheckpointingLayer)]
+        recomputed = torch.compile(_recomputed, dynamic=True)
+        self._updating = [
+            (layer, partial(recomputed, layer) if layer in self.recomputing else forward)
+            for layer, forward in self._forwards
+        ]
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        torch._dynamo.config.specialize_float = True  # else a norm's epsilon is an input, and has a kernel on the CPU
+        if checkpointing:  # else: a warning of operations in place, which none has on what its attention gives
+            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Inside, the layers run compiled code, hooks around it as ever. Around a backward too, which may run layers
-        again."""
-        for layer, forward in self._forwards:
+    def __call__(self, updating: bool = False) -> Iterator[None]:
+        """Inside, the layers run compiled code, hooks around it as ever. updating: with a backward, around which this
+        has to be, too."""
+        for layer, forward in self._updating if updating else self._forwards:
             layer.forward = forward
         try:
             yield
         finally:
             for layer, _ in self._forwards:
                 del layer.forward  # the class's own again
+
+
+def _recomputed(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return type(layer).forward(layer, *args, **kwargs)
+
+    contexts = partial(create_selective_checkpoint_contexts, _kept)
+    # no random numbers in a layer: dropout is off
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+
+
+def _kept(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE

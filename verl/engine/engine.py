@@ -21,6 +21,7 @@ from verl.engine import checkpoint, offload
 from verl.engine.attention import packed_attention, why_padded
 from verl.engine.checkpoint_names import CheckpointNames, share_conversions
 from verl.engine.compile import CompiledLayers
+from verl.engine.device_memory import peak_within
 from verl.engine.distributed import (
     full,
     max_over_ranks,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 LossFunction = Callable[[Tensors, Tensors], tuple[torch.Tensor, Tensors]]
 CPU = torch.device("cpu")
-SPARE = 2 << 30  # bytes of a device that stay free
+SPARE = 4 << 30  # bytes of a device that stay free
 
 
 class OffloadedError(RuntimeError):
@@ -90,15 +91,17 @@ class TrainEngine:
         self.unpackable = why_padded(self.module, self.device, self.compute_dtype) if asked else None
         self.packed = asked and self.unpackable is None
         self._forward_flops = ForwardFlops(self.module)
-        self._layers = CompiledLayers(self.module) if self.compiles else nullcontext
+        checkpointing = self.trainable and model_config.enable_gradient_checkpointing
+        self._layers = CompiledLayers(self.module, checkpointing) if self.compiles else None
         self.optimizer: Optimizer | None = None
         if optim_config is None:
             self.root.requires_grad_(False)
             self.root.to(self.device)
         else:
             self._build_optimizer(optim_config, grad_clip, total_steps, on_host=fsdp_config.optimizer_offload)
-            if model_config.enable_gradient_checkpointing:
-                self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if checkpointing:  # layers draw no random numbers: dropout is off
+                kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+                self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         self._params = offload.MovableModule(self.root, self._copies)
 
     def _build_optimizer(self, config: OptimConfig, grad_clip: float | None, steps: int, on_host: bool) -> None:
@@ -109,7 +112,9 @@ class TrainEngine:
             self.root.to(self.device)
         self.optimizer = optimizer = Optimizer(self.masters, config, grad_clip, steps, home)
         self._state = offload.MovableTensors(optimizer.movable(), self._copies, loaded=not on_host)
-        self._state_fits = self.device.type != "cuda"  # beside an update; found out in each
+        # bytes, beside an update: found out in each
+        self._state_room: int | None = 0 if self.device.type == "cuda" else None
+        self._most_of_others = 0
 
     def _build(self, model_config: ModelConfig, fsdp_config: FSDPConfig, seed: int) -> Any:
         stored = torch.float32 if self.trainable else self.compute_dtype
@@ -179,11 +184,22 @@ class TrainEngine:
         if self.optimizer is None:
             raise RuntimeError("this engine was built without an optimizer")
         self._need_params()
+        with peak_within(self.device) as peak:
+            metrics = self._update(table, loss_fn, batching, temperature, entropy)
+            if self.device.type == "cuda":
+                self._most_of_others = max(self._most_of_others, peak() - self._state.loaded_bytes)
+                self._state_room = self._ours() - self._most_of_others - SPARE
+        return metrics
+
+    def _update(
+        self, table: pa.Table, loss_fn: LossFunction, batching: Batching, temperature: float, entropy: bool
+    ) -> dict[str, float]:
+        assert self.optimizer is not None
         options = {"temperature": _positive(temperature), "entropy": entropy} if self.kind == "policy" else {}
         packer = Packer(table, self.device, packed=self.packed)
         flops = 3 * self._forward_flops(*packer.sizes())  # a backward is two forwards
         totals: dict[str, Any] = {"flops": flops, "peak_flops": peak_flops(self.device, self.compute_dtype)}
-        with self._forwarding(), self._recomputing():
+        with self._forwarding(updating=True), self._recomputing():
             for micro in self._micro_batches(packer, batching):
                 outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
                 if len(micro.tokens):
@@ -197,7 +213,6 @@ class TrainEngine:
         lr = self.optimizer.lr
         self._copies.wait()
         grad_norm, stepped = self.optimizer.step(None if self._state.loaded else self._copies)
-        self._state_fits = self._fits_beside_an_update()
         sums = sum_over_ranks({name: float(value) for name, value in totals.items()})
         return {**sums, "grad_norm": grad_norm, "lr": lr, "skipped": float(not stepped)}
 
@@ -220,15 +235,18 @@ class TrainEngine:
         return (*places, micro.targets) if self.kind == "policy" else places
 
     @contextmanager
-    def _forwarding(self) -> Iterator[None]:
+    def _forwarding(self, updating: bool = False) -> Iterator[None]:
         """What makes the module's forwards those of this engine, and not those of a rollout that borrows it."""
-        with packed_attention(self.module) if self.packed else nullcontext(), self._layers():
+        compiled = nullcontext() if self._layers is None else self._layers(updating)
+        with packed_attention(self.module) if self.packed else nullcontext(), compiled:
             yield
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """transformers checkpoints only layers in training mode; what is inside them stays in evaluation mode."""
-        layers = [layer for layer in self.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        """transformers checkpoints only layers in training mode; what is inside them stays in evaluation mode. Compiled
+        code checkpoints itself."""
+        own = set() if self._layers is None else set(self._layers.recomputing)
+        layers = {layer for layer in self.module.modules() if isinstance(layer, GradientCheckpointingLayer)} - own
         for layer in layers:
             layer.training = True
         try:
@@ -291,24 +309,20 @@ class TrainEngine:
             self._state.offload()
 
     def onload(self, *, params: bool = False, optimizer: bool = False) -> None:
-        """An optimizer state that would not fit beside an update stays on the host; updates then pass it through the
-        device, part by part. Whether it would is known after the first update."""
+        """What of an optimizer state would not fit beside an update stays on the host; updates then pass it through the
+        device, part by part. How much would is known after the first update."""
         if params:
             self._params.onload()
-        if optimizer and self.trainable and self._state_fits:
-            self._state.onload()
+        if optimizer and self.trainable:
+            self._state.onload(self._state_room)
 
     @property
     def params_loaded(self) -> bool:
         return self._params.loaded
 
-    def _fits_beside_an_update(self) -> bool:
-        """By the most that this process has used so far, in which a loaded state is contained."""
-        if self.device.type != "cuda":
-            return True
-        ours = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-        extra = 0 if self._state.loaded else self._state.nbytes
-        return torch.cuda.max_memory_allocated(self.device) + extra + SPARE <= ours
+    def _ours(self) -> int:
+        """Bytes of the device that this process has or could take."""
+        return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
 
     def _need_params(self) -> None:
         if not self.params_loaded:
@@ -349,7 +363,7 @@ class TrainEngine:
         self.__dict__.pop("module", None)
         self.__dict__.pop("_checkpoint_names", None)
         self.root = nn.Module()
-        self._layers = nullcontext
+        self._layers = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -21,7 +21,7 @@ from verl.errors import UserError
 
 ALIGNMENT = 64  # bytes
 PIECE = 1 << 30  # of pinned memory, or one larger tensor
-IN_FLIGHT = 2  # buckets on the device at a time
+IN_FLIGHT = 3  # buckets on the device at a time: one comes in, one is worked on, one goes out
 
 
 class HostMemoryError(UserError):
@@ -45,9 +45,9 @@ class Copies:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def mark(self) -> Callable[[], None]:
-        """Waits for what has been copied until now."""
-        return (lambda: None) if self._stream is None else self._stream.record_event().synchronize
+    def mark(self) -> Mark:
+        """Of what has been copied until now."""
+        return Mark(None if self._stream is None else self._stream.record_event())
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -66,11 +66,32 @@ class Copies:
         return place
 
     def to_device(self, place: torch.Tensor) -> torch.Tensor:
-        """To be used after ``wait``."""
-        tensor = place.to(self.device, non_blocking=True)
+        """A copy, to be used after ``wait``."""
+        tensor = place.to(self.device, non_blocking=True, copy=True)
         if self._stream is not None:
             tensor.record_stream(torch.cuda.default_stream(self.device))
         return tensor
+
+    def brought(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself where it is on the device already, else a copy."""
+        return tensor if tensor.is_cuda else self.to_device(tensor)
+
+
+class Mark:
+    """A point in a stream of copies."""
+
+    def __init__(self, event: torch.cuda.Event | None):
+        self._event = event
+
+    def wait(self) -> None:
+        """What the device does next sees what was copied before."""
+        if self._event is not None:
+            self._event.wait()
+
+    def finish(self) -> None:
+        """The host sees it."""
+        if self._event is not None:
+            self._event.synchronize()
 
 
 class HostPlaces:
@@ -141,23 +162,31 @@ def _aligned(nbytes: int) -> int:
 
 
 def through_device(
-    buckets: Iterable[list[torch.Tensor]], copies: Copies, work: Callable[[int, list[torch.Tensor]], None]
+    buckets: Sequence[list[torch.Tensor]], copies: Copies, work: Callable[[int, list[torch.Tensor]], None]
 ) -> None:
-    """``work(number, tensors)`` on each bucket of host tensors, as copies on the device that go back to the host
-    afterwards. A bucket comes in while the one before it goes out."""
+    """``work(number, tensors)`` on each bucket: tensors that are on the device already, and of those on the host copies
+    that go back afterwards. While a bucket is worked on, the next one comes in and the one before goes out."""
     outward = Copies(copies.device)
-    done: list[Callable[[], None]] = []
-    for number, places in enumerate(buckets):
-        if len(done) >= IN_FLIGHT:
-            done[-IN_FLIGHT]()  # its memory is free again
+    gone: list[Mark] = []
+
+    def fetch(number: int) -> tuple[list[torch.Tensor], Mark]:
+        if number >= IN_FLIGHT:
+            gone[number - IN_FLIGHT].finish()  # its memory is free again
         with copies.beside():
-            tensors = [copies.to_device(place) for place in places]
-        copies.wait()
+            return [copies.brought(place) for place in buckets[number]], copies.mark()
+
+    coming = fetch(0) if buckets else None
+    for number, places in enumerate(buckets):
+        assert coming is not None
+        tensors, arrived = coming
+        coming = fetch(number + 1) if number + 1 < len(buckets) else None
+        arrived.wait()
         work(number, tensors)
         with outward.beside():
             for tensor, place in zip(tensors, places, strict=True):
-                outward.to_host(tensor, place)
-            done.append(outward.mark())
+                if tensor is not place:
+                    outward.to_host(tensor, place)
+            gone.append(outward.mark())
     outward.finish()
 
 
@@ -171,7 +200,8 @@ class MovableTensors:
 
     def __init__(self, tensors: Sequence[torch.Tensor], copies: Copies, loaded: bool = True):
         """loaded: whether they are on the device now."""
-        self._tensors, self._copies, self.loaded = tensors, copies, loaded
+        self._tensors, self._copies = tensors, copies
+        self._on_device = len(tensors) if loaded else 0  # the first of them
         self._host = HostPlaces(tensors) if copies.moves and not loaded else None
         if self._host:
             with self._whole_or_closed():
@@ -179,28 +209,42 @@ class MovableTensors:
                     give_storage(tensor, place.copy_(local(tensor)))
 
     @property
-    def nbytes(self) -> int:
-        return sum(local(tensor).nbytes for tensor in self._tensors)
+    def loaded(self) -> bool:
+        """All of them."""
+        return self._on_device == len(self._tensors)
+
+    @property
+    def loaded_bytes(self) -> int:
+        return sum(local(tensor).nbytes for tensor in self._tensors[: self._on_device])
 
     def offload(self) -> None:
-        if self.loaded and self._copies.moves:
+        if self._on_device and self._copies.moves:
             self._to_host()
-        self.loaded = False
+        self._on_device = 0
 
-    def onload(self) -> None:
-        if not self.loaded and self._copies.moves:
-            self._to_device()
-        self.loaded = True
+    def onload(self, limit: int | None = None) -> None:
+        """limit: bytes; of what is more the rest stays on the host."""
+        count = len(self._tensors) if limit is None else self._first_within(limit)
+        if count > self._on_device and self._copies.moves:
+            self._to_device(count)
+        self._on_device = max(self._on_device, count)
+
+    def _first_within(self, limit: int) -> int:
+        for count, tensor in enumerate(self._tensors):
+            limit -= local(tensor).nbytes
+            if limit < 0:
+                return count
+        return len(self._tensors)
 
     def _to_host(self) -> None:
         self._host = self._host or HostPlaces(self._tensors)
         with self._whole_or_closed(), self._copies.beside():
-            for tensor, place in zip(self._tensors, self._host, strict=True):
+            for tensor, place in zip(self._tensors[: self._on_device], self._host, strict=False):
                 self._give(tensor, self._copies.to_host(local(tensor), place))
 
-    def _to_device(self) -> None:
+    def _to_device(self, count: int) -> None:
         with self._copies.beside():
-            for tensor in self._tensors:  # FSDP may have put a tensor that it pads elsewhere on the host
+            for tensor in self._tensors[self._on_device : count]:  # FSDP may have put one that it pads elsewhere
                 self._give(tensor, self._copies.to_device(local(tensor)))
 
     def _give(self, tensor: torch.Tensor, storage: torch.Tensor) -> None:
@@ -219,7 +263,7 @@ class MovableTensors:
         if self._host is not None:
             self._copies.finish()
             self._host.close()
-        self._host, self._tensors, self.loaded = None, (), False
+        self._host, self._tensors, self._on_device = None, (), -1
 
 
 class MovableModule(MovableTensors):
@@ -236,8 +280,8 @@ class MovableModule(MovableTensors):
             self._copies.finish()
         self._tell_fsdp()
 
-    def _to_device(self) -> None:
-        super()._to_device()
+    def _to_device(self, count: int) -> None:
+        super()._to_device(count)
         self._copies.wait()
         self._tell_fsdp()
 

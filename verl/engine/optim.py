@@ -60,7 +60,7 @@ class Optimizer:
         """One step on the accumulated gradients, which are then dropped. Gives their norm before clipping, and whether
         a step was made: with a gradient that is not finite neither parameters nor state change.
 
-        copies: when ``movable`` is on the host; it then passes through the device, ``BUCKET`` bytes at a time.
+        copies: when some of ``movable`` is on the host; that passes through the device, ``BUCKET`` bytes at a time.
         """
         gradients = self.masters.gradients()
         norm = full(get_total_norm(list(gradients.values())))
@@ -86,7 +86,7 @@ class Optimizer:
             self._adamw(bucket, masters, exp_avg, exp_avg_sq)
             self.masters.publish(dict(zip(bucket, masters, strict=True)))
 
-        through_device((list(map(local, self._on_host(bucket))) for bucket in buckets), copies, work)
+        through_device([list(map(local, self._on_host(bucket))) for bucket in buckets], copies, work)
 
     def _on_host(self, names: Sequence[str]) -> list[torch.Tensor]:
         """Of these parameters, the tensors that live on the host while the optimizer is offloaded."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from verl.data.schema import ragged
+from verl.engine.device_memory import peaks
 from verl.trainer.ppo.kl import LOG_RATIO_LIMIT
 
 Metrics = dict[str, float]
@@ -183,16 +184,15 @@ def most_of(ranks: Sequence[Metrics]) -> Metrics:
 def memory_metrics(device: torch.device | None = None) -> Metrics:
     """perf/cpu_memory_used_gb (this machine), perf/cpu_memory_process_gb (this process, resident) and, of a CUDA
     device, perf/max_memory_{allocated,reserved}_gb of this process and perf/device_memory_used_gb of all that share
-    it; in GiB. Maxima are since torch.cuda.reset_peak_memory_stats."""
+    it; in GiB. Maxima are since the process began."""
     metrics = {
         "perf/cpu_memory_used_gb": psutil.virtual_memory().used / GIB,
         "perf/cpu_memory_process_gb": psutil.Process().memory_info().rss / GIB,
     }
     if device is not None and device.type == "cuda":
-        metrics["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated(device) / GIB
+        metrics |= {f"perf/max_memory_{kind}_gb": most / GIB for kind, most in peaks(device).items()}
         free, total = torch.cuda.mem_get_info(device)
         metrics["perf/device_memory_used_gb"] = (total - free) / GIB
-        metrics["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved(device) / GIB
     return metrics
 
 
