@@ -30,7 +30,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -224,6 +224,7 @@ class StubEngine:
     """Responses at once, as the lists that an engine hands out. The meter takes off the time that making them takes."""
 
     capabilities = Capabilities()
+    update_seconds: ClassVar[dict[str, float]] = {}
 
     def __init__(self, meter: Meter):
         self._meter, self._draw = meter, np.random.default_rng(0)

@@ -128,6 +128,8 @@ def run_on(gpus: int, run: Path, folder: Path, options: argparse.Namespace) -> N
     buckets = -(-weights // BUCKET)
     print(f"weights of {len(steps)} steps compared on all ranks")
     print(f"a weight update: {update:.3f} s, buckets: {buckets}, ms for each: {update / buckets * 1000:.0f}")
+    parts = {name.rsplit("/", 1)[1]: steps[-1][name] for name in steps[-1] if name.startswith("timing_part_s/update")}
+    print("of it, s: " + ", ".join(f"{name} {parts[name]:.3f}" for name in sorted(parts)))
     for line in free_memory_at_start(run):
         print(line)
     curve.print(seconds=steps[-1]["timing_s/step"])

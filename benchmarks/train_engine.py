@@ -153,8 +153,15 @@ def by_engine(model, fsdp, variant: str, options: argparse.Namespace):
     engine = TrainEngine(model, "policy", fsdp, optim_config=OptimConfig(lr=1e-6), device=options.device)
     batching = Batching(max_tokens=options.micro)
     table = rows_of(engine.module, options)
+
+    def update():
+        engine.onload(
+            optimizer=True
+        )  # as a stage of updates begins: what fits, once an update has shown how much that is
+        engine.update(table, loss_of, batching=batching, entropy=False)
+
     return (
-        lambda: engine.update(table, loss_of, batching=batching, entropy=False),
+        update,
         lambda: engine.log_probs(table, temperature=1.0, batching=batching, entropy=False),
         engine.module,
     )

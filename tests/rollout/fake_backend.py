@@ -59,6 +59,7 @@ class FakeBackend:
         self.keeps_weights, self.ends, self.engine_ends, self.room = keeps_weights, set(ends), set(engine_ends), room
         self.log: list[str] = []
         self.draws: list[Draw] = []  # all that ever came
+        self.update_seconds: dict[str, float] = {}
         self.under_way: dict[str, UnderWay] = {}
         self.fails: dict[str, Exception] = {}
         self.on_draw: Callable[[], None] = lambda: None

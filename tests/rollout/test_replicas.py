@@ -101,6 +101,7 @@ class Worker:
         self.rows: dict[str, torch.Tensor] = {}
         self.updates = 0
         self.dies_at = self.refuses = ""
+        self.takes = 0.0  # seconds, at the end
 
     def begin(self) -> None:
         self.updates += 1
@@ -114,7 +115,7 @@ class Worker:
             self.rows[name] = tensor.chunk(self.of)[self.rank].clone()
 
     def finish(self) -> None:
-        pass
+        time.sleep(self.takes)
 
     def pieces(self) -> list[Piece]:
         return [
@@ -148,6 +149,7 @@ class Engine(FakeBackend):
     def update_weights(self, stream, version: int) -> None:
         with self._session("update_weights") as session:
             session.load(stream)
+        self.update_seconds = dict(self._sender.seconds)
 
     def pieces(self) -> list[list[Piece]]:
         with self._session("checksums") as session:
@@ -414,6 +416,16 @@ def test_where_one_replica_dies_and_another_refuses_both_are_told(start, tensor_
     with pytest.raises(UserError, match="c has no place here"):
         job.update(version=1)
     assert job.states == ["dead", "used"]
+
+
+def test_an_update_tells_what_its_slowest_rank_spent_its_time_on(start):
+    job = start(4, 2)
+    job.engine(0).workers[1].takes = 0.5  # its sender is that of rank 1, and not of the engine's first rank
+    job.update(1)
+    slow, quick = (member.engine.update_seconds for member in job.members)
+    assert set(slow) == set(quick) == {"arrive", "open", "gather", "wait", "close", "model"}
+    assert quick["wait"] < 0.5 <= slow["wait"]
+    assert job.router.update_seconds == slow
 
 
 @pytest.mark.parametrize("error", [EngineDied("killed"), UserError("it has no cache to drop")])

@@ -40,6 +40,7 @@ class Scripted:
         self.weights: dict[str, float] = {}
         self.paused = self.dead = False
         self.update_error: Exception | None = None
+        self.update_seconds = {"gather": float(number), "wait": 1.0}
 
     def check(self) -> None:
         if self.dead:
@@ -603,6 +604,17 @@ def test_an_engine_that_is_refused_is_given_up_at_once():
         generate(router, requests(5))
     assert restarts.tried == 1
     assert [note for note in notes if "rank 3" in note] == ["rollout: engine 0 cannot be brought back: rank 3 is gone"]
+    close(router)
+
+
+def test_an_updates_seconds_are_those_of_the_slowest_member_in_use():
+    engines = [Scripted(0), Scripted(2), Scripted(1), Scripted(3, dies_after=0)]
+    router = Router([Member(f"engine {engine.number}", engine) for engine in engines])
+    update(router, 1.0, version=1)
+    assert router.update_seconds == {"gather": 3.0, "wait": 1.0}
+    engines[3].dead = True
+    update(router, 2.0, version=2)
+    assert router.update_seconds == {"gather": 2.0, "wait": 1.0}
     close(router)
 
 

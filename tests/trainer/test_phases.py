@@ -25,7 +25,7 @@ class Backend:
 
     def __init__(self, log: list[str], sleep: Sequence[MemoryTag], borrows: bool = False):
         self.capabilities, self.log = Capabilities(sleep=frozenset(sleep), holds_weights=not borrows), log
-        self.keeps_weights = borrows
+        self.keeps_weights, self.update_seconds = borrows, {"gather": 0.25, "wait": 0.5}
 
     def listen(self, listener: object) -> None:
         pass

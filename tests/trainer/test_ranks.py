@@ -90,7 +90,7 @@ class Started:
         self.drawn += draws
 
     def update_weights(self, stream: Any, version: int) -> None:
-        pass
+        self.update_seconds: dict[str, float] = {}
 
     def drop_cache(self) -> None:
         pass

@@ -6,7 +6,7 @@ responses or of which order makes sense when: the client does, once for all of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,6 +86,11 @@ class Backend(Protocol):
 
     def update_weights(self, stream: WeightStream, version: int) -> None:
         """Hold exactly these tensors. The engine is idle. Raises UserError for names or shapes that are not its own."""
+        ...
+
+    @property
+    def update_seconds(self) -> Mapping[str, float]:
+        """Of the last weight update, by what they went into; empty where that is not known."""
         ...
 
     def check_weights(self, stream: WeightStream) -> list[str]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -90,7 +90,12 @@ class Capabilities:
 
 
 class RolloutEngine(Protocol):
+    """update_seconds: of the last weight update, by what they went into; empty where the engine does not know."""
+
     capabilities: Capabilities
+
+    @property
+    def update_seconds(self) -> Mapping[str, float]: ...
 
     async def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Draw one response for each request, in the order given; many calls may be in flight together.

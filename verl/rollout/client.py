@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -140,6 +140,10 @@ class ClientEngine:
             self._state.no_weights = "its last weight update did not end well"
             self.backend.update_weights(stream, version)
             self._state.no_weights, self.version = None, version
+
+    @property
+    def update_seconds(self) -> Mapping[str, float]:
+        return self.backend.update_seconds
 
     async def check_weights(self, stream: WeightStream) -> list[str]:
         with self._order("check_weights"):

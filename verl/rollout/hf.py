@@ -68,6 +68,7 @@ class HFEngine:
         self._in_flight: dict[str, Row] = {}
         self._task: asyncio.Task[None] | None = None
         self._paused = self._closed = False
+        self.update_seconds: dict[str, float] = {}
         self.version = version
 
     async def generate(self, requests: Sequence[Request]) -> list[Result]:

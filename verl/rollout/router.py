@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -200,6 +200,13 @@ class Router:
         self._until_answered("update_weights", give, "used", "unsynced", twice=self._save is not None)
         if before:
             self._forget(before[0])
+
+    @property
+    def update_seconds(self) -> Mapping[str, float]:
+        """Of the member for which they are most."""
+        with self._lock:
+            found = [member.engine.update_seconds for member in self.members if member.state == "used"]
+        return max(found, key=lambda seconds: sum(seconds.values()), default={})
 
     def _stored(self, stream: WeightStream, version: int) -> WeightStream:
         if self._save is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -80,6 +80,10 @@ class EmbeddedBackend:
 
     def update_weights(self, stream: WeightStream, version: int) -> None:
         self._run(self._engine.update_weights(stream, version))
+
+    @property
+    def update_seconds(self) -> Mapping[str, float]:
+        return self._engine.update_seconds
 
     def check_weights(self, stream: WeightStream) -> list[str]:
         return []

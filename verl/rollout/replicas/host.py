@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -36,10 +37,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a weight update, on one rank. death: of the engine. refusal: names or shapes that are not the engine's."""
+    """Of a weight update, on one rank. death: of the engine. refusal: names or shapes that are not the engine's.
+    seconds: of its sender (``WeightSender.seconds``), and "model": into getting parameters here and away again."""
 
     death: str = ""
     refusal: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def _outcome_of(error: ReceiverLost | UserError) -> Outcome:
@@ -161,23 +164,31 @@ class EngineHost:
         """pids: of the engines that take part: replica -> rank that holds a process -> its pid."""
         assert self._weights is not None
         assert self._loaded is not None
+        started, seconds = time.perf_counter(), dict[str, float]()
         with self._loaded():
             stream = self._weights()
             try:
                 if self.replica.index in pids:
-                    self._send(stream, version, pids[self.replica.index])
-                return Outcome()
+                    seconds = self._send(stream, version, pids[self.replica.index])
             except (ReceiverLost, UserError) as error:
                 return _outcome_of(error)
             finally:
                 for _ in stream:  # the others gather it, too
                     pass
+        if seconds:
+            seconds["model"] = time.perf_counter() - started - sum(seconds.values())
+        return Outcome(seconds=seconds)
 
-    def _send(self, stream: Weights, version: int, pids: Mapping[int, int]) -> None:
+    def _send(self, stream: Weights, version: int, pids: Mapping[int, int]) -> dict[str, float]:
+        """Gives the seconds by what they went into."""
         if self._first:
-            return self._engine(self._number).backend.update_weights(stream, version)
+            backend = self._engine(self._number).backend
+            backend.update_weights(stream, version)
+            return dict(backend.update_seconds)
+        assert self._sender is not None
         with self._session(pids) as session:
             session.load(stream)
+        return dict(self._sender.seconds)
 
     def _session(self, pids: Mapping[int, int]) -> AbstractContextManager[Session]:
         """With the worker on this rank's device, as long as the engine's process on this node is there."""

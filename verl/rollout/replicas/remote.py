@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from verl.errors import UserError
@@ -36,6 +36,7 @@ class RemoteBackend:
         self.capabilities, self.keeps_weights = facts["capabilities"], facts["keeps_weights"]
         self._ask, self._stop, self._number = ask, stop, facts["number"]
         self._end_tokens = frozenset(facts["end_tokens"])
+        self.update_seconds: Mapping[str, float] = {}
         self._listener: Listener | None = None
         self._orders: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
         self._over = threading.Event()  # closed, or dead
@@ -98,8 +99,10 @@ class RemoteBackend:
     def update_weights(self, stream: WeightStream, version: int) -> None:
         if self.capabilities.holds_weights:
             assert isinstance(stream, WeightsOnRanks | RankReader)
-            if error := stream.update({self.replica.index: self.pids}, version)[self.replica.index]:
-                raise error
+            found = stream.update({self.replica.index: self.pids}, version)[self.replica.index]
+            if isinstance(found, Exception):
+                raise found
+            self.update_seconds = found
 
     def check_weights(self, stream: WeightStream) -> list[str]:
         if not self.capabilities.holds_weights:

@@ -6,7 +6,7 @@ Router, a thread a replica ──(update, check)──> RankFan ──(all have 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
@@ -33,10 +33,12 @@ class WeightsOnRanks:
     def __init__(self, hosts: Hosts, replicas: list[Replica]):
         self._hosts, self._replicas = hosts, replicas
 
-    def update(self, asked: dict[int, Pids], version: int) -> dict[int, Exception | None]:
-        """Send them to these replicas. What went wrong with each."""
+    def update(self, asked: dict[int, Pids], version: int) -> dict[int, Exception | Mapping[str, float]]:
+        """Send them to these replicas. What went wrong with each, or else the seconds of its ranks, of each kind the
+        most."""
         outcomes: list[Outcome] = self._hosts.call("send_weights", version, asked).result()
-        return {replica: _error_of([outcomes[rank] for rank in self._replicas[replica].ranks]) for replica in asked}
+        of_replicas = {replica: [outcomes[rank] for rank in self._replicas[replica].ranks] for replica in asked}
+        return {replica: _error_of(found) or _slowest(found) for replica, found in of_replicas.items()}
 
     def check(self, asked: dict[int, Pids]) -> dict[int, list[str] | Exception]:
         """How the tensors that each of these replicas holds differ from these."""
@@ -111,7 +113,7 @@ class RankReader:
     def __init__(self, fan: RankFan):
         self._fan, self.asked = fan, False
 
-    def update(self, asked: dict[int, Pids], version: int) -> dict[int, Exception | None]:
+    def update(self, asked: dict[int, Pids], version: int) -> dict[int, Exception | Mapping[str, float]]:
         return self._ask(asked, version)
 
     def check(self, asked: dict[int, Pids]) -> dict[int, list[str] | Exception]:
@@ -132,3 +134,8 @@ def _error_of(outcomes: list[Outcome]) -> Exception | None:
         if outcome.refusal:
             return UserError(outcome.refusal)
     return None
+
+
+def _slowest(outcomes: list[Outcome]) -> dict[str, float]:
+    kinds = {kind for outcome in outcomes for kind in outcome.seconds}
+    return {kind: max(outcome.seconds.get(kind, 0.0) for outcome in outcomes) for kind in sorted(kinds)}

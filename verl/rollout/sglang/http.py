@@ -57,6 +57,7 @@ class SGLangServer:
         self._folder, self._bucket_bytes, self._dtype = folder, bucket_bytes, dtype
         self._end_tokens, self._vocab_size = frozenset(end_tokens), vocab_size
         self._times = times or Times()
+        self.update_seconds: dict[str, float] = {}
         self._run = f"verl-{secrets.token_hex(4)}"  # no other client's requests or weights have this in their names
         self._asleep: set[MemoryTag] = set()
         try:

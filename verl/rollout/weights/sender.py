@@ -33,6 +33,7 @@ from verl.rollout.weights.checksums import Piece
 ARRIVAL_TIMEOUT = 60.0
 ANSWER_TIMEOUT = 300  # seconds; a bucket's copies, or the checksums of all that a receiver holds
 SOCKET = "weights.sock"
+PARTS = ("arrive", "open", "gather", "wait", "close")  # of an update's time
 
 
 class ReceiverLost(ConnectionError):  # noqa: N818
@@ -144,7 +145,7 @@ class Session:
         self._connections, self._device, self._dtype, self._bucket_bytes = connections, device, dtype, bucket_bytes
         self._buffers: list[SharedBuffer] = []
         self._due: deque[_Due] = deque()  # what receivers are still to answer
-        self.seconds = {"arrive": 0.0, "open": 0.0, "gather": 0.0, "wait": 0.0, "close": 0.0}
+        self.seconds = dict.fromkeys(PARTS, 0.0)
 
     def load(self, stream: WeightStream) -> None:
         """Raises UserError naming what the receivers could not place, or hold and were not sent."""

@@ -296,6 +296,8 @@ class PPOTrainer:
             self.phases.update()
             with self.loaded("actor"):
                 asyncio.run(rollout.update_weights(self.parts.weights() if holds else (), version=self.weights_version))
+                spent = rollout.update_seconds
+                self.metrics |= {f"timing_part_s/update_weights/{kind}": spent[kind] for kind in spent}
                 if self.check_weights_now:
                     self.check_weights()
 
