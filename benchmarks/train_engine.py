@@ -155,9 +155,7 @@ def by_engine(model, fsdp, variant: str, options: argparse.Namespace):
     table = rows_of(engine.module, options)
 
     def update():
-        engine.onload(
-            optimizer=True
-        )  # as a stage of updates begins: what fits, once an update has shown how much that is
+        engine.onload(optimizer=True)  # as before each stage of updates: what fits, as far as the last one showed
         engine.update(table, loss_of, batching=batching, entropy=False)
 
     return (

@@ -52,6 +52,8 @@ OWN_KEYS = {
 CPU_CACHE_TOKENS = 1 << 16
 # Its own share of memory there falls with the requests that may run at once, below nothing with the usual 1024.
 CPU_MEMORY_SHARE = 0.9
+# SGLang's own choice for groups of 4 and more, on GPUs with so much memory (MiB).
+GRAPHS, GRAPHS_NEED = 512, 60 * 1024
 # SGLang keeps a few places of the context to itself.
 CONTEXT_MARGIN = 8
 
@@ -100,6 +102,17 @@ def backends(device: str) -> dict[str, Any]:
     if not _has_flash_attention():
         chosen["attention_backend"] = "flashinfer" if flashinfer else "triton"
     return chosen
+
+
+def decode_graphs(arguments: Mapping[str, Any], memory: float) -> dict[str, int]:
+    """On a GPU with this much memory (MiB), how many responses SGLang draws at a time by CUDA graphs: as many as run,
+    up to ``GRAPHS``. Its own choice for groups of fewer than 4 is half of that; more than that many then wait for the
+    launch of every kernel. Nothing where another argument decides it, or the memory is small."""
+    if arguments["device"] == "cpu" or arguments["disable_cuda_graph"] or memory < GRAPHS_NEED:
+        return {}
+    if any(name.startswith(("cuda_graph_", "disable_decode_cuda_graph")) for name in arguments):
+        return {}
+    return {"cuda_graph_max_bs_decode": min(arguments["max_running_requests"], GRAPHS)}
 
 
 def environment_of(settings: EngineSettings, inherited: Mapping[str, str], part: Part = WHOLE) -> dict[str, str]:

@@ -15,7 +15,7 @@ import psutil
 from verl.rollout.backend import Draw, Drawn
 from verl.rollout.serve import Orders
 from verl.rollout.server import EngineServer, check_arguments, run
-from verl.rollout.sglang.arguments import SGLANG
+from verl.rollout.sglang.arguments import SGLANG, decode_graphs
 from verl.rollout.sglang.receiver import LOADER
 from verl.rollout.sglang.requests import sampling_params
 
@@ -43,9 +43,13 @@ class Server(EngineServer):
         import sglang
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.server_args import ServerArgs
+        from sglang.srt.utils import get_device_memory_capacity
 
         super().__init__(orders, SGLANG)
-        check_arguments(SGLANG, arguments, [field.name for field in dataclasses.fields(ServerArgs)], sglang.__version__)
+        known = {field.name for field in dataclasses.fields(ServerArgs)}
+        graphs = decode_graphs(arguments, get_device_memory_capacity(arguments["device"]) or 0)
+        arguments |= {name: graphs[name] for name in known & graphs.keys()}
+        check_arguments(SGLANG, arguments, sorted(known), sglang.__version__)
         self.engine = forking(Engine)(**arguments, custom_weight_loader=[LOADER])
         self.loop = self.engine.loop
         self._manager = self.engine.tokenizer_manager
