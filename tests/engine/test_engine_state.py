@@ -205,6 +205,47 @@ def test_memory_is_pinned_once_until_it_is_closed(runtime):
     assert not runtime.pinned
 
 
+@pytest.mark.parametrize(("limit", "count"), [(-1, 0), (0, 0), (79_999, 0), (80_000, 1), (170_000, 2), (10**9, 3)])
+def test_as_many_tensors_come_to_the_device_as_there_is_room_for(runtime, limit, count):
+    tensors = moving(3, loaded=False)
+    places = [tensor.data_ptr() for tensor in tensors._tensors]
+    tensors.onload(limit)
+    assert (tensors.loaded_bytes, tensors.loaded) == (80_000 * count, count == 3)
+    assert [tensor.data_ptr() == place for tensor, place in zip(tensors._tensors, places, strict=True)] == (
+        [False] * count + [True] * (3 - count)
+    )
+    for number, tensor in enumerate(tensors._tensors):
+        tensor += number
+    tensors.onload(0)
+    assert tensors.loaded_bytes == 80_000 * count
+    tensors.offload()
+    assert [tensor.data_ptr() for tensor in tensors._tensors] == places
+    assert [float(tensor[0]) for tensor in tensors._tensors] == [1.0, 2.0, 3.0]
+
+
+def test_the_room_for_an_optimizers_state_is_what_updates_have_left_of_the_device(tiny, monkeypatch):
+    monkeypatch.setattr("verl.engine.engine.SPARE", 100)
+    engine = build(tiny)
+    state = engine._state.loaded_bytes
+    monkeypatch.setattr(engine, "_ours", lambda: 10 * state)
+    engine._copies.moves = True
+    engine.offload(optimizer=True)
+    engine._find_room(peak=3 * state)
+    assert engine._state_room == 7 * state - 100
+    engine.onload(optimizer=True)
+    assert engine._state.loaded
+    engine._find_room(peak=4 * state)  # of which one is its own
+    assert engine._state_room == 7 * state - 100
+    engine._find_room(peak=10 * state)
+    engine._find_room(peak=2 * state)  # an update may be as large again
+    assert engine._state_room == state - 100
+    engine.offload(optimizer=True)
+    engine.onload(optimizer=True)
+    assert 0 < engine._state.loaded_bytes < state
+    metrics = updates(engine, 2)
+    assert metrics == updates(build(tiny), 2)
+
+
 def test_memory_that_the_host_does_not_give_is_refused_likewise(runtime, monkeypatch):
     def refuse(fileno, length):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")

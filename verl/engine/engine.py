@@ -187,8 +187,7 @@ class TrainEngine:
         with peak_within(self.device) as peak:
             metrics = self._update(table, loss_fn, batching, temperature, entropy)
             if self.device.type == "cuda":
-                self._most_of_others = max(self._most_of_others, peak() - self._state.loaded_bytes)
-                self._state_room = self._ours() - self._most_of_others - SPARE
+                self._find_room(peak())
         return metrics
 
     def _update(
@@ -319,6 +318,11 @@ class TrainEngine:
     @property
     def params_loaded(self) -> bool:
         return self._params.loaded
+
+    def _find_room(self, peak: int) -> None:
+        """peak: bytes of the device that were taken at most in an update, what is loaded of the state among them."""
+        self._most_of_others = max(self._most_of_others, peak - self._state.loaded_bytes)
+        self._state_room = self._ours() - self._most_of_others - SPARE
 
     def _ours(self) -> int:
         """Bytes of the device that this process has or could take."""

@@ -24,8 +24,9 @@ from verl.data.schema import ragged
 LENGTH_STEP = 256
 # What a padded forward costs whatever its size, with or without backward, in tokens. CPU: the slope of CPU time over
 # the number of forwards that rows of 32 tokens go through (1 to 32, one thread): 60 to 110 tokens for 0.76 M
-# parameters, 40 for 8 M, 25 for 34 M. CUDA: 6,700 for 0.5B and 1,500 for 1.5B, by docs/performance.md, where the same
-# tokens go through 4 packed micro-batches and through 2. If it is off by a factor of two, a cut costs 5 % too much.
+# parameters, 40 for 8 M, 25 for 34 M. CUDA: 8,800 for 0.5B, measured likewise on an H100 for log-probs, when launches
+# took longer; about 1,500 for 1.5B, from the same tokens in 4 packed micro-batches and in 2. If it is off by a factor
+# of two, a cut costs 5 % too much.
 FORWARD_TOKENS = {"cpu": 64, "cuda": 2048}
 
 
