@@ -10,7 +10,7 @@ import pytest
 
 from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
-from verl.checks.images import check_images
+from verl.checks.images import check_image_key, check_images
 from verl.config.models import DataConfig
 
 COLUMNS = {"prompt": "name it in data.prompt_key", "reward_model.ground_truth": "add it"}
@@ -160,6 +160,27 @@ def test_images_of_rows_that_the_run_leaves_out_are_no_problem(tmp_path, limit, 
 def test_images_are_not_looked_for_where_no_column_is_named_or_there_is_none(tmp_path):
     assert with_images(tmp_path, [[["a"]]], column=None) == []
     assert with_images(tmp_path, [[["a"]]], column="pictures") == []
+
+
+@pytest.mark.parametrize(
+    ("column", "set_keys", "said"),
+    [
+        ("picture", {"data.image_key"}, True),
+        ("images", {"data.image_key"}, False),
+        ("picture", set(), False),
+        (None, {"data.image_key"}, False),
+    ],
+)
+def test_a_column_of_images_that_the_user_named_and_no_file_has_is_told_with_those_there_are(
+    tmp_path, column, set_keys, said
+):
+    files = [str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")]
+    pq.write_table(pa.table({"prompt": ["x"]}), files[0])
+    pq.write_table(pa.table({"prompt": ["x"], "images": [["a"]]}), files[1])
+    findings = Findings()
+    check_image_key(findings, column, files, frozenset(set_keys))
+    expected = "data.image_key has no effect: no data file has a column 'picture'; they have images, prompt."
+    assert findings.warnings == ([expected] if said else [])
 
 
 def test_messages_in_parts_are_no_text(tmp_path):

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl.checks.files import check_output_folder, check_parquet
+from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.findings import Findings
-from verl.checks.images import check_images
+from verl.checks.images import check_image_key, check_images
 from verl.checks.inert import find_inert
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import check_model, check_tokenizer_path
@@ -45,6 +45,7 @@ def check(loaded: Loaded[GenerationConfig], *, dry_run: bool) -> Findings:
     findings.notices = [*loaded.notices, *findings.notices]
     prompt_rows(findings, config)
     check_images(findings, "data.path", config.data.path, config.data, config.data.max_samples, config.rollout.name)
+    check_image_key(findings, config.data.image_key, paths(config.data.path), loaded.set_keys)
     check_file_name(findings, "data.output_path", config.data.output_path)
     check_output_folder(findings, "data.output_path", str(Path(config.data.output_path).parent))
     _sampling(findings, config)

@@ -55,6 +55,21 @@ def check_images(
             limit = max(limit - rows, 0)
 
 
+def check_image_key(findings: Findings, column: str | None, files: Sequence[str], set_keys: frozenset[str]) -> None:
+    """A column that the user named is in one of the files, or is said to be in none of them."""
+    if column is None or "data.image_key" not in set_keys:
+        return
+    columns: set[str] = set()
+    for file in files:
+        try:
+            columns |= set(pq.read_schema(Path(file).expanduser()).names)
+        except (OSError, pa.ArrowException):
+            return
+    if column not in columns:
+        there = ", ".join(sorted(columns))
+        findings.warn(f"data.image_key has no effect: no data file has a column {column!r}; they have {there}.")
+
+
 def _parts_of_messages(schema: pa.Schema, column: str) -> pa.DataType | None:
     """The type of the messages' content where it has parts (of text, images, ...) instead of being a text."""
     kind = schema.field(column).type if column in schema.names else None

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl.checks.files import check_output_folder, check_parquet
+from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.findings import Findings
 from verl.checks.host_budget import budget_of_run
 from verl.checks.host_memory import check_host_memory
-from verl.checks.images import check_images
+from verl.checks.images import check_image_key, check_images
 from verl.checks.inert import find_inert
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import ModelFacts, check_model, check_tokenizer, check_tokenizer_path
@@ -91,11 +91,12 @@ def _data(findings: Findings, config: Config, dry_run: bool, set_keys: frozenset
         sets["val"] = data.val_files
     rows = {name: check_parquet(findings, f"data.{name}_files", files, columns) for name, files in sets.items()}
     used, engine = {"train": data.train_max_samples, "val": data.val_max_samples}, config.actor_rollout_ref.rollout.name
-    for name, paths in sets.items():
-        check_images(findings, f"data.{name}_files", paths, data, used[name], engine)
+    for name, files in sets.items():
+        check_images(findings, f"data.{name}_files", files, data, used[name], engine)
+    check_image_key(findings, data.image_key, [file for files in sets.values() for file in paths(files)], set_keys)
     if config.uses_scorers and config.custom_reward_function.path is None:
-        files = {f"data.{name}_files": files for name, files in sets.items()}
-        check_scoring(findings, config.reward, files, data.reward_fn_key, dry_run, set_keys)
+        named = {f"data.{name}_files": files for name, files in sets.items()}
+        check_scoring(findings, config.reward, named, data.reward_fn_key, dry_run, set_keys)
         if config.reward_model.reward_manager == "batch":
             fix = "name one in custom_reward_function.path, or leave it out: scorers of data sources take a sample each"
             findings.problem("reward_model.reward_manager", "batch", "it calls a reward function of yours", fix)
