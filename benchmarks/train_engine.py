@@ -99,6 +99,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from verl.config.parts import FSDPConfig, ModelConfig
+    from verl.engine.device_memory import peaks
     from verl.engine.flops import ForwardFlops, peak_flops
     from verl.engine.packing import Packer
 
@@ -114,7 +115,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = timed(update, options)
-    memory = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
+    memory = peaks(torch.device("cuda"))["allocated"] if options.device == "cuda" else 0
     forward = timed(infer, options)
     return {
         "update": tokens / seconds,
@@ -155,9 +156,11 @@ def by_engine(model, fsdp, variant: str, options: argparse.Namespace):
     table = rows_of(engine.module, options)
 
     def update():
-        engine.onload(optimizer=True)  # as before each stage of updates: what fits, as far as the last one showed
         engine.update(table, loss_of, batching=batching, entropy=False)
 
+    if fsdp.optimizer_offload:  # in a run what fits of its state comes before each stage; an update shows what does
+        update()
+        engine.onload(optimizer=True)
     return (
         update,
         lambda: engine.log_probs(table, temperature=1.0, batching=batching, entropy=False),

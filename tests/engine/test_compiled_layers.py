@@ -66,3 +66,25 @@ def test_outside_of_the_engines_forwards_the_layers_are_as_they_were(tiny, backe
     update(engine)
     assert [layer.forward for layer, _ in engine._layers._forwards] == forwards
     assert not any("forward" in vars(layer) for layer, _ in engine._layers._forwards)
+
+
+def test_a_layer_that_cannot_be_compiled_as_a_whole_is_computed_again_in_pieces(tiny, backend):
+    def broken(path, checkpointing):
+        engine = build(path, checkpointing=checkpointing)
+        for layer in engine.module.base_model.layers:
+            layer.mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+        engine._layers = CompiledLayers(engine.module, checkpointing)
+        return engine
+
+    engines = broken(tiny, True), build(tiny)
+    torch._dynamo.utils.counters.clear()
+    with pytest.warns(UserWarning, match="Qwen2DecoderLayer cannot be compiled as a whole"):
+        found = [update(engines[0])]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 2  # what comes before the break and what comes after
+    found += [update(engines[0]) for _ in range(2)]
+    expected = [update(engines[1]) for _ in range(3)]
+    for one, other in zip(found, expected, strict=True):
+        assert one == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in other.items()}
+    counts = operators(engines[0])
+    assert counts[ATTENTION] == 2 * LAYERS

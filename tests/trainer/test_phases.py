@@ -246,3 +246,13 @@ def test_a_phase_that_did_not_come_about_is_tried_again():
     backend.wake = wake
     phases.generate()
     assert log[-1] == "wake kv_cache weights"
+
+
+def test_what_a_weight_update_spent_its_time_on_is_reported():
+    log: list[str] = []
+    engine = ClientEngine(Backend(log, BOTH), eos_token_ids=[1], max_model_len=10, vocab_size=10)
+    put_to_sleep(engine)
+    trainer = Trainer(engine, log)
+    trainer.update_rollout_weights()
+    parts = {name: value for name, value in trainer.metrics.items() if name.startswith("timing_part_s/")}
+    assert parts == {"timing_part_s/update_weights/gather": 0.25, "timing_part_s/update_weights/wait": 0.5}

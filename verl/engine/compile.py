@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -17,6 +19,7 @@ import verl.engine.attention  # noqa: F401 (attention over packed rows is a torc
 
 # Code is compiled once for all layers, but anew for each model, with and without gradient, packed and not.
 VARIANTS = 64
+PLAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no layer draws numbers: dropout is off
 ATTENTION = (
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -30,8 +33,7 @@ class CompiledLayers:
     """What transformers calls a layer (``_no_split_modules``): small models are no longer held up by their launches,
     large ones no longer by the memory traffic between matrix products.
 
-    recomputing: those of the layers whose backward computes the layer again, from its input and the output of its
-        attention, as far as gradients need it: not the last matrix product.
+    recomputing: those of the layers that are checkpointed here: their backward computes the layer again.
     """
 
     def __init__(self, hf: transformers.PreTrainedModel, checkpointing: bool = False):
@@ -40,9 +42,9 @@ class CompiledLayers:
         layers = [module for module in hf.modules() if names & {each.__name__ for each in type(module).__mro__}]
         self._forwards = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
         self.recomputing = [each for each in layers if checkpointing and isinstance(each, GradientCheckpointingLayer)]
-        recomputed = torch.compile(_recomputed, dynamic=True)
+        recomputed = Recomputed()
         self._updating = [
-            (layer, partial(recomputed, layer) if layer in self.recomputing else forward)
+            (layer, partial(recomputed, layer, forward) if layer in self.recomputing else forward)
             for layer, forward in self._forwards
         ]
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
@@ -63,13 +65,37 @@ class CompiledLayers:
                 del layer.forward  # the class's own again
 
 
+class Recomputed:
+    """A layer's forward whose backward computes it again inside compiled code, from its input and what its attention
+    gave, as far as gradients need it: not the last matrix product. A class of layers that cannot be compiled as a whole
+    is computed again as a whole, in the pieces that can be.
+
+    around: those classes, by name, and why.
+    """
+
+    def __init__(self) -> None:
+        self.around: dict[str, str] = {}
+        self._inside = torch.compile(_recomputed, dynamic=True, fullgraph=True)
+
+    def __call__(self, layer: Any, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        name = type(layer).__name__
+        if name not in self.around:
+            try:
+                return self._inside(layer, *args, **kwargs)
+            except TorchDynamoException as error:
+                self.around[name] = str(error).partition("\n")[0]
+                why = f"{name} cannot be compiled as a whole, which would be faster: {self.around[name]}"
+                warnings.warn(why, stacklevel=2)
+        return checkpoint(compiled, *args, **PLAIN, **kwargs)
+
+
 def _recomputed(layer: Any, *args: Any, **kwargs: Any) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return type(layer).forward(layer, *args, **kwargs)
 
-    contexts = partial(create_selective_checkpoint_contexts, _kept)
-    # no random numbers in a layer: dropout is off
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+    return checkpoint(
+        forward, *args, context_fn=partial(create_selective_checkpoint_contexts, _kept), **PLAIN, **kwargs
+    )
 
 
 def _kept(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from verl.engine import checkpoint, offload
 from verl.engine.attention import packed_attention, why_padded
 from verl.engine.checkpoint_names import CheckpointNames, share_conversions
-from verl.engine.compile import CompiledLayers
+from verl.engine.compile import PLAIN, CompiledLayers
 from verl.engine.device_memory import peak_within
 from verl.engine.distributed import (
     full,
@@ -99,9 +99,8 @@ class TrainEngine:
             self.root.to(self.device)
         else:
             self._build_optimizer(optim_config, grad_clip, total_steps, on_host=fsdp_config.optimizer_offload)
-            if checkpointing:  # layers draw no random numbers: dropout is off
-                kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-                self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            if checkpointing:
+                self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(PLAIN))
         self._params = offload.MovableModule(self.root, self._copies)
 
     def _build_optimizer(self, config: OptimConfig, grad_clip: float | None, steps: int, on_host: bool) -> None:
@@ -186,7 +185,7 @@ class TrainEngine:
         self._need_params()
         with peak_within(self.device) as peak:
             metrics = self._update(table, loss_fn, batching, temperature, entropy)
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and not metrics["skipped"]:
                 self._find_room(peak())
         return metrics
 

@@ -47,7 +47,7 @@ class Copies:
 
     def mark(self) -> Mark:
         """Of what has been copied until now."""
-        return Mark(None if self._stream is None else self._stream.record_event())
+        return Mark(self.device, None if self._stream is None else self._stream.record_event())
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -80,13 +80,13 @@ class Copies:
 class Mark:
     """A point in a stream of copies."""
 
-    def __init__(self, event: torch.cuda.Event | None):
-        self._event = event
+    def __init__(self, device: torch.device, event: torch.cuda.Event | None):
+        self._device, self._event = device, event
 
     def wait(self) -> None:
         """What the device does next sees what was copied before."""
         if self._event is not None:
-            self._event.wait()
+            self._event.wait(torch.cuda.current_stream(self._device))
 
     def finish(self) -> None:
         """The host sees it."""
@@ -201,7 +201,7 @@ class MovableTensors:
     def __init__(self, tensors: Sequence[torch.Tensor], copies: Copies, loaded: bool = True):
         """loaded: whether they are on the device now."""
         self._tensors, self._copies = tensors, copies
-        self._on_device = len(tensors) if loaded else 0  # the first of them
+        self._on_device = len(tensors) if loaded else 0  # the first of them; below 0: closed
         self._host = HostPlaces(tensors) if copies.moves and not loaded else None
         if self._host:
             with self._whole_or_closed():
@@ -218,16 +218,17 @@ class MovableTensors:
         return sum(local(tensor).nbytes for tensor in self._tensors[: self._on_device])
 
     def offload(self) -> None:
-        if self._on_device and self._copies.moves:
+        if self._on_device > 0 and self._copies.moves:
             self._to_host()
-        self._on_device = 0
+        self._on_device = min(self._on_device, 0)
 
     def onload(self, limit: int | None = None) -> None:
         """limit: bytes; of what is more the rest stays on the host."""
         count = len(self._tensors) if limit is None else self._first_within(limit)
         if count > self._on_device and self._copies.moves:
             self._to_device(count)
-        self._on_device = max(self._on_device, count)
+        if self._on_device >= 0:
+            self._on_device = max(self._on_device, count)
 
     def _first_within(self, limit: int) -> int:
         for count, tensor in enumerate(self._tensors):

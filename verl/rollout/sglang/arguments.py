@@ -106,8 +106,8 @@ def backends(device: str) -> dict[str, Any]:
 
 def decode_graphs(arguments: Mapping[str, Any], memory: float) -> dict[str, int]:
     """On a GPU with this much memory (MiB), how many responses SGLang draws at a time by CUDA graphs: as many as run,
-    up to ``GRAPHS``. Its own choice for groups of fewer than 4 is half of that; more than that many then wait for the
-    launch of every kernel. Nothing where another argument decides it, or the memory is small."""
+    up to ``GRAPHS``. Its own choice for groups of fewer than 4, below 160 GB, is half of that; more at a time wait for
+    the launch of every kernel. Nothing where another argument decides it, or the memory is small."""
     if arguments["device"] == "cpu" or arguments["disable_cuda_graph"] or memory < GRAPHS_NEED:
         return {}
     if any(name.startswith(("cuda_graph_", "disable_decode_cuda_graph")) for name in arguments):
