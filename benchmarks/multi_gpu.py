@@ -109,11 +109,9 @@ def train(folder: Path, options: argparse.Namespace) -> None:
 
 def one(folder: Path, options: argparse.Namespace) -> None:
     run_on(1, folder / "one", folder, options)
-    both = [throughput(folder / name) for name in ("all", "one")]
-    if all(both):
-        print(
-            f"\ntokens a second and GPU: {both[0]:,.0f} on {options.gpus}, {both[1]:,.0f} on 1: {both[0] / both[1]:.1%}"
-        )
+    on_all, on_one = throughput(folder / "all"), throughput(folder / "one")
+    together = f"{on_all:,.0f} on {options.gpus}: {on_all / on_one:.1%}" if on_all else "on more they were not measured"
+    print(f"\ntokens a second and GPU: {on_one:,.0f} on 1, {together}")
 
 
 def run_on(gpus: int, run: Path, folder: Path, options: argparse.Namespace) -> None:
