@@ -245,6 +245,19 @@ def test_all_problems_come_in_one_report_before_anything_starts(small, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_messages_in_parts_are_refused_before_anything_starts(small, tmp_path, capsys, name):
+    parts = [{"type": "text", "text": "a b"}]
+    rows = [{"prompt": [{"role": "user", "content": parts}], "response": "b a"}] * 8
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "parts.parquet")
+    keys = {f"data__{name}_files": tmp_path / "parts.parquet"}
+    assert main(arguments(small, tmp_path / "run", **keys)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"data.{name}_files={tmp_path}/parts.parquet" in said
+    assert "the messages in its column 'prompt' are not text: their content is list<" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_prints_the_plan_without_torch(small, tmp_path):
     code = "import sys; from verl.trainer.main_sft import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", code, *arguments(small, tmp_path / "run", trainer__dry_run=True)]

@@ -33,17 +33,16 @@ def check_images(
     key: that names the files. limit: rows that are used of all files together, the first; -1: all. Files that cannot be
     read are not this check's business.
     """
+    check_messages(findings, key, files, data.prompt_key)
+    if data.image_key is None:
+        return
     for file in paths(files):
         try:
             with pq.ParquetFile(Path(file).expanduser()) as parquet:
-                parts = _parts_of_messages(parquet.schema_arrow, data.prompt_key)
-                row = None if data.image_key is None else _first_with_images(parquet, data.image_key, limit)
+                row = _first_with_images(parquet, data.image_key, limit)
                 rows = parquet.metadata.num_rows
         except (OSError, pa.ArrowException):
             continue
-        if parts is not None:
-            why = f"the messages in its column {data.prompt_key!r} are not text: their content is {parts}"
-            findings.problem(key, file, why, "write each message as {role, content}, its content a text")
         if row is not None:
             why = (
                 f"its row {row} has images (column {data.image_key!r}): {engine} does not take them, nor does any "
@@ -53,6 +52,18 @@ def check_images(
             findings.problem(key, file, why, fix)
         if limit >= 0:
             limit = max(limit - rows, 0)
+
+
+def check_messages(findings: Findings, key: str, files: str | Sequence[str], prompt_key: str) -> None:
+    """The content of messages is a text, and no list of parts, which a chat template may write as Python prints it."""
+    for file in paths(files):
+        try:
+            parts = _parts_of_messages(pq.read_schema(Path(file).expanduser()), prompt_key)
+        except (OSError, pa.ArrowException):
+            continue
+        if parts is not None:
+            why = f"the messages in its column {prompt_key!r} are not text: their content is {parts}"
+            findings.problem(key, file, why, "write each message as {role, content}, its content a text")
 
 
 def check_image_key(findings: Findings, column: str | None, files: Sequence[str], set_keys: frozenset[str]) -> None:

@@ -8,6 +8,7 @@ from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
 from verl.checks.host_budget import HostBudget, budget_of_sft
 from verl.checks.host_memory import check_host_memory
+from verl.checks.images import check_messages
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import ModelFacts, check_model, check_tokenizer_path
 from verl.checks.plan import ModelSize
@@ -52,6 +53,8 @@ def train_rows(findings: Findings, config: SFTConfig) -> int | None:
         data.prompt_key: "name the column of the chat messages in data.prompt_key",
         data.response_key: "name the column of the response's text in data.response_key",
     }
+    for name, files in (("data.train_files", data.train_files), ("data.val_files", data.val_files)):
+        check_messages(findings, name, files, data.prompt_key)
     if data.val_files:
         check_parquet(findings, "data.val_files", data.val_files, columns)
     return check_parquet(findings, "data.train_files", data.train_files, columns)
