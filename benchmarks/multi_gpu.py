@@ -110,8 +110,10 @@ def train(folder: Path, options: argparse.Namespace) -> None:
 def one(folder: Path, options: argparse.Namespace) -> None:
     run_on(1, folder / "one", folder, options)
     on_all, on_one = throughput(folder / "all"), throughput(folder / "one")
-    together = f"{on_all:,.0f} on {options.gpus}: {on_all / on_one:.1%}" if on_all else "on more they were not measured"
-    print(f"\ntokens a second and GPU: {on_one:,.0f} on 1, {together}")
+    if on_one:
+        print(f"\ntokens a second and GPU: {on_one:,.0f} on 1")
+    if on_one and on_all:
+        print(f"and {on_all:,.0f} on {options.gpus}: {on_all / on_one:.1%}")
 
 
 def run_on(gpus: int, run: Path, folder: Path, options: argparse.Namespace) -> None:

@@ -256,3 +256,5 @@ def test_what_a_weight_update_spent_its_time_on_is_reported():
     trainer.update_rollout_weights()
     parts = {name: value for name, value in trainer.metrics.items() if name.startswith("timing_part_s/")}
     assert parts == {"timing_part_s/update_weights/gather": 0.25, "timing_part_s/update_weights/wait": 0.5}
+    trainer.update_rollout_weights()  # one more in the same step
+    assert trainer.metrics["timing_part_s/update_weights/wait"] == 1.0

@@ -57,10 +57,7 @@ def check_images(
 def check_messages(findings: Findings, key: str, files: str | Sequence[str], prompt_key: str) -> None:
     """The content of messages is a text, and no list of parts, which a chat template may write as Python prints it."""
     for file in paths(files):
-        try:
-            parts = _parts_of_messages(pq.read_schema(Path(file).expanduser()), prompt_key)
-        except (OSError, pa.ArrowException):
-            continue
+        parts = _parts_of_messages(_schema(file), prompt_key)
         if parts is not None:
             why = f"the messages in its column {prompt_key!r} are not text: their content is {parts}"
             findings.problem(key, file, why, "write each message as {role, content}, its content a text")
@@ -70,15 +67,19 @@ def check_image_key(findings: Findings, column: str | None, files: Sequence[str]
     """A column that the user named is in one of the files, or is said to be in none of them."""
     if column is None or "data.image_key" not in set_keys:
         return
-    columns: set[str] = set()
-    for file in files:
-        try:
-            columns |= set(pq.read_schema(Path(file).expanduser()).names)
-        except (OSError, pa.ArrowException):
-            return
-    if column not in columns:
+    schemas = [_schema(file) for file in files]
+    columns = {name for schema in schemas for name in schema.names}
+    if all(schemas) and column not in columns:
         there = ", ".join(sorted(columns))
         findings.warn(f"data.image_key has no effect: no data file has a column {column!r}; they have {there}.")
+
+
+def _schema(file: str) -> pa.Schema:
+    """Without columns where the file cannot be read."""
+    try:
+        return pq.read_schema(Path(file).expanduser())
+    except (OSError, pa.ArrowException):
+        return pa.schema([])
 
 
 def _parts_of_messages(schema: pa.Schema, column: str) -> pa.DataType | None:

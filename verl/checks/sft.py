@@ -24,6 +24,8 @@ def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:
     config, findings = loaded.draft, Findings(notices=list(loaded.notices))
     rows = train_rows(findings, config)
     data, trainer = config.data, config.trainer
+    check_messages(findings, "data.train_files", data.train_files, data.prompt_key)
+    check_messages(findings, "data.val_files", data.val_files, data.prompt_key)
     if rows is not None and rows < data.train_batch_size:
         why = f"the training data has only {rows} rows"
         findings.problem("data.train_batch_size", data.train_batch_size, why, f"set it to {rows} or less")
@@ -53,8 +55,6 @@ def train_rows(findings: Findings, config: SFTConfig) -> int | None:
         data.prompt_key: "name the column of the chat messages in data.prompt_key",
         data.response_key: "name the column of the response's text in data.response_key",
     }
-    for name, files in (("data.train_files", data.train_files), ("data.val_files", data.val_files)):
-        check_messages(findings, name, files, data.prompt_key)
     if data.val_files:
         check_parquet(findings, "data.val_files", data.val_files, columns)
     return check_parquet(findings, "data.train_files", data.train_files, columns)

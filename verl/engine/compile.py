@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # defines torch.ops.torch_attn
 import transformers
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-import verl.engine.attention  # noqa: F401 (attention over packed rows is a torch operator from here on)
 
 # Code is compiled once for all layers, but anew for each model, with and without gradient, packed and not.
 VARIANTS = 64
@@ -41,7 +40,7 @@ class CompiledLayers:
         names = set(hf._no_split_modules or ())  # of classes, of which sharding makes subclasses
         layers = [module for module in hf.modules() if names & {each.__name__ for each in type(module).__mro__}]
         self._forwards = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
-        self.recomputing = [each for each in layers if checkpointing and isinstance(each, GradientCheckpointingLayer)]
+        self.recomputing = {each for each in layers if checkpointing and isinstance(each, GradientCheckpointingLayer)}
         recomputed = Recomputed()
         self._updating = [
             (layer, partial(recomputed, layer, forward) if layer in self.recomputing else forward)
@@ -69,23 +68,20 @@ class Recomputed:
     """A layer's forward whose backward computes it again inside compiled code, from its input and what its attention
     gave, as far as gradients need it: not the last matrix product. A class of layers that cannot be compiled as a whole
     is computed again as a whole, in the pieces that can be.
-
-    around: those classes, by name, and why.
     """
 
     def __init__(self) -> None:
-        self.around: dict[str, str] = {}
+        self._in_pieces: set[type] = set()
         self._inside = torch.compile(_recomputed, dynamic=True, fullgraph=True)
 
     def __call__(self, layer: Any, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = type(layer).__name__
-        if name not in self.around:
+        if type(layer) not in self._in_pieces:
             try:
                 return self._inside(layer, *args, **kwargs)
             except TorchDynamoException as error:
-                self.around[name] = str(error).partition("\n")[0]
-                why = f"{name} cannot be compiled as a whole, which would be faster: {self.around[name]}"
-                warnings.warn(why, stacklevel=2)
+                self._in_pieces.add(type(layer))
+                name, why = type(layer).__name__, str(error).partition("\n")[0]
+                warnings.warn(f"{name} cannot be compiled as a whole, which would be faster: {why}", stacklevel=2)
         return checkpoint(compiled, *args, **PLAIN, **kwargs)
 
 

@@ -243,7 +243,7 @@ class TrainEngine:
     def _recomputing(self) -> Iterator[None]:
         """transformers checkpoints only layers in training mode; what is inside them stays in evaluation mode. Compiled
         code checkpoints itself."""
-        own = set() if self._layers is None else set(self._layers.recomputing)
+        own = set() if self._layers is None else self._layers.recomputing
         layers = {layer for layer in self.module.modules() if isinstance(layer, GradientCheckpointingLayer)} - own
         for layer in layers:
             layer.training = True

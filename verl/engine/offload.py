@@ -201,7 +201,7 @@ class MovableTensors:
     def __init__(self, tensors: Sequence[torch.Tensor], copies: Copies, loaded: bool = True):
         """loaded: whether they are on the device now."""
         self._tensors, self._copies = tensors, copies
-        self._on_device = len(tensors) if loaded else 0  # the first of them; below 0: closed
+        self._on_device = len(tensors) if loaded else 0  # the first of them
         self._host = HostPlaces(tensors) if copies.moves and not loaded else None
         if self._host:
             with self._whole_or_closed():
@@ -210,25 +210,24 @@ class MovableTensors:
 
     @property
     def loaded(self) -> bool:
-        """All of them."""
-        return self._on_device == len(self._tensors)
+        """All of them; of one that is closed there are none."""
+        return 0 < self._on_device == len(self._tensors)
 
     @property
     def loaded_bytes(self) -> int:
         return sum(local(tensor).nbytes for tensor in self._tensors[: self._on_device])
 
     def offload(self) -> None:
-        if self._on_device > 0 and self._copies.moves:
+        if self._on_device and self._copies.moves:
             self._to_host()
-        self._on_device = min(self._on_device, 0)
+        self._on_device = 0
 
     def onload(self, limit: int | None = None) -> None:
         """limit: bytes; of what is more the rest stays on the host."""
         count = len(self._tensors) if limit is None else self._first_within(limit)
         if count > self._on_device and self._copies.moves:
             self._to_device(count)
-        if self._on_device >= 0:
-            self._on_device = max(self._on_device, count)
+        self._on_device = max(self._on_device, count)
 
     def _first_within(self, limit: int) -> int:
         for count, tensor in enumerate(self._tensors):
@@ -264,7 +263,7 @@ class MovableTensors:
         if self._host is not None:
             self._copies.finish()
             self._host.close()
-        self._host, self._tensors, self._on_device = None, (), -1
+        self._host, self._tensors, self._on_device = None, (), 0
 
 
 class MovableModule(MovableTensors):

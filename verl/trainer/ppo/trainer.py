@@ -296,8 +296,9 @@ class PPOTrainer:
             self.phases.update()
             with self.loaded("actor"):
                 asyncio.run(rollout.update_weights(self.parts.weights() if holds else (), version=self.weights_version))
-                spent = rollout.update_seconds
-                self.metrics |= {f"timing_part_s/update_weights/{kind}": spent[kind] for kind in spent}
+                for kind, seconds in rollout.update_seconds.items():  # of all updates of the step, as the stage's
+                    name = f"timing_part_s/update_weights/{kind}"
+                    self.metrics[name] = self.metrics.get(name, 0.0) + seconds
                 if self.check_weights_now:
                     self.check_weights()
 
