@@ -51,7 +51,7 @@ from verl.rollout.base import Capabilities, Request, Result
 from verl.tracking import StageTimer, Trackers
 from verl.tracking.progress import Progress, Stage
 from verl.tracking.run import RunInfo
-from verl.trainer.ppo.metrics import memory_metrics
+from verl.trainer.ppo.metrics import StageCost, memory_metrics
 from verl.trainer.ppo.ranks import token_shares
 from verl.trainer.ppo.trainer import Parts, PPOTrainer, Trained
 from verl.trainer.ppo.worker import READS
@@ -275,7 +275,9 @@ class StubWorker:
 
     def step_schedule(self, role: str) -> None: ...
     def load(self, role: str, optimizer: bool = False) -> None: ...
-    def unload(self, role: str) -> None: ...
+    def unload(self, role: str) -> StageCost:
+        return StageCost(0.0, 0.0, 0)
+
     def free_memory(self) -> None: ...
     def memory_metrics(self) -> dict[str, float]:
         return memory_metrics()

@@ -1,12 +1,13 @@
 """Where the time of a PPO step goes, and how much of it is neither generation nor a model's compute.
 
     python benchmarks/ppo_step.py --run outputs/demo/ppo
-    python benchmarks/ppo_step.py --shape 1.5b [--prompts 512] [--steps 3] [--mini 128] [key=value ...]
+    python benchmarks/ppo_step.py --shape 1.5b [--prompts 512] [--steps 3] [--mini 128] [--no-anchors] [key=value ...]
 
 --run: of a run that there is, from its own timings. --shape: of a run made for it, on one GPU with SGLang: random
-weights, prompts of 512 tokens and responses of 1024, actor, critic and reference. MFU as verl.engine.flops counts it,
-of a stage's whole time, its loading and its optimizer included. Medians over the steps, the first (--run: two) left
-out, which compiles, and allocates what later ones use again.
+weights, prompts of 512 tokens and responses of 1024, actor, critic and reference; beside it, what bare libraries made
+of such work before it on the same GPU (anchors.py). MFU as verl.engine.flops counts it, of a stage's whole time, its
+loading and its optimizer included. Peak: of tensors, on the rank with the most. Medians over the steps, the first
+(--run: two) left out, which compiles, and allocates what later ones use again.
 """
 
 from __future__ import annotations
@@ -34,17 +35,35 @@ def main() -> None:
     parser.add_argument("--mini", type=int, default=128, help="prompts of an optimizer step")
     parser.add_argument("--lengths", type=int, nargs=2, default=(512, 1024), help="tokens of prompts and responses")
     parser.add_argument("--steps", type=int, default=3, help="that are measured")
+    parser.add_argument("--no-anchors", action="store_true")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     options = parser.parse_args()
     if not options.shape:
         print_table(options.run, left_out=2)
         return
     with tempfile.TemporaryDirectory(prefix="ppo-step-") as folder:
-        run(Path(folder), options)
-        print_table(Path(folder) / "run", left_out=1)
+        settings = prepare(Path(folder), options)
+        found = {} if options.no_anchors else anchors_of(Path(folder) / "model", settings, options)
+        command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings]
+        if code := subprocess.run(command, stdout=sys.stderr).returncode:
+            sys.exit(code)
+        print_table(Path(folder) / "run", left_out=1, anchors=found)
 
 
-def run(folder: Path, options: argparse.Namespace) -> None:
+def anchors_of(model: Path, settings: list[str], options: argparse.Namespace) -> dict[str, float]:
+    """Tokens a second by stage."""
+    import anchors
+
+    trains = anchors.training(model, options.shape, options.device)
+    found = {"update_actor": trains["update"], "old_log_prob": trains["infer"], "ref": trains["infer"]}
+    if options.engine == "sglang":
+        found["gen"] = anchors.generation(settings, options.prompts, *options.lengths)
+    print(f"bare: {found}", file=sys.stderr)
+    return found
+
+
+def prepare(folder: Path, options: argparse.Namespace) -> list[str]:
+    """The settings of the run, whose model and data are then in the folder."""
     from shapes import write_prompts, write_random_model
 
     prompt, response = options.lengths
@@ -54,7 +73,7 @@ def run(folder: Path, options: argparse.Namespace) -> None:
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
         "    return float(len(solution_str) % 2)\n"
     )
-    settings = [
+    return [
         f"data.train_files={folder}/prompts.parquet",
         f"data.train_batch_size={options.prompts}",
         f"data.max_prompt_length={prompt}",
@@ -78,24 +97,29 @@ def run(folder: Path, options: argparse.Namespace) -> None:
         f"trainer.default_local_dir={folder}/run",
         *options.settings,
     ]
-    if code := subprocess.run([sys.executable, "-m", "verl.trainer.main_ppo", *settings], stdout=sys.stderr).returncode:
-        sys.exit(code)
 
 
-def print_table(folder: Path, left_out: int) -> None:
+def print_table(folder: Path, left_out: int, anchors: dict[str, float] | None = None) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "timing_s/step" in line and "timing_s/testing" not in line][left_out:]
     names = {name for step in steps for name in step}  # a stage may be missing in some of the steps
     median = {name: statistics.median(step.get(name, 0.0) for step in steps) for name in names}
     tokens, whole = median["perf/total_num_tokens"], median["timing_s/step"]
     print(f"{len(steps)} steps, {os.cpu_count()} cores, {tokens:,.0f} tokens a step\n")
-    print(f"{'stage':<16}{'seconds':>9}{'of step':>9}{'tokens/s':>11}{'MFU':>8}")
+    bare = f"{'bare':>11}{'of it':>8}" if anchors else ""
+    print(f"{'stage':<16}{'seconds':>9}{'of step':>9}{'tokens/s':>11}{'MFU':>8}{'peak GB':>9}{bare}")
     stages = sorted(name.removeprefix("timing_s/") for name in names if name.startswith("timing_s/"))
     for stage in sorted(stages, key=lambda stage: -median[f"timing_s/{stage}"]):
         seconds = median[f"timing_s/{stage}"]
-        mfu = median.get(f"perf/mfu/{stage.removeprefix('update_')}") if stage.startswith("update_") else None
-        rate = f"{tokens / seconds:>11,.0f}" if stage in (*GENERATION, *MODELS, "step") else f"{'':>11}"
-        print(f"{stage:<16}{seconds:>9.3f}{seconds / whole:>9.1%}{rate}" + (f"{mfu:>8.1%}" if mfu else ""))
+        cells = [
+            f"{tokens / seconds:,.0f}" if stage in (*GENERATION, *MODELS, "step") else "",
+            formatted(median.get(f"perf/mfu/{stage.removeprefix('update_')}"), ".1%"),
+            formatted(median.get(f"perf/stage_memory_gb/{stage}"), ".1f"),
+        ]
+        if anchors and stage in anchors:
+            cells += [f"{anchors[stage]:,.0f}", f"{tokens / seconds / anchors[stage]:.1%}"]
+        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, (11, 8, 9, 11, 8), strict=False))
+        print(f"{stage:<16}{seconds:>9.3f}{seconds / whole:>9.1%}{row}".rstrip())
     known = [sum(step.get(f"timing_s/{stage}", 0.0) for stage in GENERATION + MODELS) for step in steps]
     rest = statistics.median(1 - part / step["timing_s/step"] for part, step in zip(known, steps, strict=True))
     print(f"\nneither generation nor model compute: {rest:.1%} of the step")
@@ -103,6 +127,10 @@ def print_table(folder: Path, left_out: int) -> None:
         if name in median:
             print(f"{name}: {median[name]:.1f}")
     print(f"{median['perf/throughput']:,.0f} tokens a second and device")
+
+
+def formatted(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from verl.rollout.adapter import EngineSettings
 from verl.rollout.base import Request, SamplingParams
 from verl.rollout.client import ClientEngine
 from verl.rollout.own_process import OwnProcess
-from verl.rollout.sglang.arguments import SGLANG, arguments_of, environment_of
+from verl.rollout.sglang.arguments import SGLANG, arguments_of, cuda_graphs, environment_of
 
 CUDA = torch.cuda.is_available()
 GIB, MIB = 1 << 30, 1 << 20
@@ -57,11 +57,12 @@ def main() -> None:
             gpu_memory_utilization=options.memory,
             extra={
                 "max_total_tokens": options.requests * (options.prompt + options.response) * 5 // 4,
-                "cuda_graph_backend_prefill": "disabled",  # half a minute of each start
             },
         )
         started = time.perf_counter()
-        bare = BareSGLang(settings, options.response) if "generate" in options.parts else None  # starts meanwhile
+        bare = None
+        if "generate" in options.parts:  # starts meanwhile
+            bare = BareSGLang(settings, options.response, **graphs_of(settings))
         backend = OwnProcess(SGLANG, settings, log=Path(options.log), bucket_bytes=options.bucket * MIB)
         report(results, "start", {"seconds": time.perf_counter() - started, "engine": backend.describe()}, options)
         try:
@@ -135,10 +136,12 @@ def timed_ours(engine: ClientEngine, prompts: list[list[int]], options: argparse
 class BareSGLang:
     """In a process of its own, as its workers' end would be this one's."""
 
-    def __init__(self, settings: EngineSettings, response: int):
+    def __init__(self, settings: EngineSettings, response: int, **arguments: Any):
+        """arguments: of SGLang, beside those that our engine would give it."""
         self._pipe, child = mp.get_context("spawn").Pipe()
+        given = arguments_of(settings) | arguments
         self._process = mp.get_context("spawn").Process(
-            target=bare_engine, args=(child, arguments_of(settings), environment_of(settings, {}), response)
+            target=bare_engine, args=(child, given, environment_of(settings, {}), response)
         )
         self._process.start()
 
@@ -153,6 +156,12 @@ class BareSGLang:
         self._pipe.send(None)
         self._process.join(30)
         self._process.kill()
+
+
+def graphs_of(settings: EngineSettings) -> dict[str, Any]:
+    """What our server adds for the GPU that it finds."""
+    memory = torch.cuda.get_device_properties(0).total_memory / MIB if CUDA else 0
+    return cuda_graphs(arguments_of(settings), memory)
 
 
 def bare_engine(pipe: Any, arguments: dict[str, Any], environment: dict[str, str], response: int) -> None:

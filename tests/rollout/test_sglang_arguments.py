@@ -1,37 +1,48 @@
-"""How many responses SGLang is told to draw at a time by CUDA graphs."""
+"""What SGLang is told to capture CUDA graphs of."""
 
 import pytest
 
 from verl.rollout.adapter import EngineSettings
-from verl.rollout.sglang.arguments import arguments_of, decode_graphs
+from verl.rollout.sglang.arguments import arguments_of, cuda_graphs
 
 H100 = 81_559  # MiB
+NO_PREFILL = {"cuda_graph_backend_prefill": "disabled"}
 
 
-def arguments(**settings) -> dict:
-    return arguments_of(EngineSettings("folder", settings.pop("device", "cuda"), "bfloat16", 1024, **settings))
+def graphs(memory: float = H100, device: str = "cuda", **settings) -> dict:
+    return cuda_graphs(arguments_of(EngineSettings("folder", device, "bfloat16", 1024, **settings)), memory)
 
 
-@pytest.mark.parametrize(("responses", "graphs"), [(64, 64), (512, 512), (1024, 512)])
-def test_graphs_are_for_as_many_responses_as_run_up_to_512(responses, graphs):
-    assert decode_graphs(arguments(max_num_seqs=responses), H100) == {"cuda_graph_max_bs_decode": graphs}
+@pytest.mark.parametrize(("responses", "most"), [(64, 64), (512, 512), (1024, 512)])
+def test_graphs_are_for_as_many_responses_as_run_up_to_512_and_none_for_prefills(responses, most):
+    assert graphs(max_num_seqs=responses) == {"cuda_graph_max_bs_decode": most, **NO_PREFILL}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"cuda_graph_max_bs_decode": 1024}, {"cuda_graph_bs_decode": [1, 2, 4]}, {"disable_decode_cuda_graph": True}],
+    ids=str,
+)
+def test_what_a_user_decides_of_drawing_stays(extra):
+    assert graphs(extra=extra) == NO_PREFILL
+
+
+@pytest.mark.parametrize(
+    "extra", [{"cuda_graph_backend_prefill": "breakable"}, {"disable_prefill_cuda_graph": False}], ids=str
+)
+def test_what_a_user_decides_of_prefills_stays(extra):
+    assert graphs(extra=extra) == {"cuda_graph_max_bs_decode": 512}
 
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"device": "cpu"},
-        {"enforce_eager": True},
-        {"extra": {"cuda_graph_max_bs_decode": 1024}},
-        {"extra": {"cuda_graph_bs_decode": [1, 2, 4]}},
-        {"extra": {"disable_decode_cuda_graph": True}},
-    ],
+    [{"device": "cpu"}, {"enforce_eager": True}, {"extra": {"cuda_graph_config": {"decode": {"max_bs": 16}}}}],
     ids=str,
 )
-def test_what_a_user_or_another_key_decides_stays(settings):
-    assert decode_graphs(arguments(**settings), H100) == {}
+def test_nothing_is_said_where_all_is_decided(settings):
+    assert graphs(**settings) == {}
 
 
 @pytest.mark.parametrize("memory", [0, 24_564, 46_068])
-def test_a_small_gpu_is_left_to_sglang(memory):
-    assert decode_graphs(arguments(), memory) == {}
+def test_a_small_gpu_is_left_to_sglang_for_drawing(memory):
+    assert graphs(memory) == NO_PREFILL

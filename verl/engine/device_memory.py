@@ -1,13 +1,13 @@
-"""How much of a GPU's memory this process has taken at most: in all, and within one piece of work."""
+"""How much of a GPU's memory this process has taken at most: in all, and since a piece of work began."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from typing import ClassVar
 
 import torch
 
-_before = {"allocated": 0, "reserved": 0}  # until the last piece of work began
+_before = {"allocated": 0, "reserved": 0}  # until torch's own counters began anew
 
 
 def peaks(device: torch.device) -> dict[str, int]:
@@ -16,12 +16,24 @@ def peaks(device: torch.device) -> dict[str, int]:
     return {name: max(_before[name], now[name]) for name in now}
 
 
-@contextmanager
-def peak_within(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Gives what tells the bytes allocated at most since: 0 on a CPU."""
-    if device.type != "cuda":
-        yield lambda: 0
-        return
-    _before.update(peaks(device))
-    torch.cuda.reset_peak_memory_stats(device)
-    yield lambda: torch.cuda.max_memory_allocated(device)
+class Peak:
+    """The bytes that tensors took at most since this was made. One may begin while others go on."""
+
+    _going_on: ClassVar[weakref.WeakSet[Peak]] = weakref.WeakSet()
+
+    def __init__(self, device: torch.device):
+        self._device, self._most = device, 0
+        if device.type != "cuda":
+            return
+        _before.update(peaks(device))
+        for other in self._going_on:
+            other._most = other.bytes
+        torch.cuda.reset_peak_memory_stats(device)
+        self._going_on.add(self)
+
+    @property
+    def bytes(self) -> int:
+        """0 on a CPU."""
+        if self._device.type != "cuda":
+            return 0
+        return max(self._most, torch.cuda.max_memory_allocated(self._device))

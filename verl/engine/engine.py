@@ -21,7 +21,7 @@ from verl.engine import checkpoint, offload
 from verl.engine.attention import packed_attention, why_padded
 from verl.engine.checkpoint_names import CheckpointNames, share_conversions
 from verl.engine.compile import PLAIN, CompiledLayers
-from verl.engine.device_memory import peak_within
+from verl.engine.device_memory import Peak
 from verl.engine.distributed import (
     full,
     max_over_ranks,
@@ -61,7 +61,8 @@ class TrainEngine:
 
     module: the transformers model (its parameters sharded, with several ranks). root: the module around it that is the
     root of sharding. compute_dtype: of the forward. packed: whether sequences are, and not padded. unpackable: why
-    they are not although it was asked for. params_loaded: whether the parameters are on the device.
+    they are not although it was asked for. params_loaded: whether the parameters are on the device. flops: operations
+    of this rank's forwards and updates so far, as ``verl.engine.flops`` counts them.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class TrainEngine:
         self.unpackable = why_padded(self.module, self.device, self.compute_dtype) if asked else None
         self.packed = asked and self.unpackable is None
         self._forward_flops = ForwardFlops(self.module)
+        self.flops = 0.0
         checkpointing = self.trainable and model_config.enable_gradient_checkpointing
         self._layers = CompiledLayers(self.module, checkpointing) if self.compiles else None
         self.optimizer: Optimizer | None = None
@@ -148,6 +150,7 @@ class TrainEngine:
     def _infer(self, table: pa.Table, batching: Batching, **options: Any) -> dict[str, pa.ListArray]:
         self._need_params()
         packer = Packer(table, self.device, packed=self.packed)
+        self.flops += self._forward_flops(*packer.sizes())
         tokens: list[np.ndarray] = []
         found: dict[str, list[torch.Tensor]] = {}
         with self._forwarding():
@@ -177,16 +180,15 @@ class TrainEngine:
             batch: the table's token columns and ``row_ids`` (see ``MicroBatch.columns``).
             Loss and metrics must add up over micro-batches and ranks to the mini-batch's.
         Gives the metrics' sums over micro-batches and ranks, and ``grad_norm`` (before clipping), ``lr``, and
-        ``skipped``: 1.0 if the gradient was not finite, so that nothing was changed; ``flops`` of the model and
-        ``peak_flops`` a second of the devices (``verl.engine.flops``), over all ranks.
+        ``skipped``: 1.0 if the gradient was not finite, so that nothing was changed.
         """
         if self.optimizer is None:
             raise RuntimeError("this engine was built without an optimizer")
         self._need_params()
-        with peak_within(self.device) as peak:
-            metrics = self._update(table, loss_fn, batching, temperature, entropy)
-            if self.device.type == "cuda" and not metrics["skipped"]:
-                self._find_room(peak())
+        peak = Peak(self.device)
+        metrics = self._update(table, loss_fn, batching, temperature, entropy)
+        if self.device.type == "cuda" and not metrics["skipped"]:
+            self._find_room(peak.bytes)
         return metrics
 
     def _update(
@@ -195,8 +197,8 @@ class TrainEngine:
         assert self.optimizer is not None
         options = {"temperature": _positive(temperature), "entropy": entropy} if self.kind == "policy" else {}
         packer = Packer(table, self.device, packed=self.packed)
-        flops = 3 * self._forward_flops(*packer.sizes())  # a backward is two forwards
-        totals: dict[str, Any] = {"flops": flops, "peak_flops": peak_flops(self.device, self.compute_dtype)}
+        self.flops += 3 * self._forward_flops(*packer.sizes())  # a backward is two forwards
+        totals: dict[str, Any] = {}
         with self._forwarding(updating=True), self._recomputing():
             for micro in self._micro_batches(packer, batching):
                 outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
@@ -313,6 +315,11 @@ class TrainEngine:
             self._params.onload()
         if optimizer and self.trainable:
             self._state.onload(self._state_room)
+
+    @property
+    def peak_flops(self) -> float:
+        """What this rank's device could do at most, operations a second; 0 where that is not known."""
+        return peak_flops(self.device, self.compute_dtype)
 
     @property
     def params_loaded(self) -> bool:

@@ -104,15 +104,21 @@ def backends(device: str) -> dict[str, Any]:
     return chosen
 
 
-def decode_graphs(arguments: Mapping[str, Any], memory: float) -> dict[str, int]:
-    """On a GPU with this much memory (MiB), how many responses SGLang draws at a time by CUDA graphs: as many as run,
-    up to ``GRAPHS``. Its own choice for groups of fewer than 4, below 160 GB, is half of that; more at a time wait for
-    the launch of every kernel. Nothing where another argument decides it, or the memory is small."""
-    if arguments["device"] == "cpu" or arguments["disable_cuda_graph"] or memory < GRAPHS_NEED:
+def cuda_graphs(arguments: Mapping[str, Any], memory: float) -> dict[str, Any]:
+    """What SGLang captures CUDA graphs of, on a GPU with this much memory (MiB), where no other argument decides it.
+
+    Drawing: as many responses at a time as run, up to ``GRAPHS``, where memory is not small. Its own choice for groups
+    of fewer than 4, below 160 GB, is half of that, and more at a time wait for the launch of every kernel. Prefills:
+    none. It would capture those of up to 4,096 tokens, for half a minute or more of each start; a step's prompts come
+    in prefills of ``max_num_batched_tokens``."""
+    named = {name for name in arguments if name.startswith("cuda_graph_") or name.endswith("_cuda_graph")}
+    if arguments["device"] == "cpu" or arguments["disable_cuda_graph"] or "cuda_graph_config" in named:
         return {}
-    if any(name.startswith(("cuda_graph_", "disable_decode_cuda_graph")) for name in arguments):
-        return {}
-    return {"cuda_graph_max_bs_decode": min(arguments["max_running_requests"], GRAPHS)}
+    prefill = {name for name in named if "prefill" in name}
+    chosen: dict[str, Any] = {} if prefill else {"cuda_graph_backend_prefill": "disabled"}
+    if memory >= GRAPHS_NEED and named - prefill <= {"disable_cuda_graph"}:
+        chosen["cuda_graph_max_bs_decode"] = min(arguments["max_running_requests"], GRAPHS)
+    return chosen
 
 
 def environment_of(settings: EngineSettings, inherited: Mapping[str, str], part: Part = WHOLE) -> dict[str, str]:

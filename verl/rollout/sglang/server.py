@@ -15,7 +15,7 @@ import psutil
 from verl.rollout.backend import Draw, Drawn
 from verl.rollout.serve import Orders
 from verl.rollout.server import EngineServer, check_arguments, run
-from verl.rollout.sglang.arguments import SGLANG, decode_graphs
+from verl.rollout.sglang.arguments import SGLANG, cuda_graphs
 from verl.rollout.sglang.receiver import LOADER
 from verl.rollout.sglang.requests import sampling_params
 
@@ -47,7 +47,7 @@ class Server(EngineServer):
 
         super().__init__(orders, SGLANG)
         known = {field.name for field in dataclasses.fields(ServerArgs)}
-        graphs = decode_graphs(arguments, get_device_memory_capacity(arguments["device"]) or 0)
+        graphs = cuda_graphs(arguments, get_device_memory_capacity(arguments["device"]) or 0)
         arguments |= {name: graphs[name] for name in known & graphs.keys()}
         check_arguments(SGLANG, arguments, sorted(known), sglang.__version__)
         self.engine = forking(Engine)(**arguments, custom_weight_loader=[LOADER])

@@ -7,6 +7,7 @@ Token statistics count only tokens that the policy wrote (``response_mask`` 1). 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -173,6 +174,25 @@ def timing_metrics(seconds: dict[str, float], table: pa.Table, *, num_devices: i
     if "step" in seconds:
         metrics["perf/time_per_step"] = seconds["step"]
         metrics["perf/throughput"] = total_tokens / (seconds["step"] * num_devices)
+    return metrics
+
+
+class StageCost(NamedTuple):
+    """What a stage of a model's compute took of one rank. flops: the model's operations; peak_flops: those that the
+    device could do in a second, 0 where that is not known; memory: bytes of the device that tensors had at most."""
+
+    flops: float
+    peak_flops: float
+    memory: int
+
+
+def stage_metrics(name: str, ranks: Sequence[StageCost], seconds: float) -> Metrics:
+    """perf/mfu/{name} and perf/stage_memory_gb/{name} (GiB, the rank with the most) where they are known."""
+    metrics, could = {}, seconds * sum(cost.peak_flops for cost in ranks)
+    if could:
+        metrics[f"perf/mfu/{name.removeprefix('update_')}"] = sum(cost.flops for cost in ranks) / could
+    if memory := max(cost.memory for cost in ranks):
+        metrics[f"perf/stage_memory_gb/{name}"] = memory / GIB
     return metrics
 
 

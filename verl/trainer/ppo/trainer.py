@@ -208,7 +208,7 @@ class PPOTrainer:
             self._send_weights()
 
     def old_log_probs(self, table: pa.Table) -> pa.Table:
-        with self.stage("old_log_prob"), self.loaded("actor"):
+        with self.computing("old_log_prob", "actor"):
             return self.parts.workers.map("old_log_probs", table).result()
 
     def rollout_correction(self, table: pa.Table) -> pa.Table:
@@ -224,13 +224,13 @@ class PPOTrainer:
     def ref_log_probs(self, table: pa.Table) -> pa.Table:
         if "reference" not in self.plan.roles:
             return table
-        with self.stage("ref"), self.loaded("reference"):
+        with self.computing("ref", "reference"):
             return self.parts.workers.map("ref_log_probs", table).result()
 
     def values(self, table: pa.Table) -> pa.Table:
         if "critic" not in self.plan.roles:
             return table
-        with self.stage("values"), self.loaded("critic"):
+        with self.computing("values", "critic"):
             return self.parts.workers.map("values", table).result()
 
     def advantages(self, table: pa.Table) -> pa.Table:
@@ -268,7 +268,7 @@ class PPOTrainer:
             step=self.step,
         )
         found: dict[str, list[float]] = defaultdict(list)
-        with self.stage(f"update_{role}", total=len(batches)) as progress, self.loaded(role, optimizer=True):
+        with self.computing(f"update_{role}", role, total=len(batches), optimizer=True) as progress:
             for number, rows in enumerate(batches):
                 mini = rows_of(table, rows)
                 seed = (self.config.trainer.seed, self.step, number)
@@ -279,9 +279,7 @@ class PPOTrainer:
                     found[name].append(value)
                 progress.advance()
             self.parts.workers.call("step_schedule", role).result()
-        skipped, flops, peak = (found.pop(f"{role}/{name}") for name in ("skipped_steps", "flops", "peak_flops"))
-        if peak[0]:
-            self.metrics[f"perf/mfu/{role}"] = sum(flops) / (peak[0] * self.timer.seconds[f"update_{role}"])
+        skipped = found.pop(f"{role}/skipped_steps")
         self.metrics |= {name: float(np.mean(values)) for name, values in found.items()}
         self.metrics[f"{role}/skipped_steps"] = sum(skipped)
 
@@ -412,6 +410,13 @@ class PPOTrainer:
             yield stage
 
     @contextmanager
+    def computing(self, name: str, role: str, *, total: int | None = None, optimizer: bool = False) -> Iterator[Stage]:
+        """A stage of a model's compute, with what it takes among the metrics."""
+        with self.stage(name, total) as progress, self.loaded(role, optimizer) as costs:
+            yield progress
+        self.metrics |= measure.stage_metrics(name, costs, self.timer.seconds[name])
+
+    @contextmanager
     def _timed_as(self, name: str) -> Iterator[None]:
         """The stages inside count as this one."""
         outer, self.timer = self.timer, StageTimer()
@@ -439,11 +444,12 @@ class PPOTrainer:
                 self.phases.train()
 
     @contextmanager
-    def loaded(self, role: str, optimizer: bool = False) -> Iterator[None]:
-        """The role's model on the device, for a stage."""
+    def loaded(self, role: str, optimizer: bool = False) -> Iterator[list[measure.StageCost]]:
+        """The role's model on the device, for a stage; gives a list that at the end has what it took of each rank."""
+        costs: list[measure.StageCost] = []
         self.parts.workers.call("load", role, optimizer).result()
-        yield
-        self.parts.workers.call("unload", role).result()  # not after an error, which is the end of the run
+        yield costs
+        costs += self.parts.workers.call("unload", role).result()  # not after an error, which is the end of the run
 
     def _dump(self, folder: Path, table: pa.Table) -> list[dict]:
         def decode(rows: list[list[int]]) -> list[str]:

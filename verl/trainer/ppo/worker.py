@@ -17,10 +17,11 @@ from verl.config.models import ActorConfig, Config, CriticConfig, ModelConfig
 from verl.data.schema import with_columns
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import Batching, TrainEngine
+from verl.engine.device_memory import Peak
 from verl.engine.model import Kind
 from verl.trainer.ppo.loss_modes import resolve
 from verl.trainer.ppo.losses import policy_loss, value_loss
-from verl.trainer.ppo.metrics import memory_metrics
+from verl.trainer.ppo.metrics import StageCost, memory_metrics
 
 # The columns that a method reads of its rows, where the table has them.
 SEQUENCES = ("prompt_ids", "response_ids")
@@ -48,7 +49,7 @@ class PPOWorker:
     """Roles: "actor", "critic", "reference" and "reward", those that the plan builds.
 
     A role whose switches say so lives in host memory between stages: ``load`` brings it to the device for a stage,
-    ``unload`` takes it away again.
+    ``unload`` takes it away again, and says what the stage took.
     """
 
     def __init__(self, config: Config, plan: RunPlan):
@@ -59,7 +60,7 @@ class PPOWorker:
         self.engines: dict[str, TrainEngine] = {}
         for role in plan.roles:
             self.engines[role] = self._build(role)
-            self.unload(role)
+            self._offload(role)
         if plan.device == "cuda":  # what was imported and built stays: free_memory's collections need not go through it
             gc.collect()
             gc.freeze()
@@ -89,9 +90,16 @@ class PPOWorker:
     # ---- memory
 
     def load(self, role: str, optimizer: bool = False) -> None:
-        self.engines[role].onload(params=True, optimizer=optimizer)
+        engine = self.engines[role]
+        self._stage = Peak(engine.device), engine.flops
+        engine.onload(params=True, optimizer=optimizer)
 
-    def unload(self, role: str) -> None:
+    def unload(self, role: str) -> StageCost:
+        engine, (peak, flops) = self.engines[role], self._stage
+        self._offload(role)
+        return StageCost(flops=engine.flops - flops, peak_flops=engine.peak_flops, memory=peak.bytes)
+
+    def _offload(self, role: str) -> None:
         switches = self.fsdp_configs[role]
         self.engines[role].offload(params=switches.param_offload, optimizer=switches.optimizer_offload)
 
@@ -99,12 +107,12 @@ class PPOWorker:
     def borrowed(self, role: str) -> Iterator[None]:
         """The role's model on the device, whatever stage it is; afterwards it is where it was."""
         was_here = self.engines[role].params_loaded
-        self.load(role)
+        self.engines[role].onload(params=True)
         try:
             yield
         finally:
             if not was_here:
-                self.unload(role)
+                self._offload(role)
 
     def free_memory(self) -> None:
         """Give what the allocator holds unused back to the device, for others to use."""
@@ -189,9 +197,9 @@ class PPOWorker:
     def restore(self, folder: Path) -> None:
         for role, engine in self.engines.items():
             if engine.trainable:
-                self.load(role, optimizer=True)
+                engine.onload(params=True, optimizer=True)
                 engine.load(folder / role)
-                self.unload(role)
+                self._offload(role)
 
     def _tokenizer(self):
         model = self.config.actor_rollout_ref.model
@@ -216,6 +224,6 @@ def as_batching(split: Split) -> Batching:
 
 def of_role(role: str, found: dict[str, float]) -> dict[str, float]:
     """An engine's metrics under the names that a run reports."""
-    own = {name: f"{role}/{name}" for name in ("grad_norm", "lr", "flops", "peak_flops")}
+    own = {name: f"{role}/{name}" for name in ("grad_norm", "lr")}
     own["skipped"] = f"{role}/skipped_steps"
     return {own.get(name, name): value for name, value in found.items()}

@@ -76,12 +76,13 @@ class SFTTrainer:
 
     def train_step(self, batch: pa.Table) -> Metrics:
         """One optimizer step on the mean loss of all the batch's response tokens."""
+        before = self.engine.flops
         with self.timer("update"):
             found = self.engine.update(weighted(batch), nll_loss, batching=self.batching, entropy=False)
             self.engine.step_schedule()
-        flops, peak = found.pop("flops"), found.pop("peak_flops")
         own = {"grad_norm": "train/grad_norm", "lr": "train/lr", "skipped": "train/skipped_steps"}
-        mfu = {"perf/mfu": flops / (peak * self.timer.seconds["update"])} if peak else {}
+        could = self.engine.peak_flops * self.timer.seconds["update"]
+        mfu = {"perf/mfu": (self.engine.flops - before) / could} if could else {}
         return {own.get(name, name): value for name, value in found.items()} | mfu
 
     def validate(self) -> Metrics:
