@@ -124,12 +124,14 @@ def run_on(gpus: int, run: Path, folder: Path, options: argparse.Namespace) -> N
     print_table(run, left_out=1)
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     weights = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
-    update = steps[-1]["timing_s/update_weights"] - steps[-1]["timing_s/check_weights"]
+    later = steps[1:]
+    update = statistics.median(step["timing_s/update_weights"] - step["timing_s/check_weights"] for step in later)
     buckets = -(-weights // BUCKET)
     print(f"weights of {len(steps)} steps compared on all ranks")
     print(f"a weight update: {update:.3f} s, buckets: {buckets}, ms for each: {update / buckets * 1000:.0f}")
-    parts = {name.rsplit("/", 1)[1]: steps[-1][name] for name in steps[-1] if name.startswith("timing_part_s/update")}
-    print("of it, s: " + ", ".join(f"{name} {parts[name]:.3f}" for name in sorted(parts)))
+    names = sorted(name for name in later[0] if name.startswith("timing_part_s/update"))
+    parts = {name.rsplit("/", 1)[1]: statistics.median(step[name] for step in later) for name in names}
+    print("of it, s: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items()))
     for line in free_memory_at_start(run):
         print(line)
     curve.print(seconds=steps[-1]["timing_s/step"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from engine_helpers import VOCAB
+from engine_helpers import ALL, VOCAB, build, make_table, save_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from verl.engine.flops import ForwardFlops, peak_flops
@@ -53,3 +53,17 @@ def test_sequences_and_predicted_tokens_add_up():
 
 def test_no_peak_is_claimed_for_a_cpu():
     assert peak_flops(torch.device("cpu"), torch.bfloat16) == 0.0
+
+
+def test_an_engine_adds_up_its_forwards_and_thrice_as_much_for_an_update(tmp_path):
+    engine, table = build(save_tiny_model(tmp_path)), make_table(4)
+    prompts, responses = (np.array([len(row) for row in table[name]]) for name in ("prompt_ids", "response_ids"))
+    predicts = responses > 0
+    tokens = prompts[predicts] + responses[predicts] - 1  # nothing comes after the last
+    forward = ForwardFlops(engine.module)(tokens, responses[predicts])
+    assert engine.flops == 0
+    assert forward > 0
+    engine.log_probs(table, temperature=1.0, batching=ALL)
+    assert engine.flops == pytest.approx(forward)
+    engine.update(table, lambda outputs, batch: (outputs["log_probs"].sum(), {}), batching=ALL)
+    assert engine.flops == pytest.approx(4 * forward)

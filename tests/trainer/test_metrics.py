@@ -11,6 +11,7 @@ import torch
 
 from verl.data.schema import COLUMNS
 from verl.trainer.ppo.metrics import (
+    StageCost,
     data_metrics,
     explained_variance,
     length_metrics,
@@ -18,6 +19,7 @@ from verl.trainer.ppo.metrics import (
     rollout_mismatch_metrics,
     seqlen_metrics,
     sequence_lengths,
+    stage_metrics,
     timing_metrics,
 )
 
@@ -199,3 +201,12 @@ def test_metrics_are_plain_floats_that_json_takes():
     metrics = data_metrics(table(), max_prompt_length=4) | rollout_mismatch_metrics(table())
     assert json.loads(json.dumps(metrics)) == metrics
     assert all(type(value) is float for value in metrics.values())
+
+
+def test_a_stage_uses_its_share_of_what_all_its_devices_could_do_and_the_most_memory_of_one():
+    ranks = [StageCost(flops=6e12, peak_flops=4e12, memory=3 << 30), StageCost(2e12, 4e12, 1 << 30)]
+    assert stage_metrics("update_actor", ranks, seconds=2.0) == {
+        "perf/mfu/actor": pytest.approx(0.5),
+        "perf/stage_memory_gb/update_actor": 3.0,
+    }
+    assert stage_metrics("ref", [StageCost(6e12, 0.0, 0)], seconds=2.0) == {}  # a CPU's

@@ -3,6 +3,7 @@ orders that make no sense; its backend, the workers and the stages only note wha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -252,9 +253,25 @@ def test_what_a_weight_update_spent_its_time_on_is_reported():
     log: list[str] = []
     engine = ClientEngine(Backend(log, BOTH), eos_token_ids=[1], max_model_len=10, vocab_size=10)
     put_to_sleep(engine)
-    trainer = Trainer(engine, log)
+    trainer, takes = Trainer(engine, log), {"free_memory": 0.05, "load": 0.01, "unload": 0.02}
+    call = trainer.parts.workers.call
+
+    def slow(method: str, *arguments: Any) -> Future:
+        time.sleep(takes[method])
+        return call(method, *arguments)
+
+    trainer.parts.workers.call = slow
+
+    def parts() -> dict[str, float]:
+        start = "timing_part_s/update_weights/"
+        return {name.removeprefix(start): value for name, value in trainer.metrics.items() if name.startswith(start)}
+
     trainer.update_rollout_weights()
-    parts = {name: value for name, value in trainer.metrics.items() if name.startswith("timing_part_s/")}
-    assert parts == {"timing_part_s/update_weights/gather": 0.25, "timing_part_s/update_weights/wait": 0.5}
+    assert parts().keys() == {"room", "load", "gather", "wait"}
+    assert (parts()["gather"], parts()["wait"]) == (0.25, 0.5)
+    assert parts()["room"] >= 0.05
+    assert parts()["load"] >= 0.03
+    assert parts()["room"] + parts()["load"] <= trainer.timer.seconds["update_weights"]
     trainer.update_rollout_weights()  # one more in the same step
-    assert trainer.metrics["timing_part_s/update_weights/wait"] == 1.0
+    assert parts()["wait"] == 1.0
+    assert parts()["load"] >= 0.06

@@ -21,7 +21,7 @@ def test_the_steps_of_a_tensor_parallel_group_run_and_their_weights_are_compared
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "weights of 2 steps compared on all ranks" in done.stdout
-    parts = ("arrive", "close", "gather", "model", "open", "wait")
+    parts = ("arrive", "close", "gather", "load", "model", "open", "room", "wait")
     assert re.search("of it, s: " + ", ".join(rf"{part} [\d.]+" for part in parts), done.stdout)
     assert re.search(r"free when the engine starts, GB: TP0 [\d.]+, TP1 [\d.]+; spread", done.stdout)
     for stage in ("gen", "update_actor", "update_critic", "update_weights"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -98,6 +99,39 @@ def shard(
 
 def sharded_modules(root: nn.Module) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def whole_parameters(root: nn.Module, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor, in the dtype of forwards) of each parameter of ``module``, which is in the sharded ``root``.
+
+    What is sharded together (a layer) is gathered together, and there until the last of it has been taken. Collective.
+    """
+    owners = _owners(root, module)
+    to_come = Counter(owners.values())
+    gathered: set[FSDPModule] = set()
+    try:
+        for name, owner in owners.items():
+            if owner not in gathered:
+                if not isinstance(module.get_parameter(name), DTensor):
+                    raise RuntimeError(
+                        f"{name} is whole, and FSDP's to free: a rollout that borrows the model still draws"
+                    )
+                owner.unshard()
+                gathered.add(owner)
+            yield name, module.get_parameter(name).detach().clone()
+            to_come[owner] -= 1
+            if not to_come[owner]:
+                owner.reshard()
+    finally:
+        for owner in gathered:
+            owner.reshard()
+
+
+def _owners(root: nn.Module, module: nn.Module) -> dict[str, FSDPModule]:
+    """Of each of the module's parameters, the innermost module around it that was sharded."""
+    sharded = (part for part in root.modules() if isinstance(part, FSDPModule))
+    owners = {id(param): part for part in sharded for param in part.parameters()}  # inner ones come later
+    return {name: owners[id(param)] for name, param in module.named_parameters()}
 
 
 def receive_from_first(root: nn.Module, source: nn.Module | None, device: torch.device) -> None:

@@ -14,7 +14,6 @@ import pyarrow as pa
 import torch
 import transformers
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from verl.engine import checkpoint, offload
@@ -23,7 +22,6 @@ from verl.engine.checkpoint_names import CheckpointNames, share_conversions
 from verl.engine.compile import PLAIN, CompiledLayers
 from verl.engine.device_memory import Peak
 from verl.engine.distributed import (
-    full,
     max_over_ranks,
     on_first_rank,
     rank,
@@ -31,6 +29,7 @@ from verl.engine.distributed import (
     shard,
     sharded_modules,
     sum_over_ranks,
+    whole_parameters,
     world_size,
 )
 from verl.engine.flops import ForwardFlops, peak_flops
@@ -264,8 +263,8 @@ class TrainEngine:
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole tensor), the names and shapes those of a saved model: tied parameters come once, fused experts
-        one by one. Parameters are in the compute dtype, buffers as they are. Gathered one at a time, in the same order
-        on every rank. Collective: every rank consumes all of it."""
+        one by one. Parameters are in the compute dtype, buffers as they are. Gathered a layer at a time, in the same
+        order on every rank. Collective: every rank consumes all of it."""
         yield from self._checkpoint_names.stream(self._module_weights())
 
     @cached_property
@@ -275,10 +274,11 @@ class TrainEngine:
     def _module_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All that is saved, under the names that it has in the module."""
         self._need_params()
-        for name, param in self.module.named_parameters():
-            if world_size() > 1 and not isinstance(param, DTensor):
-                raise RuntimeError(f"{name} is whole, and FSDP's to free: a rollout that borrows the model still draws")
-            yield name, full(param.detach().to(self.compute_dtype))
+        if world_size() > 1:
+            yield from whole_parameters(self.root, self.module)
+        else:
+            for name, param in self.module.named_parameters():
+                yield name, param.detach().to(self.compute_dtype)
         for name in self._checkpoint_names.persistent_buffers:
             yield name, self.module.get_buffer(name)
 

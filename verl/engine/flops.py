@@ -38,7 +38,7 @@ class ForwardFlops:
         """lengths: tokens of each sequence. predicted: those of them that go through the head. Causal attention, over
         all earlier tokens: a sliding window is not taken off."""
         pairs = (lengths.astype(np.float64) * (lengths + 1) / 2).sum()
-        return 2.0 * (self.body * lengths.sum() + self.head * predicted.sum()) + 4.0 * self.attention * pairs
+        return float(2.0 * (self.body * lengths.sum() + self.head * predicted.sum()) + 4.0 * self.attention * pairs)
 
 
 def _weights(module: nn.Module, config: transformers.PreTrainedConfig) -> float:

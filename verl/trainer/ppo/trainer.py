@@ -290,15 +290,22 @@ class PPOTrainer:
 
     def _send_weights(self) -> None:
         rollout, holds = self.parts.rollout, self.parts.rollout.capabilities.holds_weights
+        part = StageTimer()
         with self.stage("update_weights"):
-            self.phases.update()
-            with self.loaded("actor"):
+            with part("room"):
+                self.phases.update()
+            with part("around"), self.loaded("actor"), part("inside"):
                 asyncio.run(rollout.update_weights(self.parts.weights() if holds else (), version=self.weights_version))
-                for kind, seconds in rollout.update_seconds.items():  # of all updates of the step, as the stage's
-                    name = f"timing_part_s/update_weights/{kind}"
-                    self.metrics[name] = self.metrics.get(name, 0.0) + seconds
                 if self.check_weights_now:
                     self.check_weights()
+        if holds:
+            ours = {"room": part.seconds["room"], "load": part.seconds["around"] - part.seconds["inside"]}
+            for kind, seconds in {
+                **ours,
+                **rollout.update_seconds,
+            }.items():  # of all updates of the step, as the stage's
+                name = f"timing_part_s/update_weights/{kind}"
+                self.metrics[name] = self.metrics.get(name, 0.0) + seconds
 
     def check_weights(self) -> None:
         with self.stage("check_weights"):
