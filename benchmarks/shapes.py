@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -69,9 +70,11 @@ def write_random_model(shape: str, folder: Path, device: str, seed: int = 0) -> 
         torch.cuda.empty_cache()
 
 
-def write_prompts(path: Path, count: int, tokens: int) -> None:
-    """Prompts of at least so many tokens: to be cut to length (data.truncation=left)."""
-    text = " ".join(["What is 12 plus 7 ?"] * tokens)
-    prompts = [[{"role": "user", "content": f"{number} {text}"}] for number in range(count)]
+def write_prompts(path: Path, count: int, tokens: int, seed: int = 0) -> None:
+    """Prompts of at least so many tokens, to be cut to length (data.truncation=left). Any piece of one differs from all
+    of another: an engine that keeps what it has computed of equal beginnings saves nothing."""
+    random = np.random.default_rng(seed)
+    texts = [" ".join(map(str, random.integers(10**8, 10**9, tokens // 8 + 8))) for _ in range(count)]  # 10 tokens each
+    prompts = [[{"role": "user", "content": text}] for text in texts]
     truths = [{"ground_truth": "0"}] * count
     pq.write_table(pa.table({"prompt": prompts, "data_source": ["none"] * count, "reward_model": truths}), path)

@@ -258,6 +258,19 @@ def test_messages_in_parts_are_refused_before_anything_starts(small, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+def test_examples_with_images_are_refused_unless_their_column_is_left_alone(small, tmp_path, capsys):
+    rows = pq.read_table(small / "train.parquet")
+    images = pa.array([[]] * 5 + [["a.png"]] * (rows.num_rows - 5), pa.list_(pa.string()))
+    pq.write_table(rows.append_column("images", images), tmp_path / "images.parquet")
+    keys = {"data__train_files": tmp_path / "images.parquet", "trainer__dry_run": True}
+    assert main(arguments(small, tmp_path / "run", **keys)) != 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "its row 5 has images (column 'images'): models are trained on text alone" in said
+    assert main(arguments(small, tmp_path / "run", **keys, data__image_key="null")) == 0
+    assert main(arguments(small, tmp_path / "run", **keys, data__image_key="picture")) == 0
+    assert "data.image_key has no effect: no data file has a column 'picture'" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_the_plan_without_torch(small, tmp_path):
     code = "import sys; from verl.trainer.main_sft import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", code, *arguments(small, tmp_path / "run", trainer__dry_run=True)]

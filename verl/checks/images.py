@@ -14,7 +14,7 @@ from verl.checks.findings import Findings
 
 if TYPE_CHECKING:
     from verl.config.generation import GenerationDataConfig
-    from verl.config.models import DataConfig
+    from verl.config.models import DataConfig, SFTDataConfig
 
 BATCH = 256  # rows read at a time: they may hold the pictures themselves
 
@@ -23,15 +23,15 @@ def check_images(
     findings: Findings,
     key: str,
     files: str | Sequence[str],
-    data: DataConfig | GenerationDataConfig,
-    limit: int,
-    engine: str,
+    data: DataConfig | GenerationDataConfig | SFTDataConfig,
+    limit: int = -1,
+    engine: str | None = None,
 ) -> None:
     """No row that the run uses has an image, in a column of their own or in its messages; the first one of each file is
     named.
 
-    key: that names the files. limit: rows that are used of all files together, the first; -1: all. Files that cannot be
-    read are not this check's business.
+    key: that names the files. limit: rows that are used of all files together, the first; -1: all. engine: that draws,
+    if one does. Files that cannot be read are not this check's business.
     """
     check_messages(findings, key, files, data.prompt_key)
     if data.image_key is None:
@@ -44,10 +44,10 @@ def check_images(
         except (OSError, pa.ArrowException):
             continue
         if row is not None:
-            why = (
-                f"its row {row} has images (column {data.image_key!r}): {engine} does not take them, nor does any "
-                "other engine in this version, and models are trained on text alone"
-            )
+            why = f"its row {row} has images (column {data.image_key!r}): "
+            if engine:
+                why += f"{engine} does not take them, nor does any other engine in this version, and "
+            why += "models are trained on text alone"
             fix = "write it without rows that have images, or train on the text alone: data.image_key=null"
             findings.problem(key, file, why, fix)
         if limit >= 0:

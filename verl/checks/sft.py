@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from verl.checks.files import check_output_folder, check_parquet
+from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.findings import Findings
 from verl.checks.host_budget import HostBudget, budget_of_sft
 from verl.checks.host_memory import check_host_memory
-from verl.checks.images import check_messages
+from verl.checks.images import check_image_key, check_images
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import ModelFacts, check_model, check_tokenizer_path
 from verl.checks.plan import ModelSize
@@ -24,8 +24,12 @@ def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:
     config, findings = loaded.draft, Findings(notices=list(loaded.notices))
     rows = train_rows(findings, config)
     data, trainer = config.data, config.trainer
-    check_messages(findings, "data.train_files", data.train_files, data.prompt_key)
-    check_messages(findings, "data.val_files", data.val_files, data.prompt_key)
+    sets = {"data.train_files": data.train_files, "data.val_files": data.val_files}
+    for key, files in sets.items():
+        check_images(findings, key, files, data)
+    check_image_key(
+        findings, data.image_key, [file for files in sets.values() for file in paths(files)], loaded.set_keys
+    )
     if rows is not None and rows < data.train_batch_size:
         why = f"the training data has only {rows} rows"
         findings.problem("data.train_batch_size", data.train_batch_size, why, f"set it to {rows} or less")

@@ -9,6 +9,13 @@ from pydantic import Field
 from verl.config.base import CountOrAll, PositiveInt, Section, Strings, derived
 
 Truncation = Literal["error", "left", "right", "middle"]
+ImageKey = Annotated[
+    str | None,
+    Field(
+        description="Column with the prompt's images, which nothing takes yet: rows that have any are refused; null: "
+        "they are not looked at.",
+    ),
+]
 
 
 class DataConfig(Section):
@@ -20,11 +27,7 @@ class DataConfig(Section):
     )
     prompt_key: str = Field("prompt", description="Column with the prompt's chat messages.")
     reward_fn_key: str = Field("data_source", description="Column that names the data set, which chooses the scorer.")
-    image_key: str | None = Field(
-        "images",
-        description="Column with the prompt's images, which nothing takes yet: rows that have any are refused; null: "
-        "they are not looked at.",
-    )
+    image_key: ImageKey = "images"
     train_batch_size: PositiveInt = Field(
         1024, description="Prompts of a step, over all ranks; each gets rollout.n responses."
     )
@@ -50,6 +53,7 @@ class SFTDataConfig(Section):
     )
     prompt_key: str = Field("prompt", description="Column with the prompt's chat messages.")
     response_key: str = Field("response", description="Column with the response's text; only it is trained on.")
+    image_key: ImageKey = "images"
     train_batch_size: PositiveInt = Field(64, description="Examples of an optimizer step, over all ranks.")
     micro_batch_size_per_gpu: PositiveInt | None = Field(
         None,

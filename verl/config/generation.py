@@ -8,7 +8,7 @@ from annotated_types import Gt, Lt
 from pydantic import Field
 
 from verl.config.base import CountOrAll, Device, PositiveInt, Section, Strings
-from verl.config.data import Truncation
+from verl.config.data import ImageKey, Truncation
 from verl.config.trainer import PlacementConfig
 
 Files = Annotated[Strings, Field(min_length=1)]
@@ -22,11 +22,7 @@ class GenerationDataConfig(Section):
         "responses."
     )
     prompt_key: str = Field("prompt", description="Column with the prompt's chat messages.")
-    image_key: str | None = Field(
-        "images",
-        description="Column with the prompt's images, which nothing takes yet: rows that have any are refused; null: "
-        "they are not looked at.",
-    )
+    image_key: ImageKey = "images"
     batch_size: PositiveInt = Field(
         1024, description="Prompts answered together; what a batch gave is safe on disk when it ends."
     )
