@@ -343,7 +343,7 @@ def test_a_server_that_dies_in_the_middle_ends_all_its_requests(start, connect, 
 def test_a_server_that_hangs_is_given_up_after_a_while(start, connect):
     server = start()
     engine = connect(server, times=replace(QUICK, probe_timeout=0.2, dead_after=0.4))
-    server.say |= {"/generate": hang, "/health": hang}
+    server.say |= {"/generate": hang, "/server_info": hang}
     began = time.monotonic()
     with pytest.raises(EngineDied, match="no sign of life"):
         generate(engine, request())
@@ -353,8 +353,9 @@ def test_a_server_that_hangs_is_given_up_after_a_while(start, connect):
 def test_a_slow_server_that_answers_probes_is_waited_for(start, connect):
     server = start(step=0.05)
     engine = connect(server)
+    before = len(server.bodies("/server_info"))
     check(generate(engine, request(tokens=20))[0], request(tokens=20))  # a second, without a word in between
-    assert len(server.bodies("/health")) > 5
+    assert len(server.bodies("/server_info")) > before + 5
 
 
 @pytest.mark.parametrize("stop", [(), ("never",)], ids=["whole", "streamed"])
@@ -565,17 +566,27 @@ def test_a_server_that_dies_of_an_update_is_told_as_such(start, connect):
 # --- memory and health -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("asleep", [False, True])
+def test_a_sign_of_life_costs_no_token(start, connect, asleep):
+    """As /health would: whoever then orders the server to load weights, or had it put to sleep, would end it."""
+    server = start(step=0.05, enable_memory_saver=True)
+    engine = connect(server)
+    generate(engine, request(tokens=10))
+    if asleep:
+        asyncio.run(engine.sleep(["kv_cache"]))
+    before = len(server.bodies("/server_info"))
+    asyncio.run(engine.health())
+    assert len(server.bodies("/server_info")) == before + 1
+    assert server.bodies("/health") == []
+
+
 def test_a_server_sleeps_only_if_it_was_started_for_that(start, connect):
     with pytest.raises(Unsupported):
         asyncio.run(connect(start()).sleep(["kv_cache"]))
     server = start(enable_memory_saver=True)
     engine = connect(server)
     asyncio.run(engine.sleep(["kv_cache"]))
-    asyncio.run(engine.health())
-    assert server.bodies("/health") == []  # it would draw a token
     asyncio.run(engine.wake(["kv_cache"]))
-    asyncio.run(engine.health())
-    assert len(server.bodies("/health")) == 1
     assert server.bodies("/release_memory_occupation") == [{"tags": ["kv_cache"]}]
 
 

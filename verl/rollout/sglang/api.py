@@ -16,6 +16,9 @@ from verl.rollout.backend import EngineDied
 
 CONNECT_TIMEOUT = 10.0  # seconds
 ANSWER_TIMEOUT = 60.0  # of orders that do no work on weights
+# The scheduler answers it, and draws nothing for it. /health draws a token wherever nothing else is drawn: an order to
+# load weights or to sleep that comes just then ends SGLang, which asserts that it is idle.
+SIGN_OF_LIFE = "/server_info"
 
 Answer = TypeVar("Answer")
 

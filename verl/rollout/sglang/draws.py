@@ -1,7 +1,7 @@
 """Draws that are under way on an SGLang server: asked for, read, recalled, and given up when the server is gone.
 
 draw ──> POST /generate ──(an answer, or lots of a stream)──> reports
-             │  meanwhile GET /health, now and then
+             │  meanwhile it is asked for a sign of life, now and then
              └─(the connection broke, the server lives)──> once more, from the token that is due
 """
 
@@ -20,7 +20,7 @@ import httpx
 
 from verl.errors import UserError
 from verl.rollout.backend import Draw, Drawn, EngineDied, Listener
-from verl.rollout.sglang.api import Refused, ServerAPI, Unreachable
+from verl.rollout.sglang.api import SIGN_OF_LIFE, Refused, ServerAPI, Unreachable
 from verl.rollout.sglang.requests import sampling_params
 
 MOST_OPEN = 1024  # connections to one server
@@ -32,8 +32,8 @@ OVERLOADED = (502, 503, 504)
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. probe_every, probe_timeout: of a look at the server while it draws; SGLang itself takes up to 20 to say
-    that it is not well. dead_after: without a sign of life. idle: until it has stopped drawing what it was told to."""
+    """Seconds. probe_every, probe_timeout: of a look at the server while it draws. dead_after: without a sign of life.
+    idle: until it has stopped drawing what it was told to."""
 
     probe_every: float = 5.0
     probe_timeout: float = 30.0
@@ -119,7 +119,7 @@ class ServerDraws:
                     raise EngineDied(f"{error}, {ATTEMPTS} times in a row") from error
                 await asyncio.sleep(self._times.retry_after * attempt)
                 with contextlib.suppress(Refused):  # one that is not well for long is taken out by the watch
-                    await self._api.get("/health", self._times.probe_timeout)
+                    await self._api.get(SIGN_OF_LIFE, self._times.probe_timeout)
 
     async def _ask(self, work: _UnderWay) -> None:
         """One answer of the server, from the token that is due."""
@@ -223,7 +223,7 @@ class ServerDraws:
         while self._under_way:
             await asyncio.sleep(self._times.probe_every)
             try:
-                await self._api.get("/health", self._times.probe_timeout)
+                await self._api.get(SIGN_OF_LIFE, self._times.probe_timeout)
                 self._sign = time.monotonic()
             except (Unreachable, Refused) as error:
                 silent = time.monotonic() - self._sign

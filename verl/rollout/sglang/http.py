@@ -1,7 +1,7 @@
 """An SGLang server that was started elsewhere, as a backend of ``ClientEngine``: everything goes over HTTP.
 
     client ── draw, recall ──> event loop in a thread ── POST /generate ──> server
-    client <── drawn, died ──┘       └── GET /health, while anything is under way
+    client <── drawn, died ──┘       └── a sign of life, while anything is under way
 
 The server is this run's alone: its weights are replaced. Every answer says which weights drew it, so a server that was
 restarted in between, or was given weights by somebody else, is taken for dead and not for a source of samples.
@@ -23,7 +23,7 @@ import torch
 from verl.errors import UserError
 from verl.rollout.backend import Draw, EngineDied, Listener, WeightStream
 from verl.rollout.base import Capabilities, MemoryTag
-from verl.rollout.sglang.api import Refused, ServerAPI, Unreachable
+from verl.rollout.sglang.api import SIGN_OF_LIFE, Refused, ServerAPI, Unreachable
 from verl.rollout.sglang.draws import ServerDraws, Times
 from verl.rollout.sglang.payload import update_body
 from verl.rollout.sglang.probes import MOST_ELEMENTS, ROWS, ReadBack, compare_scores, probe_prompt
@@ -238,9 +238,7 @@ class SGLangServer:
             await asyncio.sleep(self._times.recall_every)
 
     def health(self) -> None:
-        """/health draws a token if nothing else is drawn, which memory that is asleep would not survive."""
-        path = "/server_info" if self._asleep else "/health"
-        self._order(self._api.get(path, self._times.probe_timeout))
+        self._order(self._api.get(SIGN_OF_LIFE, self._times.probe_timeout))
 
     def close(self) -> None:
         """The server stays, with the weights that it has, and awake, as the next run will take it to be."""
