@@ -15,18 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
+ROUNDS = 2
 
-def training(model: Path, shape: str, device: str) -> dict[str, float]:
+
+def training(model: Path, shape: str, device: str, prompt: int, response: int, micro: int) -> dict[str, float]:
     """``update`` (forward and backward, no optimizer) and ``infer`` (log-prob forward)."""
     script = Path(__file__).parent / "train_engine.py"
-    options = ["--shape", shape, "--device", device, "--model", model, "--rounds", "2", "--one", "anchor"]
+    options = ["--shape", shape, "--device", device, "--model", model, "--rounds", str(ROUNDS), "--one", "anchor"]
+    options += ["--prompt", str(prompt), "--response", str(response), "--micro", str(micro)]
     found = subprocess.run([sys.executable, script, *options], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def generation(settings: Sequence[str], prompts: int, prompt: int, response: int, rounds: int = 2) -> float:
+def generation(settings: Sequence[str], prompt: int, response: int) -> float:
     """Tokens a second, those of prompts and responses. settings: the run's. The first round, left out, warms up."""
-    from rollout_sglang import BareSGLang, graphs_of
+    from rollout_sglang import BareSGLang
 
     from verl.checks.plan import plan_run
     from verl.config.load import load
@@ -34,14 +37,14 @@ def generation(settings: Sequence[str], prompts: int, prompt: int, response: int
     from verl.trainer.ppo.engines import engine_settings, vocab_size_of
 
     config: Config = load(settings).config
-    plan = plan_run(config, device=config.trainer.device, train_rows=prompts)
+    plan = plan_run(config, device=config.trainer.device)
     engine, vocabulary = engine_settings(config, plan), vocab_size_of(config.actor_rollout_ref.model)
     started = time.perf_counter()
-    bare = BareSGLang(engine, response, **graphs_of(engine))
+    bare = BareSGLang(engine, response)
     bare.wait()
     print(f"bare SGLang took {time.perf_counter() - started:.0f} s to start", file=sys.stderr)
     random, rates = np.random.default_rng(0), []
-    for _ in range(rounds + 1):
-        rates.append(bare.tokens_per_s(random.integers(5, vocabulary, (prompts, prompt)).tolist()))
+    for _ in range(ROUNDS + 1):
+        rates.append(bare.tokens_per_s(random.integers(5, vocabulary, (plan.trajectories, prompt)).tolist()))
     bare.close()
     return float(np.median(rates[1:])) * (prompt + response) / response

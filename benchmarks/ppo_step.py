@@ -21,6 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+MICRO = 32768  # tokens of a micro-batch
 GENERATION = ("gen",)
 MODELS = ("old_log_prob", "ref", "values", "update_actor", "update_critic")
 
@@ -54,10 +55,10 @@ def anchors_of(model: Path, settings: list[str], options: argparse.Namespace) ->
     """Tokens a second by stage."""
     import anchors
 
-    trains = anchors.training(model, options.shape, options.device)
+    trains = anchors.training(model, options.shape, options.device, *options.lengths, micro=MICRO)
     found = {"update_actor": trains["update"], "old_log_prob": trains["infer"], "ref": trains["infer"]}
     if options.engine == "sglang":
-        found["gen"] = anchors.generation(settings, options.prompts, *options.lengths)
+        found["gen"] = anchors.generation(settings, *options.lengths)
     print(f"bare: {found}", file=sys.stderr)
     return found
 
@@ -82,8 +83,8 @@ def prepare(folder: Path, options: argparse.Namespace) -> list[str]:
         f"actor_rollout_ref.model.path={folder}/model",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={options.mini}",
         "actor_rollout_ref.actor.use_kl_loss=True",
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=32768",
-        "critic.ppo_max_token_len_per_gpu=32768",
+        f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={MICRO}",
+        f"critic.ppo_max_token_len_per_gpu={MICRO}",
         f"actor_rollout_ref.rollout.name={options.engine}",
         "actor_rollout_ref.rollout.ignore_eos=True",
         f"custom_reward_function.path={folder}/reward.py",
@@ -107,7 +108,7 @@ def print_table(folder: Path, left_out: int, anchors: dict[str, float] | None = 
     tokens, whole = median["perf/total_num_tokens"], median["timing_s/step"]
     print(f"{len(steps)} steps, {os.cpu_count()} cores, {tokens:,.0f} tokens a step\n")
     bare = f"{'bare':>11}{'of it':>8}" if anchors else ""
-    print(f"{'stage':<16}{'seconds':>9}{'of step':>9}{'tokens/s':>11}{'MFU':>8}{'peak GB':>9}{bare}")
+    print(f"{'stage':<16}{'seconds':>9}{'of step':>9}{'tokens/s':>11}{'MFU':>8}{'peak GiB':>9}{bare}")
     stages = sorted(name.removeprefix("timing_s/") for name in names if name.startswith("timing_s/"))
     for stage in sorted(stages, key=lambda stage: -median[f"timing_s/{stage}"]):
         seconds = median[f"timing_s/{stage}"]

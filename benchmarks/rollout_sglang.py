@@ -60,9 +60,7 @@ def main() -> None:
             },
         )
         started = time.perf_counter()
-        bare = None
-        if "generate" in options.parts:  # starts meanwhile
-            bare = BareSGLang(settings, options.response, **graphs_of(settings))
+        bare = BareSGLang(settings, options.response) if "generate" in options.parts else None  # starts meanwhile
         backend = OwnProcess(SGLANG, settings, log=Path(options.log), bucket_bytes=options.bucket * MIB)
         report(results, "start", {"seconds": time.perf_counter() - started, "engine": backend.describe()}, options)
         try:
@@ -134,14 +132,15 @@ def timed_ours(engine: ClientEngine, prompts: list[list[int]], options: argparse
 
 
 class BareSGLang:
-    """In a process of its own, as its workers' end would be this one's."""
+    """With the arguments that our engine gives it; in a process of its own, as its workers' end would be this one's."""
 
-    def __init__(self, settings: EngineSettings, response: int, **arguments: Any):
-        """arguments: of SGLang, beside those that our engine would give it."""
+    def __init__(self, settings: EngineSettings, response: int):
         self._pipe, child = mp.get_context("spawn").Pipe()
-        given = arguments_of(settings) | arguments
+        arguments = arguments_of(settings)
+        memory = torch.cuda.get_device_properties(0).total_memory / MIB if CUDA else 0
+        arguments |= cuda_graphs(arguments, memory)
         self._process = mp.get_context("spawn").Process(
-            target=bare_engine, args=(child, given, environment_of(settings, {}), response)
+            target=bare_engine, args=(child, arguments, environment_of(settings, {}), response)
         )
         self._process.start()
 
@@ -156,12 +155,6 @@ class BareSGLang:
         self._pipe.send(None)
         self._process.join(30)
         self._process.kill()
-
-
-def graphs_of(settings: EngineSettings) -> dict[str, Any]:
-    """What our server adds for the GPU that it finds."""
-    memory = torch.cuda.get_device_properties(0).total_memory / MIB if CUDA else 0
-    return cuda_graphs(arguments_of(settings), memory)
 
 
 def bare_engine(pipe: Any, arguments: dict[str, Any], environment: dict[str, str], response: int) -> None:

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-PROMPT, RESPONSE = 512, 1024
 VARIANTS = {  # keys of the engine
     "anchor": {},
     "engine": {},
@@ -40,6 +39,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1 << 16, help="of a mini-batch")
     parser.add_argument("--micro", type=int, default=16384, help="tokens of a micro-batch")
     parser.add_argument("--lengths", choices=["equal", "ragged"], default="equal", help="of the responses")
+    parser.add_argument("--prompt", type=int, default=512, help="longest prompt")
+    parser.add_argument("--response", type=int, default=1024, help="longest response")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help=", ".join(VARIANTS))
     parser.add_argument("--model", type=Path, help="folder of the model; made if it is not there")
@@ -79,9 +80,10 @@ def make_rows(options: argparse.Namespace, vocabulary: int):
 
     random = np.random.default_rng(0)
     prompts, responses, total = [], [], 0
-    while total + PROMPT + RESPONSE <= options.tokens:
-        length = RESPONSE if options.lengths == "equal" else int(random.lognormal(5.5, 0.8)) % RESPONSE + 1
-        prompts.append(random.integers(5, vocabulary, PROMPT if options.lengths == "equal" else PROMPT // 4))
+    prompt, response = options.prompt, options.response
+    while total + prompt + response <= options.tokens:
+        length = response if options.lengths == "equal" else int(random.lognormal(5.5, 0.8)) % response + 1
+        prompts.append(random.integers(5, vocabulary, prompt if options.lengths == "equal" else prompt // 4))
         responses.append(random.integers(5, vocabulary, length))
         total += len(prompts[-1]) + length
     response = Ragged.from_rows(responses, np.int32)

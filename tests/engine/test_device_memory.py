@@ -1,4 +1,4 @@
-"""Peaks of a GPU's memory, on counters that stand in for torch's (tests/gpu has the real ones)."""
+"""Peaks of a GPU's memory, on counters that stand in for torch's."""
 
 import gc
 

@@ -11,6 +11,8 @@ import transformers
 from engine_helpers import ALL, LOSSES, VOCAB, build, make_table, weights_of
 from forks import run_ranks
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import Chunk, WeightConverter, revert_weight_conversion
 
 from verl.config.parts import ModelConfig
@@ -128,6 +130,36 @@ def test_two_ranks_stream_and_export_what_one_process_does(model_of, tmp_path, a
     assert len({(tmp_path / ranks / "config.json").read_text() for ranks in ("two", "one")}) == 1
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert_same(reloaded.state_dict(), one.module.state_dict())
+
+
+def gathered_meanwhile(rank: int, world_size: int, model: str) -> tuple[list[int], int, list[bool]]:
+    """At each tensor, how many sharded modules are whole; how many after a stream that was left early; whether each
+    tensor is still what it was when the stream is over."""
+    engine = build(model)
+    owner = {}  # of each parameter: the innermost sharded module
+    for prefix, module in engine.root.named_modules():
+        if isinstance(module, FSDPModule):
+            owner |= {f"{prefix}.{name}".strip("."): prefix for name, _ in module.named_parameters()}
+    assert len(set(owner.values())) == 3  # two layers and the rest
+
+    def whole() -> int:
+        return len({owner[name] for name, param in engine.root.named_parameters() if not isinstance(param, DTensor)})
+
+    kept, counts = [], []
+    for _, tensor in engine.weights():
+        counts.append(whole())
+        kept.append((tensor, tensor.clone()))
+    early = engine.weights()
+    next(early)
+    early.close()
+    return counts, whole(), [torch.equal(*both) for both in kept]
+
+
+def test_no_more_than_a_layer_is_gathered_at_a_time_and_nothing_stays(model_of):
+    for counts, after, same in run_ranks(2, gathered_meanwhile, model_of("qwen2-tied")):
+        assert set(counts) == {1}
+        assert after == 0
+        assert all(same)
 
 
 def update_save_and_export(rank: int, world_size: int, model: str, folder: Path, kind: str, dtype: str) -> None:

@@ -28,7 +28,13 @@ def test_what_a_user_decides_of_drawing_stays(extra):
 
 
 @pytest.mark.parametrize(
-    "extra", [{"cuda_graph_backend_prefill": "breakable"}, {"disable_prefill_cuda_graph": False}], ids=str
+    "extra",
+    [
+        {"cuda_graph_backend_prefill": "breakable"},
+        {"disable_prefill_cuda_graph": False},
+        {"cuda_graph_tc_compiler": "eager"},
+    ],
+    ids=str,
 )
 def test_what_a_user_decides_of_prefills_stays(extra):
     assert graphs(extra=extra) == {"cuda_graph_max_bs_decode": 512}
@@ -41,6 +47,11 @@ def test_what_a_user_decides_of_prefills_stays(extra):
 )
 def test_nothing_is_said_where_all_is_decided(settings):
     assert graphs(**settings) == {}
+
+
+@pytest.mark.parametrize("extra", [{"debug_cuda_graph": True}, {"enable_profile_cuda_graph": True}], ids=str)
+def test_what_else_is_said_of_graphs_changes_nothing(extra):
+    assert graphs(extra=extra) == {"cuda_graph_max_bs_decode": 512, **NO_PREFILL}
 
 
 @pytest.mark.parametrize("memory", [0, 24_564, 46_068])

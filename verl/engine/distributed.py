@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -104,33 +104,26 @@ def sharded_modules(root: nn.Module) -> list[FSDPModule]:
 def whole_parameters(root: nn.Module, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor, in the dtype of forwards) of each parameter of ``module``, which is in the sharded ``root``.
 
-    What is sharded together (a layer) is gathered together, and there until the last of it has been taken. Collective.
+    What is sharded together and comes in a row (a layer) is gathered together, and there until the next is asked for.
+    Collective.
     """
     owners = _owners(root, module)
-    to_come = Counter(owners.values())
-    gathered: set[FSDPModule] = set()
-    try:
-        for name, owner in owners.items():
-            if owner not in gathered:
-                if not isinstance(module.get_parameter(name), DTensor):
-                    raise RuntimeError(
-                        f"{name} is whole, and FSDP's to free: a rollout that borrows the model still draws"
-                    )
-                owner.unshard()
-                gathered.add(owner)
-            yield name, module.get_parameter(name).detach().clone()
-            to_come[owner] -= 1
-            if not to_come[owner]:
-                owner.reshard()
-    finally:
-        for owner in gathered:
+    for owner, names in groupby(owners, key=owners.__getitem__):
+        owner.unshard()
+        try:
+            for name in names:
+                yield name, module.get_parameter(name).detach().clone()
+        finally:
             owner.reshard()
 
 
 def _owners(root: nn.Module, module: nn.Module) -> dict[str, FSDPModule]:
     """Of each of the module's parameters, the innermost module around it that was sharded."""
-    sharded = (part for part in root.modules() if isinstance(part, FSDPModule))
-    owners = {id(param): part for part in sharded for param in part.parameters()}  # inner ones come later
+    inner_last = [part for part in root.modules() if isinstance(part, FSDPModule)]
+    owners = {id(param): part for part in inner_last for param in part.parameters()}
+    for name, param in module.named_parameters():
+        if not isinstance(param, DTensor):
+            raise RuntimeError(f"{name} is whole, and FSDP's to free: a rollout that borrows the model still draws")
     return {name: owners[id(param)] for name, param in module.named_parameters()}
 
 

@@ -38,8 +38,8 @@ class Place:
 @dataclass(frozen=True)
 class Outcome:
     """Of a weight update, on one rank. death: of the engine. refusal: names or shapes that are not the engine's.
-    seconds: of its sender (``WeightSender.seconds``), and "model": all the rest, which is getting parameters here and
-        away again, and waiting for other ranks to have theirs."""
+    seconds: of its sender (``WeightSender.seconds``), and "model": all the rest, which is waiting for other ranks, and
+        getting the model here and away again where it was elsewhere."""
 
     death: str = ""
     refusal: str = ""

@@ -54,6 +54,20 @@ CPU_CACHE_TOKENS = 1 << 16
 CPU_MEMORY_SHARE = 0.9
 # SGLang's own choice for groups of 4 and more, on GPUs with so much memory (MiB).
 GRAPHS, GRAPHS_NEED = 512, 60 * 1024
+# Arguments that say of what CUDA graphs are captured, and how.
+OF_DRAWING = {
+    "cuda_graph_backend_decode",
+    "cuda_graph_max_bs_decode",
+    "cuda_graph_bs_decode",
+    "disable_decode_cuda_graph",
+}
+OF_PREFILLS = {
+    "cuda_graph_backend_prefill",
+    "cuda_graph_max_bs_prefill",
+    "cuda_graph_bs_prefill",
+    "disable_prefill_cuda_graph",
+    "cuda_graph_tc_compiler",
+}
 # SGLang keeps a few places of the context to itself.
 CONTEXT_MARGIN = 8
 
@@ -109,14 +123,13 @@ def cuda_graphs(arguments: Mapping[str, Any], memory: float) -> dict[str, Any]:
 
     Drawing: as many responses at a time as run, up to ``GRAPHS``, where memory is not small. Its own choice for groups
     of fewer than 4, below 160 GB, is half of that, and more at a time wait for the launch of every kernel. Prefills:
-    none. It would capture those of up to 4,096 tokens, for half a minute or more of each start; a step's prompts come
-    in prefills of ``max_num_batched_tokens``."""
-    named = {name for name in arguments if name.startswith("cuda_graph_") or name.endswith("_cuda_graph")}
+    none. Capturing them takes half a minute or more of each start, and a step has only as many as its prompts fill.
+    """
+    named = arguments.keys()
     if arguments["device"] == "cpu" or arguments["disable_cuda_graph"] or "cuda_graph_config" in named:
         return {}
-    prefill = {name for name in named if "prefill" in name}
-    chosen: dict[str, Any] = {} if prefill else {"cuda_graph_backend_prefill": "disabled"}
-    if memory >= GRAPHS_NEED and named - prefill <= {"disable_cuda_graph"}:
+    chosen: dict[str, Any] = {} if named & OF_PREFILLS else {"cuda_graph_backend_prefill": "disabled"}
+    if memory >= GRAPHS_NEED and not named & OF_DRAWING:
         chosen["cuda_graph_max_bs_decode"] = min(arguments["max_running_requests"], GRAPHS)
     return chosen
 

@@ -194,7 +194,7 @@ class PPOTrainer:
     def _reward_model_scores(self, table: pa.Table) -> pa.Table:
         """The reward model's score, in place of the scorers' or added to it."""
         assert self.parts.reward_inputs is not None
-        with self.stage("reward_model"), self.loaded("reward"):
+        with self.computing("reward_model", "reward"):
             scored = self.parts.workers.map("reward_scores", self.parts.reward_inputs(table)).result()
         found = scored["score"].to_numpy()
         if not np.isfinite(found).all():
@@ -294,18 +294,16 @@ class PPOTrainer:
         with self.stage("update_weights"):
             with part("room"):
                 self.phases.update()
-            with part("around"), self.loaded("actor"), part("inside"):
+            with part("loaded"), self.loaded("actor"), part("sent"):
                 asyncio.run(rollout.update_weights(self.parts.weights() if holds else (), version=self.weights_version))
                 if self.check_weights_now:
                     self.check_weights()
         if holds:
-            ours = {"room": part.seconds["room"], "load": part.seconds["around"] - part.seconds["inside"]}
-            for kind, seconds in {
-                **ours,
-                **rollout.update_seconds,
-            }.items():  # of all updates of the step, as the stage's
+            load = part.seconds["loaded"] - part.seconds["sent"]
+            parts = {"room": part.seconds["room"], "load": load, **rollout.update_seconds}
+            for kind, seconds in parts.items():
                 name = f"timing_part_s/update_weights/{kind}"
-                self.metrics[name] = self.metrics.get(name, 0.0) + seconds
+                self.metrics[name] = self.metrics.get(name, 0.0) + seconds  # of all the step's updates
 
     def check_weights(self) -> None:
         with self.stage("check_weights"):
@@ -418,10 +416,11 @@ class PPOTrainer:
 
     @contextmanager
     def computing(self, name: str, role: str, *, total: int | None = None, optimizer: bool = False) -> Iterator[Stage]:
-        """A stage of a model's compute, with what it takes among the metrics."""
+        """A stage of a model's compute, with what it takes among the metrics: its last time, if a step has several."""
+        before = self.timer.seconds.get(name, 0.0)
         with self.stage(name, total) as progress, self.loaded(role, optimizer) as costs:
             yield progress
-        self.metrics |= measure.stage_metrics(name, costs, self.timer.seconds[name])
+        self.metrics |= measure.stage_metrics(name, costs, self.timer.seconds[name] - before)
 
     @contextmanager
     def _timed_as(self, name: str) -> Iterator[None]:

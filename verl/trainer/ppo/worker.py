@@ -58,6 +58,7 @@ class PPOWorker:
         self.token_loss = resolve(config.actor_rollout_ref.actor.policy_loss.loss_mode).load()
         self.fsdp_configs = fsdp_settings(config)
         self.engines: dict[str, TrainEngine] = {}
+        self._stages: dict[str, tuple[Peak, float]] = {}  # those that go on, by role: and the engine's flops before
         for role in plan.roles:
             self.engines[role] = self._build(role)
             self._offload(role)
@@ -91,11 +92,11 @@ class PPOWorker:
 
     def load(self, role: str, optimizer: bool = False) -> None:
         engine = self.engines[role]
-        self._stage = Peak(engine.device), engine.flops
+        self._stages[role] = Peak(engine.device), engine.flops
         engine.onload(params=True, optimizer=optimizer)
 
     def unload(self, role: str) -> StageCost:
-        engine, (peak, flops) = self.engines[role], self._stage
+        engine, (peak, flops) = self.engines[role], self._stages.pop(role)
         self._offload(role)
         return StageCost(flops=engine.flops - flops, peak_flops=engine.peak_flops, memory=peak.bytes)
 
