@@ -454,6 +454,7 @@ def test_the_rows_of_an_optimizer_step_do_not_depend_on_how_ranks_share_them(sma
         parts = SimpleNamespace(
             workers=workers,
             train_prompts=pa.table({"row": range(16)}),
+            weights=lambda: (),
             rollout=SimpleNamespace(capabilities=Capabilities()),
             trackers=SimpleNamespace(progress=Progress()),
         )

@@ -43,6 +43,7 @@ from verl.trainer.ppo.phases import Phases
 from verl.trainer.ppo.rewards import response_rewards, token_rewards
 from verl.trainer.ppo.sampling import greedy, training_sampling, validation_sampling
 from verl.trainer.ppo.validation_metrics import validation_metrics
+from verl.trainer.ppo.weight_updates import WeightUpdates
 
 Metrics = dict[str, float]
 VALIDATION = -1  # stands for the step in the seeds of validation responses: the same ones each time
@@ -86,7 +87,6 @@ class PPOTrainer:
     def __init__(self, config: Config, plan: RunPlan, parts: Parts, stop: Callable[[], bool] = lambda: False):
         self.config, self.plan, self.parts, self.stop = config, plan, parts, stop
         self.step = 0
-        self.weights_version = 0  # of the actor's weights: the step after which they are
         self.loader = PromptLoader(
             parts.train_prompts.num_rows, plan.prompts, shuffle=config.data.shuffle, seed=config.data.seed
         )
@@ -95,7 +95,14 @@ class PPOTrainer:
         self.metrics: Metrics = {}  # of the step under way
         self.timer = StageTimer()
         self.phases = Phases(parts.rollout, lambda: parts.workers.call("free_memory").result())
-        self.weights_checked = False
+        self.weight_updates = WeightUpdates(
+            parts.rollout,
+            parts.weights,
+            self.phases,
+            check=config.trainer.check_weights,
+            stage=self.stage,
+            loaded=lambda: self.loaded("actor"),
+        )
         self.unsaved: SaveError | None = None  # why the save that was due last did not work
 
     # ---- the loop
@@ -285,40 +292,12 @@ class PPOTrainer:
 
     def update_rollout_weights(self) -> None:
         """The engine gets the actor's weights; its own copy is compared with them as trainer.check_weights says."""
-        self.weights_version = self.step
+        self.weight_updates.version = self.step
         self._send_weights()
 
     def _send_weights(self) -> None:
-        rollout, holds = self.parts.rollout, self.parts.rollout.capabilities.holds_weights
-        part = StageTimer()
-        with self.stage("update_weights"):
-            with part("room"):
-                self.phases.update()
-            with part("loaded"), self.loaded("actor"), part("sent"):
-                asyncio.run(rollout.update_weights(self.parts.weights() if holds else (), version=self.weights_version))
-                if self.check_weights_now:
-                    self.check_weights()
-        if holds:
-            load = part.seconds["loaded"] - part.seconds["sent"]
-            parts = {"room": part.seconds["room"], "load": load, **rollout.update_seconds}
-            for kind, seconds in parts.items():
-                name = f"timing_part_s/update_weights/{kind}"
-                self.metrics[name] = self.metrics.get(name, 0.0) + seconds  # of all the step's updates
-
-    def check_weights(self) -> None:
-        with self.stage("check_weights"):
-            if different := asyncio.run(self.parts.rollout.check_weights(self.parts.weights())):
-                raise UserError(
-                    f"after the weight update of step {self.weights_version} the rollout engine does not hold the "
-                    f"actor's weights (trainer.check_weights={self.config.trainer.check_weights}):\n  "
-                    + "\n  ".join(different)
-                )
-        self.weights_checked = True
-
-    @property
-    def check_weights_now(self) -> bool:
-        when, holds = self.config.trainer.check_weights, self.parts.rollout.capabilities.holds_weights
-        return holds and (when == "always" or (when == "first" and not self.weights_checked))
+        for name, seconds in self.weight_updates.send().items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + seconds  # of all the step's updates, as the stage's
 
     # ---- around the step
 
