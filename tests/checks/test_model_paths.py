@@ -63,8 +63,9 @@ def test_a_config_that_is_no_json_says_so(tmp_path, make_model):
 def test_a_folder_without_tokenizer_says_so(tmp_path, make_model):
     findings = Findings()
     folder = make_model(tmp_path / "m", tokenizer=False)
-    check_tokenizer(findings, KEY, str(folder), folder)
+    check_tokenizer(findings, KEY, str(folder), folder, elsewhere="model.tokenizer_path")
     assert "no tokenizer" in findings.problems[0].why
+    assert findings.problems[0].fix == "save the tokenizer there, or name its folder in model.tokenizer_path"
 
 
 @pytest.mark.parametrize("path", ["/models/x", "./x", "../x", "~/x", "a/b/c", "."])

@@ -40,12 +40,13 @@ def check_model(findings: Findings, key: str, path: str) -> ModelFacts | None:
 def check_tokenizer_path(findings: Findings, key: str, path: str) -> None:
     folder = find_folder(findings, key, path)
     if folder is not None:
-        check_tokenizer(findings, key, path, folder)
+        check_tokenizer(findings, key, path, folder, elsewhere=key)
 
 
-def check_tokenizer(findings: Findings, key: str, path: str, folder: Path) -> None:
+def check_tokenizer(findings: Findings, key: str, path: str, folder: Path, elsewhere: str) -> None:
+    """elsewhere: the key that names another folder for it."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        fix = "save the tokenizer there, or name its folder in actor_rollout_ref.model.tokenizer_path"
+        fix = f"save the tokenizer there, or name its folder in {elsewhere}"
         findings.problem(key, path, f"there is no tokenizer in this folder (none of {', '.join(TOKENIZERS)})", fix)
 
 

@@ -110,12 +110,14 @@ def _at_most(rows: int | None, limit: int) -> int | None:
 def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, ModelSize]:
     """Sizes of the models that could be looked at, by role. A path that two keys share is looked at once."""
     actor, critic = config.actor_rollout_ref.model, config.critic.model
+    tokenizer_key = "actor_rollout_ref.model.tokenizer_path"
     found = _model(findings, config, "actor", "actor_rollout_ref.model.path", actor.path)
     if actor.tokenizer_path == actor.path:
         if "actor" in found:
-            check_tokenizer(findings, "actor_rollout_ref.model.path", actor.path, found["actor"].folder)
+            folder = found["actor"].folder
+            check_tokenizer(findings, "actor_rollout_ref.model.path", actor.path, folder, elsewhere=tokenizer_key)
     else:
-        check_tokenizer_path(findings, "actor_rollout_ref.model.tokenizer_path", actor.tokenizer_path)
+        check_tokenizer_path(findings, tokenizer_key, actor.tokenizer_path)
     if plan.critic and critic.path != actor.path:
         found |= _model(findings, config, "critic", "critic.model.path", critic.path)
     elif plan.critic and "actor" in found:
