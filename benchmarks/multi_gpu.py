@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error("--steps: at least 2, for the first, which compiles, is not measured")
     os.environ.pop(CHECK, None)
     with tempfile.TemporaryDirectory(prefix="multi-gpu-") as name:
         folder = Path(name)

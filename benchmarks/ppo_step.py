@@ -44,11 +44,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="ppo-step-") as folder:
         settings = prepare(Path(folder), options)
+        train([*settings, "trainer.dry_run=True"])  # what is wrong with them is told before anything takes minutes
         found = {} if options.no_anchors else anchors_of(Path(folder) / "model", settings, options)
-        command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings]
-        if code := subprocess.run(command, stdout=sys.stderr).returncode:
-            sys.exit(code)
+        train(settings)
         print_table(Path(folder) / "run", left_out=1, anchors=found)
+
+
+def train(settings: list[str]) -> None:
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *settings]
+    if code := subprocess.run(command, stdout=sys.stderr).returncode:
+        sys.exit(code)
 
 
 def anchors_of(model: Path, settings: list[str], options: argparse.Namespace) -> dict[str, float]:

@@ -39,6 +39,8 @@ SHAPES = {  # Qwen2.5's, and one for a CPU
 
 
 def shape_config(shape: str) -> Qwen2Config:
+    if shape not in SHAPES:
+        sys.exit(f"--shape: there is no {shape!r}, but {', '.join(SHAPES)}")
     sizes = SHAPES[shape]
     return Qwen2Config(
         hidden_size=sizes["hidden"],

@@ -86,13 +86,13 @@ def make_rows(options: argparse.Namespace, vocabulary: int):
         prompts.append(random.integers(5, vocabulary, prompt if options.lengths == "equal" else prompt // 4))
         responses.append(random.integers(5, vocabulary, length))
         total += len(prompts[-1]) + length
-    response = Ragged.from_rows(responses, np.int32)
-    ones = np.ones(len(response.values), np.float32)
+    drawn = Ragged.from_rows(responses, np.int32)
+    ones = np.ones(len(drawn.values), np.float32)
     return pa.table(
         {
             "prompt_ids": Ragged.from_rows(prompts, np.int32).to_column(),
-            "response_ids": response.to_column(),
-            "loss_weights": response.like(ones / len(ones)).to_column(),
+            "response_ids": drawn.to_column(),
+            "loss_weights": drawn.like(ones / len(ones)).to_column(),
         }
     )
 

@@ -115,7 +115,7 @@ class FakeSGLang:
         raw = await reader.readexactly(int(headers.get("content-length", 0)))
         body = json.loads(raw) if raw else None
         self.calls.append((path, body))
-        if self.key and not path.startswith("/health") and headers.get("authorization") != f"Bearer {self.key}":
+        if self.key and headers.get("authorization") != f"Bearer {self.key}":
             return await send(writer, 401, {"error": "Unauthorized"})
         told = self.say.get(path)
         if callable(told):
@@ -138,9 +138,6 @@ class FakeSGLang:
 
     def server_info(self, _: Any) -> tuple[int, Any]:
         return 200, {"version": "0.5.14", **self.facts}
-
-    def health(self, _: Any) -> tuple[int, Any]:
-        return 200, ""
 
     def flush_cache(self, _: Any) -> tuple[int, Any]:
         return (400, "busy") if self.running else (200, "Cache flushed.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,7 @@ def shard(
 
 
 def sharded_modules(root: nn.Module) -> list[FSDPModule]:
+    """Those inside others come after them."""
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
@@ -119,12 +120,13 @@ def whole_parameters(root: nn.Module, module: nn.Module) -> Iterator[tuple[str, 
 
 def _owners(root: nn.Module, module: nn.Module) -> dict[str, FSDPModule]:
     """Of each of the module's parameters, the innermost module around it that was sharded."""
-    inner_last = [part for part in root.modules() if isinstance(part, FSDPModule)]
-    owners = {id(param): part for part in inner_last for param in part.parameters()}
+    innermost = {id(param): part for part in sharded_modules(root) for param in cast(nn.Module, part).parameters()}
+    owners = {}
     for name, param in module.named_parameters():
         if not isinstance(param, DTensor):
             raise RuntimeError(f"{name} is whole, and FSDP's to free: a rollout that borrows the model still draws")
-    return {name: owners[id(param)] for name, param in module.named_parameters()}
+        owners[name] = innermost[id(param)]
+    return owners
 
 
 def receive_from_first(root: nn.Module, source: nn.Module | None, device: torch.device) -> None:
