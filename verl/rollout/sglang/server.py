@@ -73,6 +73,7 @@ class Server(EngineServer):
         if not self.is_first:
             return await self._serve_part(first_order)
         self._manager.auto_create_handle_loop()  # its signal handlers and readers, before anything can go wrong
+        await self._manager.freeze_gc()  # what is here now stays, and no collection looks at it again
         await super().serve(first_order)
 
     async def _serve_part(self, first_order: int) -> None:
