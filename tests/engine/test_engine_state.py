@@ -120,6 +120,36 @@ def test_offload_and_onload_leave_training_bitwise_as_it_was(tiny, dtype):
     assert largest_difference(weights_of(moved), weights_of(still)) == 0
 
 
+def test_only_what_has_changed_is_copied_back_to_the_host(tiny, tmp_path, monkeypatch):
+    engine = build(tiny, dtype="bfloat16")
+    engine._copies.moves = True
+    engine.save(tmp_path)
+    first = weights_of(engine)
+    copied = []
+    to_host = engine._copies.to_host
+    monkeypatch.setattr(engine._copies, "to_host", lambda *tensors: (copied.append(tensors), to_host(*tensors))[1])
+
+    def copies(between) -> int:
+        """Made after a stage, of parameters and of the optimizer's state."""
+        copied.clear()
+        engine.onload(params=True, optimizer=True)
+        between()
+        engine.offload(params=True, optimizer=True)
+        return len(copied)
+
+    whole = copies(lambda: None)  # which had no place on the host yet
+    assert whole > 3 * len(first)
+    assert copies(lambda: engine.log_probs(make_table(), temperature=1.0, batching=ALL)) == 0
+    assert copies(lambda: updates(engine, 1)) == whole
+    engine.onload(params=True)
+    assert largest_difference(weights_of(engine), first) > 0
+    assert copies(lambda: engine.load(tmp_path)) == whole
+    engine.onload(params=True)
+    assert largest_difference(weights_of(engine), first) == 0
+    engine.onload(optimizer=True)
+    assert updates(engine, 2) == updates(build(tiny, dtype="bfloat16"), 2)
+
+
 def test_places_on_the_host_are_of_the_tensors_shapes_apart_and_always_the_same(monkeypatch):
     monkeypatch.setattr(offload, "PIECE", 256)
     tensors = [
@@ -216,6 +246,7 @@ def test_as_many_tensors_come_to_the_device_as_there_is_room_for(runtime, limit,
     )
     for number, tensor in enumerate(tensors._tensors):
         tensor += number
+    tensors.changed = True
     tensors.onload(0)
     assert tensors.loaded_bytes == 80_000 * count
     tensors.offload()

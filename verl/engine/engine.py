@@ -212,6 +212,7 @@ class TrainEngine:
         lr = self.optimizer.lr
         self._copies.wait()
         grad_norm, stepped = self.optimizer.step(None if self._state.loaded else self._copies)
+        self._params.changed = self._state.changed = True
         sums = sum_over_ranks({name: float(value) for name, value in totals.items()})
         return {**sums, "grad_norm": grad_norm, "lr": lr, "skipped": float(not stepped)}
 
@@ -352,7 +353,9 @@ class TrainEngine:
         """Go on exactly where ``save`` was called, on any number of ranks. Collective."""
         self._copies.finish()
         state = checkpoint.load(Path(path), self._state_tensors())
+        self._params.changed = True
         if self.optimizer is not None:
+            self._state.changed = True
             self.optimizer.steps = state["schedule_steps"]
             self.masters.publish()
 

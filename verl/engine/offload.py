@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from verl.checks.files import gigabytes
 from verl.checks.machine import host_memory
@@ -196,11 +196,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class MovableTensors:
-    """Tensors that keep their identity and get storage on the host or on the device."""
+    """Tensors that keep their identity and get storage on the host or on the device.
+
+    changed: whether those on the device may hold other values than their places on the host. Who changes them says so:
+    others are not copied back.
+    """
 
     def __init__(self, tensors: Sequence[torch.Tensor], copies: Copies, loaded: bool = True):
         """loaded: whether they are on the device now."""
-        self._tensors, self._copies = tensors, copies
+        self._tensors, self._copies, self.changed = tensors, copies, loaded
         self._on_device = len(tensors) if loaded else 0  # the first of them
         self._host = HostPlaces(tensors) if copies.moves and not loaded else None
         if self._host:
@@ -240,7 +244,8 @@ class MovableTensors:
         self._host = self._host or HostPlaces(self._tensors)
         with self._whole_or_closed(), self._copies.beside():
             for tensor, place in zip(self._tensors[: self._on_device], self._host, strict=False):
-                self._give(tensor, self._copies.to_host(local(tensor), place))
+                self._give(tensor, self._copies.to_host(local(tensor), place) if self.changed else place)
+        self.changed = False
 
     def _to_device(self, count: int) -> None:
         with self._copies.beside():
@@ -272,11 +277,12 @@ class MovableModule(MovableTensors):
     def __init__(self, module: nn.Module, copies: Copies):
         super().__init__([*module.parameters(), *module.buffers()], copies)
         self._module = module
+        self._padded = any(map(_is_padded, self._tensors))
         self._given: dict[int, torch.Tensor] = {}  # a sharded parameter's new storage, by its id
 
     def _to_host(self) -> None:
         super()._to_host()
-        if self._given:  # some of which FSDP copies on the host, to pad them
+        if self._padded:  # FSDP copies them on the host
             self._copies.finish()
         self._tell_fsdp()
 
@@ -301,13 +307,23 @@ class MovableModule(MovableTensors):
             if not isinstance(tensor, DTensor):
                 return tensor
             storage = self._given.get(id(tensor), tensor._local_tensor)
-            other = torch.empty_like(tensor, device=storage.device)
-            give_storage(other, storage)
-            return other
+            return DTensor(storage, tensor._spec, requires_grad=False)
 
         with torch.no_grad():
             self._module._apply(moved)
         self._given.clear()
+
+
+def _is_padded(tensor: torch.Tensor) -> bool:
+    """FSDP pads such a shard to the size of the other ranks'."""
+    if not isinstance(tensor, DTensor):
+        return False
+    placements = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return any(
+        local(tensor).shape[place.dim] < -(-tensor.shape[place.dim] // ranks)
+        for ranks, place in placements
+        if isinstance(place, Shard)
+    )
 
 
 def give_storage(tensor: torch.Tensor, storage: torch.Tensor) -> None:
