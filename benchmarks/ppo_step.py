@@ -6,8 +6,9 @@
 --run: of a run that there is, from its own timings. --shape: of a run made for it, on one GPU with SGLang: random
 weights, prompts of 512 tokens and responses of 1024, actor, critic and reference; beside it, what bare libraries made
 of such work before it on the same GPU (anchors.py). MFU as verl.engine.flops counts it, of a stage's whole time, its
-loading and its optimizer included. Peak: of tensors, on the rank with the most. Medians over the steps, the first
-(--run: two) left out, which compiles, and allocates what later ones use again.
+loading and its optimizer included. Peak: of tensors, on the rank with the most. Load: seconds of the stage in which its
+model is called to the GPU and away again. Medians over the steps, the first (--run: two) left out, which compiles, and
+allocates what later ones use again.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def print_table(folder: Path, left_out: int, anchors: dict[str, float] | None = 
     tokens, whole = median["perf/total_num_tokens"], median["timing_s/step"]
     print(f"{len(steps)} steps, {os.cpu_count()} cores, {tokens:,.0f} tokens a step\n")
     bare = f"{'bare':>11}{'of it':>8}" if anchors else ""
-    print(f"{'stage':<16}{'seconds':>9}{'of step':>9}{'tokens/s':>11}{'MFU':>8}{'peak GiB':>9}{bare}")
+    print(f"{'stage':<16}{'seconds':>9}{'of step':>9}{'tokens/s':>11}{'MFU':>8}{'peak GiB':>9}{'load':>8}{bare}")
     stages = sorted(name.removeprefix("timing_s/") for name in names if name.startswith("timing_s/"))
     for stage in sorted(stages, key=lambda stage: -median[f"timing_s/{stage}"]):
         seconds = median[f"timing_s/{stage}"]
@@ -121,10 +122,11 @@ def print_table(folder: Path, left_out: int, anchors: dict[str, float] | None = 
             f"{tokens / seconds:,.0f}" if stage in (*GENERATION, *MODELS, "step") else "",
             formatted(median.get(f"perf/mfu/{stage.removeprefix('update_')}"), ".1%"),
             formatted(median.get(f"perf/stage_memory_gb/{stage}"), ".1f"),
+            formatted(median.get(f"timing_part_s/{stage}/load"), ".3f"),
         ]
         if anchors and stage in anchors:
             cells += [f"{anchors[stage]:,.0f}", f"{tokens / seconds / anchors[stage]:.1%}"]
-        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, (11, 8, 9, 11, 8), strict=False))
+        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, (11, 8, 9, 8, 11, 8), strict=False))
         print(f"{stage:<16}{seconds:>9.3f}{seconds / whole:>9.1%}{row}".rstrip())
     known = [sum(step.get(f"timing_s/{stage}", 0.0) for stage in GENERATION + MODELS) for step in steps]
     rest = statistics.median(1 - part / step["timing_s/step"] for part, step in zip(known, steps, strict=True))
