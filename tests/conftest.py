@@ -38,6 +38,7 @@ GROUPS = {
         "tests/gpu/test_engine_on_cuda.py",
         "tests/gpu/test_ppo_on_cuda.py",
         "tests/gpu/test_sglang_on_cuda.py",
+        "tests/gpu/test_two_gpus.py",
     ),
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}

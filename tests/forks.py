@@ -50,14 +50,15 @@ def _main(outputs: tuple[Path, Path], main: Callable[..., int], args: tuple) -> 
     sys.exit(main(*args))
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(rank, world_size, *args)`` in as many processes with a gloo group; their answers (numpy, not tensors,
-    for the processes end), in rank order."""
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:
+    """``function(rank, world_size, *args)`` in as many processes with a group of torch's; their answers (numpy, not
+    tensors, for the processes end), in rank order. With NCCL, each sees the GPU of its rank alone."""
     with tempfile.TemporaryDirectory() as folder:
         pipes = [FORKS.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
             FORKS.Process(
-                target=_rank, args=(rank, world_size, f"file://{folder}/store", pipes[rank][1], function, args)
+                target=_rank,
+                args=(rank, world_size, f"file://{folder}/store", backend, pipes[rank][1], function, args),
             )
             for rank in range(world_size)
         ]
@@ -86,10 +87,14 @@ def _answer(reader, rank: int) -> Any:
     return answer
 
 
-def _rank(rank: int, world_size: int, store: str, writer, function: Callable[..., Any], args: tuple) -> None:
+def _rank(
+    rank: int, world_size: int, store: str, backend: str, writer, function: Callable[..., Any], args: tuple
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if "nccl" in backend:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
     try:
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)
         writer.send((True, function(rank, world_size, *args)))
         dist.destroy_process_group()
     except BaseException:

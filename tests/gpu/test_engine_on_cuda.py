@@ -4,50 +4,28 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import transformers
+from cuda_helpers import BATCHING, loss, save_model, table
 
 from verl.config.parts import FSDPConfig, ModelConfig, OptimConfig
-from verl.data.ragged import Ragged
 from verl.engine import Batching, TrainEngine
 from verl.engine.token_statistics import token_statistics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-BATCHING = Batching(max_tokens=600)
-VOCAB = 1000
-
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    config = transformers.Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
-def table() -> pa.Table:
-    random = np.random.default_rng(0)
-    prompts = [random.integers(3, VOCAB, random.integers(1, 60)) for _ in range(24)]
-    response = Ragged.from_rows([random.integers(3, VOCAB, random.integers(1, 200)) for _ in range(24)], np.int32)
-    weights = random.standard_normal(len(response.values)).astype(np.float32) / len(response.values)
-    columns = {"response_ids": response, "loss_weights": response.like(weights)}
-    prompt_ids = Ragged.from_rows(prompts, np.int32)
-    return pa.table({name: each.to_column() for name, each in ({"prompt_ids": prompt_ids} | columns).items()})
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> str:
+    return save_model(tmp_path_factory.mktemp("experts"), experts=True)
 
 
-def loss(outputs, batch):
-    value = -(batch["loss_weights"] * (outputs["log_probs"] + 0.1 * outputs["entropy"])).sum()
-    return value, {"loss": value.detach()}
+@pytest.fixture(params=["dense", "experts"])
+def either(request, path, experts) -> str:
+    return {"dense": path, "experts": experts}[request.param]
 
 
 def build(path: str, *, packed: bool = True, checkpointing: bool = True, **fsdp) -> TrainEngine:
@@ -70,15 +48,15 @@ def flat(column: pa.ListArray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_packed_numbers_are_those_of_one_sequence_at_a_time(path, compiled):
-    engine = build(path, use_torch_compile=compiled)
+def test_packed_numbers_are_those_of_one_sequence_at_a_time(either, compiled):
+    engine = build(either, use_torch_compile=compiled)
     assert engine.packed
     found = engine.log_probs(table(), temperature=0.7, batching=BATCHING)
-    whole = build(path, packed=False, dtype="float32", use_torch_compile=False)
+    whole = build(either, packed=False, dtype="float32", use_torch_compile=False)
     assert not whole.packed
     assert whole.unpackable is None
     expected = whole.log_probs(table(), temperature=0.7, batching=Batching(1))
-    rounded = build(path, packed=False, use_torch_compile=False).log_probs(
+    rounded = build(either, packed=False, use_torch_compile=False).log_probs(
         table(), temperature=0.7, batching=Batching(1)
     )
     for name in expected:
@@ -90,10 +68,10 @@ def test_packed_numbers_are_those_of_one_sequence_at_a_time(path, compiled):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_packed_gradients_are_those_of_float32(path, compiled, checkpointing):
-    exact = gradients(build(path, packed=False, dtype="float32", use_torch_compile=False))
-    usual = gradients(build(path, packed=False, use_torch_compile=False))
-    found = gradients(build(path, use_torch_compile=compiled, checkpointing=checkpointing))
+def test_packed_gradients_are_those_of_float32(either, compiled, checkpointing):
+    exact = gradients(build(either, packed=False, dtype="float32", use_torch_compile=False))
+    usual = gradients(build(either, packed=False, use_torch_compile=False))
+    found = gradients(build(either, use_torch_compile=compiled, checkpointing=checkpointing))
     error, usual_error = ((each - exact).norm() / exact.norm() for each in (found, usual))
     print(f"relative error {error:.2g}, of padded bfloat16 {usual_error:.2g}")
     assert error < 1.2 * usual_error
