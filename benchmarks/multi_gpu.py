@@ -130,9 +130,10 @@ def run_on(gpus: int, run: Path, folder: Path, options: argparse.Namespace) -> N
     update = statistics.median(step["timing_s/update_weights"] - step["timing_s/check_weights"] for step in later)
     buckets = -(-weights // BUCKET)
     print(f"weights of {len(steps)} steps compared on all ranks")
-    print(f"a weight update: {update:.3f} s, buckets: {buckets}, ms for each: {update / buckets * 1000:.0f}")
-    names = sorted(name for name in later[0] if name.startswith("timing_part_s/update"))
+    names = sorted(name for name in later[0] if name.startswith("timing_part_s/update_weights/"))
     parts = {name.rsplit("/", 1)[1]: statistics.median(step[name] for step in later) for name in names}
+    each = (parts["gather"] + parts["wait"]) / buckets * 1000
+    print(f"a weight update: {update:.3f} s, buckets: {buckets}, ms to gather and load each: {each:.0f}")
     print("of it, s: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items()))
     for line in free_memory_at_start(run):
         print(line)

@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, backend
         for _, writer in pipes:
             writer.close()
         try:
-            answers = [_answer(reader, rank) for rank, (reader, _) in enumerate(pipes)]
+            answers = _answers([reader for reader, _ in pipes])
         finally:
             for process in processes:
                 process.join(timeout=10)
@@ -75,9 +77,20 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, backend
     return answers
 
 
+def _answers(readers: list[Connection]) -> list[Any]:
+    """The first error is raised at once: the others may wait for that rank."""
+    answers: dict[int, Any] = {}
+    deadline = time.monotonic() + 240
+    while waiting := {reader: rank for rank, reader in enumerate(readers) if rank not in answers}:
+        ready = wait(list(waiting), timeout=deadline - time.monotonic())
+        if not ready:
+            raise TimeoutError(f"ranks {list(waiting.values())} do not answer")
+        for reader in ready:
+            answers[waiting[reader]] = _answer(reader, waiting[reader])
+    return [answers[rank] for rank in range(len(readers))]
+
+
 def _answer(reader, rank: int) -> Any:
-    if not reader.poll(240):
-        raise TimeoutError(f"rank {rank} does not answer")
     try:
         ok, answer = reader.recv()
     except EOFError:
@@ -92,7 +105,8 @@ def _rank(
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if "nccl" in backend:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[rank] if seen else str(rank)
     try:
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)
         writer.send((True, function(rank, world_size, *args)))

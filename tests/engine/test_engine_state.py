@@ -150,6 +150,28 @@ def test_only_what_has_changed_is_copied_back_to_the_host(tiny, tmp_path, monkey
     assert updates(engine, 2) == updates(build(tiny, dtype="bfloat16"), 2)
 
 
+def test_what_a_broken_off_update_has_changed_is_not_lost_on_the_host(tiny, monkeypatch):
+    engine = build(tiny)
+    engine._copies.moves = True
+    for _ in range(2):
+        engine.offload(params=True, optimizer=True)
+        engine.onload(params=True, optimizer=True)
+    first, step = weights_of(engine), engine.optimizer.step
+
+    def breaks_off(*args):
+        step(*args)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(engine.optimizer, "step", breaks_off)
+    with pytest.raises(torch.OutOfMemoryError):
+        updates(engine, 1)
+    stepped = weights_of(engine)
+    assert largest_difference(stepped, first) > 0
+    engine.offload(params=True, optimizer=True)
+    engine.onload(params=True, optimizer=True)
+    assert largest_difference(weights_of(engine), stepped) == 0
+
+
 def test_places_on_the_host_are_of_the_tensors_shapes_apart_and_always_the_same(monkeypatch):
     monkeypatch.setattr(offload, "PIECE", 256)
     tensors = [

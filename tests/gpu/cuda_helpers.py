@@ -15,7 +15,6 @@ VOCAB = 1000
 
 
 SHAPE = {
-    "vocab_size": VOCAB,
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -27,9 +26,10 @@ SHAPE = {
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 64}
 
 
-def save_model(folder: Path, *, experts: bool = False) -> str:
+def save_model(folder: Path, *, experts: bool = False, vocab_size: int = VOCAB) -> str:
     """Qwen2, or Qwen3's mixture of experts."""
-    config = transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS) if experts else transformers.Qwen2Config(**SHAPE)
+    shape = SHAPE | {"vocab_size": vocab_size}
+    config = transformers.Qwen3MoeConfig(**shape, **EXPERTS) if experts else transformers.Qwen2Config(**shape)
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return str(folder)

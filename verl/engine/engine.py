@@ -211,8 +211,8 @@ class TrainEngine:
         self._reshard()
         lr = self.optimizer.lr
         self._copies.wait()
-        grad_norm, stepped = self.optimizer.step(None if self._state.loaded else self._copies)
         self._params.changed = self._state.changed = True
+        grad_norm, stepped = self.optimizer.step(None if self._state.loaded else self._copies)
         sums = sum_over_ranks({name: float(value) for name, value in totals.items()})
         return {**sums, "grad_norm": grad_norm, "lr": lr, "skipped": float(not stepped)}
 
@@ -352,10 +352,11 @@ class TrainEngine:
     def load(self, path: str | os.PathLike) -> None:
         """Go on exactly where ``save`` was called, on any number of ranks. Collective."""
         self._copies.finish()
-        state = checkpoint.load(Path(path), self._state_tensors())
         self._params.changed = True
         if self.optimizer is not None:
             self._state.changed = True
+        state = checkpoint.load(Path(path), self._state_tensors())
+        if self.optimizer is not None:
             self.optimizer.steps = state["schedule_steps"]
             self.masters.publish()
 

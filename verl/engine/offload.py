@@ -241,10 +241,11 @@ class MovableTensors:
         return len(self._tensors)
 
     def _to_host(self) -> None:
+        changed = self.changed or self._host is None
         self._host = self._host or HostPlaces(self._tensors)
         with self._whole_or_closed(), self._copies.beside():
             for tensor, place in zip(self._tensors[: self._on_device], self._host, strict=False):
-                self._give(tensor, self._copies.to_host(local(tensor), place) if self.changed else place)
+                self._give(tensor, self._copies.to_host(local(tensor), place) if changed else place)
         self.changed = False
 
     def _to_device(self, count: int) -> None:

@@ -395,13 +395,15 @@ class PPOTrainer:
 
     @contextmanager
     def computing(self, name: str, role: str, *, total: int | None = None, optimizer: bool = False) -> Iterator[Stage]:
-        """A stage of a model's compute, with what it takes among the metrics: its last time, if a step has several."""
+        """A stage of a model's compute, with what it takes among the metrics: if a step has several, the last one's MFU
+        and memory, and the seconds of all."""
         before, inside = self.timer.seconds.get(name, 0.0), StageTimer()
         with self.stage(name, total) as progress, self.loaded(role, optimizer) as costs, inside("compute"):
             yield progress
         seconds = self.timer.seconds[name] - before
         self.metrics |= measure.stage_metrics(name, costs, seconds)
-        self.metrics[f"timing_part_s/{name}/load"] = seconds - inside.seconds["compute"]
+        load = f"timing_part_s/{name}/load"
+        self.metrics[load] = self.metrics.get(load, 0.0) + seconds - inside.seconds["compute"]
 
     @contextmanager
     def _timed_as(self, name: str) -> Iterator[None]:
