@@ -1,6 +1,6 @@
 """PPO with actor and critic sharded and one SGLang on several GPUs: does it run, what does it hold, how does it scale?
 
-    python benchmarks/multi_gpu.py [--gpus 2] [--shape 1.5b] [--parts train,hold,one] [--steps 5] [key=value ...]
+    python benchmarks/multi_gpu.py [--gpus 2] [--shape 1.5b] [--parts train,hold,each,one] [--steps 5] [key=value ...]
 
 Random weights; the prompts of GSM8K (--data: a folder with train.jsonl; the tests' own few by default). SGLang with a
 tensor-parallel group on all GPUs and its own memory check on; actor and critic sharded, parameters and optimizer on the
@@ -9,6 +9,7 @@ host between stages; checksums of every rank's weights after each update.
 train: the steps. Free memory of each GPU when the engine starts, memory of each GPU over a step, the weight update's
     time by bucket, seconds by stage.
 hold: 20 GB are held on the last GPU before the run starts: it must be refused, and GPU and process be named.
+each: the steps with an SGLang for each GPU, instead of one on all.
 one: the same on one GPU with a batch in proportion, for the efficiency of scaling.
 
 On a machine without GPUs: --device cpu --shape tiny, with gloo ranks and the engine's CPU build; without hold.
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--engine", default="sglang")
     parser.add_argument("--data", type=Path, default=ROOT / "tests" / "end_to_end" / "gsm8k")
-    parser.add_argument("--parts", default="train,hold,one")
+    parser.add_argument("--parts", default="train,hold,each,one")
     parser.add_argument("--prompts", type=int, default=16, help="of a step, for each GPU")
     parser.add_argument("--lengths", type=int, nargs=2, default=(512, 256), help="longest prompt and response")
     parser.add_argument("--steps", type=int, default=5)
@@ -58,13 +59,14 @@ def main() -> None:
         write_random_model(options.shape, folder / "model", options.device)
         preprocess = [ROOT / "examples" / "data_preprocess" / "gsm8k.py", "--local_dir", folder / "data"]
         subprocess.run([sys.executable, *preprocess, "--local_dataset_path", options.data], check=True)
-        parts = {"train": train, "hold": hold, "one": one}
+        parts = {"train": train, "hold": hold, "each": each, "one": one}
         for part in options.parts.split(","):
             print(f"\n==== {part}", flush=True)
             parts[part](folder, options)
 
 
-def settings(folder: Path, run: Path, gpus: int, options: argparse.Namespace) -> list[str]:
+def settings(folder: Path, run: Path, gpus: int, group: int, options: argparse.Namespace) -> list[str]:
+    """group: GPUs of an engine."""
     prompt, response = options.lengths
     offload = [
         f"{owner}.fsdp_config.{part}_offload=True"
@@ -81,7 +83,7 @@ def settings(folder: Path, run: Path, gpus: int, options: argparse.Namespace) ->
         f"actor_rollout_ref.actor.ppo_mini_batch_size={options.prompts * gpus // 2}",
         f"actor_rollout_ref.rollout.name={options.engine}",
         f"actor_rollout_ref.rollout.n={SAMPLES}",
-        f"actor_rollout_ref.rollout.tensor_model_parallel_size={gpus}",
+        f"actor_rollout_ref.rollout.tensor_model_parallel_size={group}",
         f"actor_rollout_ref.rollout.update_weights_bucket_megabytes={BUCKET >> 20}",
         "actor_rollout_ref.rollout.ignore_eos=True",
         "algorithm.use_kl_in_reward=True",
@@ -106,21 +108,25 @@ def start(arguments: list[str], **kwargs) -> subprocess.CompletedProcess[str]:
 
 
 def train(folder: Path, options: argparse.Namespace) -> None:
-    run_on(options.gpus, folder / "all", folder, options)
+    run_on(options.gpus, options.gpus, folder / "all", folder, options)
+
+
+def each(folder: Path, options: argparse.Namespace) -> None:
+    run_on(options.gpus, 1, folder / "each", folder, options)
 
 
 def one(folder: Path, options: argparse.Namespace) -> None:
-    run_on(1, folder / "one", folder, options)
-    on_all, on_one = throughput(folder / "all"), throughput(folder / "one")
-    if on_one:
-        print(f"\ntokens a second and GPU: {on_one:,.0f} on 1")
-    if on_one and on_all:
-        print(f"and {on_all:,.0f} on {options.gpus}: {on_all / on_one:.1%}")
+    run_on(1, 1, folder / "one", folder, options)
+    on_one = throughput(folder / "one")
+    print(f"\ntokens a second and GPU: {on_one:,.0f} on 1")
+    for name, engines in (("all", "one engine on all"), ("each", "an engine for each")):
+        if found := throughput(folder / name):
+            print(f"and {found:,.0f} on {options.gpus}, {engines}: {found / on_one:.1%}")
 
 
-def run_on(gpus: int, run: Path, folder: Path, options: argparse.Namespace) -> None:
+def run_on(gpus: int, group: int, run: Path, folder: Path, options: argparse.Namespace) -> None:
     with MemoryCurve(options.device) as curve:
-        done = start(settings(folder, run, gpus, options), stdout=sys.stderr)
+        done = start(settings(folder, run, gpus, group, options), stdout=sys.stderr)
     if done.returncode:
         sys.exit(done.returncode)
     print_table(run, left_out=1)
@@ -132,8 +138,8 @@ def run_on(gpus: int, run: Path, folder: Path, options: argparse.Namespace) -> N
     print(f"weights of {len(steps)} steps compared on all ranks")
     names = sorted(name for name in later[0] if name.startswith("timing_part_s/update_weights/"))
     parts = {name.rsplit("/", 1)[1]: statistics.median(step[name] for step in later) for name in names}
-    each = (parts["gather"] + parts["wait"]) / buckets * 1000
-    print(f"a weight update: {update:.3f} s, buckets: {buckets}, ms to gather and load each: {each:.0f}")
+    bucket = (parts["gather"] + parts["wait"]) / buckets * 1000
+    print(f"a weight update: {update:.3f} s, buckets: {buckets}, ms to gather and load each: {bucket:.0f}")
     print("of it, s: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items()))
     for line in free_memory_at_start(run):
         print(line)
@@ -211,7 +217,7 @@ def hold(folder: Path, options: argparse.Namespace) -> None:
         assert holder.stdout is not None
         holder.stdout.readline()
         started = time.monotonic()
-        done = start(settings(folder, folder / "held", options.gpus, options), stdout=subprocess.PIPE)
+        done = start(settings(folder, folder / "held", options.gpus, options.gpus, options), stdout=subprocess.PIPE)
     finally:
         holder.kill()
     print(done.stdout[-1500:])
