@@ -53,13 +53,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 2:
         parser.error("--steps: at least 2, for the first, which compiles, is not measured")
+    parts = {"train": train, "hold": hold, "each": each, "one": one}
+    if unknown := set(options.parts.split(",")) - parts.keys():
+        parser.error(f"--parts: {', '.join(sorted(unknown))}: there are {', '.join(parts)}")
     os.environ.pop(CHECK, None)
     with tempfile.TemporaryDirectory(prefix="multi-gpu-") as name:
         folder = Path(name)
         write_random_model(options.shape, folder / "model", options.device)
         preprocess = [ROOT / "examples" / "data_preprocess" / "gsm8k.py", "--local_dir", folder / "data"]
         subprocess.run([sys.executable, *preprocess, "--local_dataset_path", options.data], check=True)
-        parts = {"train": train, "hold": hold, "each": each, "one": one}
         for part in options.parts.split(","):
             print(f"\n==== {part}", flush=True)
             parts[part](folder, options)

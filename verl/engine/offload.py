@@ -204,9 +204,10 @@ class MovableTensors:
 
     def __init__(self, tensors: Sequence[torch.Tensor], copies: Copies, loaded: bool = True):
         """loaded: whether they are on the device now."""
-        self._tensors, self._copies, self.changed = tensors, copies, loaded
+        self._tensors, self._copies = tensors, copies
         self._on_device = len(tensors) if loaded else 0  # the first of them
         self._host = HostPlaces(tensors) if copies.moves and not loaded else None
+        self.changed = self._host is None
         if self._host:
             with self._whole_or_closed():
                 for tensor, place in zip(tensors, self._host, strict=True):
@@ -241,11 +242,10 @@ class MovableTensors:
         return len(self._tensors)
 
     def _to_host(self) -> None:
-        changed = self.changed or self._host is None
         self._host = self._host or HostPlaces(self._tensors)
         with self._whole_or_closed(), self._copies.beside():
             for tensor, place in zip(self._tensors[: self._on_device], self._host, strict=False):
-                self._give(tensor, self._copies.to_host(local(tensor), place) if changed else place)
+                self._give(tensor, self._copies.to_host(local(tensor), place) if self.changed else place)
         self.changed = False
 
     def _to_device(self, count: int) -> None:
