@@ -121,6 +121,27 @@ def test_untied_embeddings_kept_whole_and_offloaded_in_between_train_alike(any_t
     assert largest_difference({k: torch.from_numpy(v) for k, v in weights.items()}, weights_of(engine)) < 1e-4
 
 
+def gathered(rank, world_size, path, reshard):
+    """What training gives, and how often FSDP gathered in log-probs and in an update."""
+    engine, table = build(path, eps=EPS, reshard_after_forward=reshard), share(rank, world_size)
+    results, counts = [], []
+    for work in (numbers, train):
+        with torch.profiler.profile() as profile:
+            results.append(work(engine, table, "policy"))
+        counts.append(sum(event.name == "c10d::_allgather_base_" for event in profile.events()))
+    return results, plain(weights_of(engine)), counts
+
+
+def test_weights_that_are_kept_whole_are_gathered_once_a_stage_and_train_bitwise_alike(tiny):
+    """Two layers and the root, three micro-batches; forwards and backwards gather a layer of their own."""
+    kept, freed = (run_ranks(2, gathered, tiny, reshard) for reshard in (False, True))
+    for (results, weights, counts), (expected, same, more) in zip(kept, freed, strict=True):
+        assert results == expected
+        assert all(np.array_equal(array, same[name]) for name, array in weights.items())
+        assert counts == [3, 3 * 3]
+        assert more == [3 * 2 + 1, 3 * 3 * (2 * 2 + 1)]
+
+
 def in_stages(rank, world_size, path, moves):
     """As a PPO step has them: log-probs, which change nothing, then an update."""
     engine, table = build(path, eps=EPS, dtype="bfloat16"), share(rank, world_size)

@@ -52,8 +52,9 @@ class Workers:
     def __init__(self, log: list[str]):
         self.log = log
 
-    def call(self, method: str, role: str = "", *_: Any) -> Future:
-        self.log.append(f"{method} {role}".strip())
+    def call(self, method: str, of: str | list[MemoryTag] = "", *_: Any) -> Future:
+        """of: a role, or what is about to wake."""
+        self.log.append(f"{method} {of if isinstance(of, str) else ' '.join(of)}".strip())
         answer: Future = Future()
         answer.set_result([None])
         return answer
@@ -142,10 +143,10 @@ def run(
     return log
 
 
-UPDATE = ["free_memory", "wake weights", "load actor", "weights {}", "unload actor"]
+UPDATE = ["free_memory weights", "wake weights", "load actor", "weights {}", "unload actor"]
 CHECKED_UPDATE = [*UPDATE[:4], "check", "unload actor"]
 TRAIN = ["sleep kv_cache weights", "load actor", "train", "unload actor"]
-FULL = ["free_memory", "wake kv_cache"]
+FULL = ["free_memory kv_cache", "wake kv_cache"]
 
 
 def test_engine_and_models_take_turns():
@@ -195,7 +196,7 @@ def test_no_model_is_loaded_beside_the_cache_and_none_is_trained_beside_the_engi
 def test_an_engine_that_gives_up_only_its_cache_keeps_its_weights():
     log = run(["kv_cache"], steps=1)
     assert [order for order in log if order.split()[0] in ("sleep", "wake", "free_memory")] == [
-        *["sleep kv_cache", "free_memory", "wake kv_cache", "sleep kv_cache"],
+        *["sleep kv_cache", "free_memory kv_cache", "wake kv_cache", "sleep kv_cache"],
     ]
 
 
@@ -224,12 +225,12 @@ def test_memory_is_freed_only_where_the_engine_is_about_to_take_some():
     freed: list[str] = []
     engine = ClientEngine(Backend(freed, BOTH), eos_token_ids=[1], max_model_len=10, vocab_size=10)
     put_to_sleep(engine)
-    phases = Phases(engine, lambda: freed.append("free_memory"))
+    phases = Phases(engine, lambda tags: freed.append("free_memory " + " ".join(tags)))
     for phase in (phases.train, phases.generate, phases.generate, phases.train, phases.update, phases.update):
         phase()
     assert freed == [
-        *["sleep kv_cache weights", "free_memory", "wake kv_cache weights"],
-        *["sleep kv_cache weights", "free_memory", "wake weights"],
+        *["sleep kv_cache weights", "free_memory kv_cache weights", "wake kv_cache weights"],
+        *["sleep kv_cache weights", "free_memory weights", "wake weights"],
     ]
 
 
@@ -239,7 +240,7 @@ def test_a_phase_that_did_not_come_about_is_tried_again():
     backend = Backend(log, BOTH)
     engine = ClientEngine(backend, eos_token_ids=[1], max_model_len=10, vocab_size=10)
     put_to_sleep(engine)
-    phases = Phases(engine, lambda: None)
+    phases = Phases(engine, lambda tags: None)
     wake = backend.wake
     backend.wake = lambda tags: (_ for _ in ()).throw(MemoryError("the GPU is full"))
     with pytest.raises(MemoryError):

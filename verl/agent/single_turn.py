@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -50,8 +51,9 @@ async def roll_out(
 ) -> pa.Table:
     """Draw every episode's response and return the table with the trajectory columns.
 
-    sampling: of all episodes, or of each. on_finish: called with (row index, result) as each episode ends, in the order
-    in which they end.
+    The first response to every prompt is asked for before the second to any: for the later ones an engine that keeps
+    what it has computed of a prompt has it by then. sampling: of all episodes, or of each. on_finish: called with (row
+    index, result) as each episode ends, in the order in which they end.
     """
     of_rows = [sampling] * episodes.num_rows if isinstance(sampling, SamplingParams) else sampling
 
@@ -61,9 +63,21 @@ async def roll_out(
         on_finish(index, result)
         return result
 
-    columns = [episodes[name].to_pylist() for name in ("uid", "prompt_ids", "seed", "images")]
-    results = await asyncio.gather(*(episode(index, *row) for index, row in enumerate(zip(*columns, strict=True))))
-    return with_results(episodes, results)
+    rows = list(zip(*(episodes[name].to_pylist() for name in ("uid", "prompt_ids", "seed", "images")), strict=True))
+    asked = _in_rounds([(*prompt_ids, *images) for _, prompt_ids, _, images in rows])
+    answers = await asyncio.gather(*(episode(index, *rows[index]) for index in asked))
+    results = dict(zip(asked, answers, strict=True))
+    return with_results(episodes, [results[index] for index in range(len(rows))])
+
+
+def _in_rounds(prompts: Sequence[Hashable]) -> list[int]:
+    """Their indices: the first of each prompt, then the second, and so on."""
+    seen: Counter[Hashable] = Counter()
+    turns = []
+    for prompt in prompts:
+        turns.append(seen[prompt])
+        seen[prompt] += 1
+    return sorted(range(len(prompts)), key=turns.__getitem__)
 
 
 def with_results(episodes: pa.Table, results: list[Result]) -> pa.Table:

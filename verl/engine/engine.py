@@ -309,6 +309,10 @@ class TrainEngine:
         if optimizer and self.trainable:
             self._state.offload()
 
+    def copy_to_host(self) -> None:
+        """Begin to copy the parameters there, which stay on the device too: the offload that follows moves nothing."""
+        self._params.refresh()
+
     def onload(self, *, params: bool = False, optimizer: bool = False) -> None:
         """What of an optimizer state would not fit beside an update stays on the host; updates then pass it through the
         device, part by part. How much would is known after the first update."""

@@ -222,7 +222,17 @@ class MovableTensors:
     def loaded_bytes(self) -> int:
         return sum(local(tensor).nbytes for tensor in self._tensors[: self._on_device])
 
+    def refresh(self) -> None:
+        """Begin to bring their places on the host up to date, so that an offload to come has nothing left to copy."""
+        if self._on_device and self._copies.moves and self.changed:
+            self._host = self._host or HostPlaces(self._tensors)
+            with self._whole_or_closed(), self._copies.beside():
+                for tensor, place in zip(self._tensors[: self._on_device], self._host, strict=False):
+                    self._copies.to_host(local(tensor), place)
+            self.changed = False
+
     def offload(self) -> None:
+        self.refresh()
         if self._on_device and self._copies.moves:
             self._to_host()
         self._on_device = 0
@@ -242,11 +252,9 @@ class MovableTensors:
         return len(self._tensors)
 
     def _to_host(self) -> None:
-        self._host = self._host or HostPlaces(self._tensors)
-        with self._whole_or_closed(), self._copies.beside():
-            for tensor, place in zip(self._tensors[: self._on_device], self._host, strict=False):
-                self._give(tensor, self._copies.to_host(local(tensor), place) if self.changed else place)
-        self.changed = False
+        assert self._host is not None
+        for tensor, place in zip(self._tensors[: self._on_device], self._host, strict=False):
+            self._give(tensor, place)
 
     def _to_device(self, count: int) -> None:
         with self._copies.beside():

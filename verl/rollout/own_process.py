@@ -168,6 +168,10 @@ class OwnProcess:
         needed = sum(self._slept[tag] for tag in tags)
         free, _ = torch.cuda.mem_get_info(self._device)
         if free < needed:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(self._device)
+        if free < needed:
             raise UserError(
                 f"{self.process.name} cannot wake: its {' and '.join(tags)} took {needed / GIB:.1f} GiB when it went "
                 f"to sleep, and {free / GIB:.1f} GiB of the GPU are free, as this process holds "

@@ -21,9 +21,9 @@ def put_to_sleep(rollout: RolloutEngine) -> None:
 
 
 class Phases:
-    """rollout: put to sleep. free_memory: gives what the trainer's allocator holds unused back to the device."""
+    """rollout: put to sleep. free_memory: has the trainer's allocator leave room for what is about to wake."""
 
-    def __init__(self, rollout: RolloutEngine, free_memory: Callable[[], object]):
+    def __init__(self, rollout: RolloutEngine, free_memory: Callable[[list[MemoryTag]], object]):
         self._rollout, self._free_memory = rollout, free_memory
         self._asleep: set[MemoryTag] = set(rollout.capabilities.sleep)
 
@@ -50,6 +50,6 @@ class Phases:
 
     def _wake(self, tags: set[MemoryTag]) -> None:
         if tags := tags & self._asleep:
-            self._free_memory()
+            self._free_memory(sorted(tags))
             asyncio.run(self._rollout.wake(sorted(tags)))
             self._asleep -= tags

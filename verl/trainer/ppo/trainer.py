@@ -94,7 +94,7 @@ class PPOTrainer:
         self.kl_control = kl_control(config.algorithm.kl_ctrl)
         self.metrics: Metrics = {}  # of the step under way
         self.timer = StageTimer()
-        self.phases = Phases(parts.rollout, lambda: parts.workers.call("free_memory").result())
+        self.phases = Phases(parts.rollout, lambda tags: parts.workers.call("free_memory", tags).result())
         self.weight_updates = WeightUpdates(
             parts.rollout,
             parts.weights,
@@ -275,7 +275,8 @@ class PPOTrainer:
             step=self.step,
         )
         found: dict[str, list[float]] = defaultdict(list)
-        with self.computing(f"update_{role}", role, total=len(batches), optimizer=True) as progress:
+        sent = role == "actor"  # to the rollout engine, next
+        with self.computing(f"update_{role}", role, total=len(batches), optimizer=True, needed=sent) as progress:
             for number, rows in enumerate(batches):
                 mini = rows_of(table, rows)
                 seed = (self.config.trainer.seed, self.step, number)
@@ -394,11 +395,13 @@ class PPOTrainer:
             yield stage
 
     @contextmanager
-    def computing(self, name: str, role: str, *, total: int | None = None, optimizer: bool = False) -> Iterator[Stage]:
+    def computing(
+        self, name: str, role: str, *, total: int | None = None, optimizer: bool = False, needed: bool = False
+    ) -> Iterator[Stage]:
         """A stage of a model's compute, with what it takes among the metrics: if a step has several, the last one's MFU
-        and memory, and the seconds of all."""
+        and memory, and the seconds of all. needed: by what follows, too."""
         before, inside = self.timer.seconds.get(name, 0.0), StageTimer()
-        with self.stage(name, total) as progress, self.loaded(role, optimizer) as costs, inside("compute"):
+        with self.stage(name, total) as progress, self.loaded(role, optimizer, needed) as costs, inside("compute"):
             yield progress
         seconds = self.timer.seconds[name] - before
         self.metrics |= measure.stage_metrics(name, costs, seconds)
@@ -433,12 +436,14 @@ class PPOTrainer:
                 self.phases.train()
 
     @contextmanager
-    def loaded(self, role: str, optimizer: bool = False) -> Iterator[list[measure.StageCost]]:
-        """The role's model on the device, for a stage; gives a list that at the end has what it took of each rank."""
+    def loaded(self, role: str, optimizer: bool = False, needed: bool = False) -> Iterator[list[measure.StageCost]]:
+        """The role's model on the device, for a stage; gives a list that at the end has what it took of each rank.
+        needed: its parameters stay there, and what follows has them loaded, too."""
         costs: list[measure.StageCost] = []
         self.parts.workers.call("load", role, optimizer).result()
         yield costs
-        costs += self.parts.workers.call("unload", role).result()  # not after an error, which is the end of the run
+        # not after an error, which is the end of the run
+        costs += self.parts.workers.call("unload", role, needed).result()
 
     def _dump(self, folder: Path, table: pa.Table) -> list[dict]:
         def decode(rows: list[list[int]]) -> list[str]:

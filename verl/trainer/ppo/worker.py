@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,12 @@ from verl.data.tokenizer import load_tokenizer
 from verl.engine import Batching, TrainEngine
 from verl.engine.device_memory import Peak
 from verl.engine.model import Kind
+from verl.rollout.base import MemoryTag
 from verl.trainer.ppo.loss_modes import resolve
 from verl.trainer.ppo.losses import policy_loss, value_loss
 from verl.trainer.ppo.metrics import StageCost, memory_metrics
 
+SPARE = 4 << 30  # bytes of a device that stay free beside the engine's weights
 # The columns that a method reads of its rows, where the table has them.
 SEQUENCES = ("prompt_ids", "response_ids")
 READS = {
@@ -95,14 +97,17 @@ class PPOWorker:
         self._stages[role] = Peak(engine.device), engine.flops
         engine.onload(params=True, optimizer=optimizer)
 
-    def unload(self, role: str) -> StageCost:
+    def unload(self, role: str, needed: bool = False) -> StageCost:
+        """needed: the parameters stay, for what comes next loads them anyway."""
         engine, (peak, flops) = self.engines[role], self._stages.pop(role)
-        self._offload(role)
+        self._offload(role, needed)
         return StageCost(flops=engine.flops - flops, peak_flops=engine.peak_flops, memory=peak.bytes)
 
-    def _offload(self, role: str) -> None:
-        switches = self.fsdp_configs[role]
-        self.engines[role].offload(params=switches.param_offload, optimizer=switches.optimizer_offload)
+    def _offload(self, role: str, needed: bool = False) -> None:
+        engine, switches = self.engines[role], self.fsdp_configs[role]
+        engine.offload(params=switches.param_offload and not needed, optimizer=switches.optimizer_offload)
+        if switches.param_offload and needed:
+            engine.copy_to_host()
 
     @contextmanager
     def borrowed(self, role: str) -> Iterator[None]:
@@ -115,13 +120,19 @@ class PPOWorker:
             if not was_here:
                 self._offload(role)
 
-    def free_memory(self) -> None:
-        """Give what the allocator holds unused back to the device, for others to use."""
-        if self.plan.device == "cuda":
+    def free_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Give what the allocator holds unused back to the device, for what the rollout engine is about to wake. Its
+        weights alone may well fit beside that, and what is on its way to the host then need not be there first."""
+        if self.plan.device == "cuda" and not (set(tags) == {"weights"} and self._weights_fit()):
             gc.collect()
             torch.cuda.ipc_collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+    def _weights_fit(self) -> bool:
+        """Whole and in float32, which is the most that an engine takes for them."""
+        weights = 4 * sum(param.numel() for param in self.engines["actor"].module.parameters())
+        return torch.cuda.mem_get_info()[0] > weights + SPARE
 
     def memory_metrics(self) -> dict[str, float]:
         return memory_metrics(torch.device(self.plan.device))
