@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -127,18 +128,20 @@ def test_only_what_has_changed_is_copied_back_to_the_host(tiny, tmp_path, monkey
     first = weights_of(engine)
     copied = []
     to_host = engine._copies.to_host
-    monkeypatch.setattr(engine._copies, "to_host", lambda *tensors: (copied.append(tensors), to_host(*tensors))[1])
+    monkeypatch.setattr(engine._copies, "to_host", lambda *tensors: (copied.append(tensors[0]), to_host(*tensors))[1])
 
-    def copies(between) -> int:
-        """Made after a stage, of parameters and of the optimizer's state."""
+    def copies(between, pieces: int = 2) -> int:
+        """Bytes that are copied after a stage, of parameters and of the optimizer's state, in so many pieces."""
         copied.clear()
         engine.onload(params=True, optimizer=True)
         between()
         engine.offload(params=True, optimizer=True)
-        return len(copied)
+        assert len(copied) in (0, pieces)
+        return sum(-(-tensor.nbytes // offload.ALIGNMENT) * offload.ALIGNMENT for tensor in copied)
 
-    whole = copies(lambda: None)  # which had no place on the host yet
-    assert whole > 3 * len(first)
+    tensors = len(engine._params._tensors) + len(engine._state._tensors)
+    whole = copies(lambda: None, pieces=tensors)  # which had no place on the host yet, and lay apart on the device
+    assert whole > 3 * sum(tensor.nbytes for tensor in first.values())
     assert copies(lambda: engine.log_probs(make_table(), temperature=1.0, batching=ALL)) == 0
     assert copies(lambda: updates(engine, 1)) == whole
     engine.onload(params=True)
@@ -148,6 +151,58 @@ def test_only_what_has_changed_is_copied_back_to_the_host(tiny, tmp_path, monkey
     assert largest_difference(weights_of(engine), first) == 0
     engine.onload(optimizer=True)
     assert updates(engine, 2) == updates(build(tiny, dtype="bfloat16"), 2)
+
+
+def test_parameters_that_are_needed_next_are_copied_while_they_stay(tiny, monkeypatch):
+    engine, still = build(tiny), build(tiny)
+    engine._copies.moves = True
+    for _ in range(3):
+        engine.offload(params=True, optimizer=True)
+        engine.onload(params=True, optimizer=True)
+        assert updates(engine, 1) == updates(still, 1)
+        engine.copy_to_host()
+        assert largest_difference(weights_of(engine), weights_of(still)) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._copies, "to_host", None)
+            engine.offload(params=True)
+    engine.onload(params=True)
+    assert largest_difference(weights_of(engine), weights_of(still)) == 0
+
+
+bits = torch.arange(1024, dtype=torch.int32).view(torch.uint8)
+
+
+@pytest.mark.parametrize("on_host", [[(0, 8), (16, 8), (64, 100), (164, 4)], [(64, 4), (128, 4), (0, 4), (4, 4)]])
+@pytest.mark.parametrize("on_device", [[(8, 8), (24, 8), (72, 100), (172, 4)], [(0, 8), (16, 8), (80, 100), (256, 4)]])
+def test_tensors_that_lie_alike_are_copied_together_and_nothing_else_is(on_host, on_device):
+    """As (start, bytes) of each; the sizes are those on the host."""
+    memory, places = bits.clone(), torch.zeros(1024, dtype=torch.uint8)
+    tensors = [memory[at : at + size].view(torch.int16) for (at, _), (_, size) in zip(on_device, on_host, strict=True)]
+    homes = [places[at : at + size].view(torch.int16) for at, size in on_host]
+    rows = list(zip(tensors, homes, strict=True))
+    runs = list(offload.spans(rows))
+    assert sum(len(run[0]) for run in runs) == len(rows)
+    steps = [(b[0] - a[0], d[0] - c[0]) for (a, b), (c, d) in zip(pairwise(on_device), pairwise(on_host), strict=True)]
+    assert len(runs) == 1 + sum(there != here or here < 0 for there, here in steps)
+    for sources, targets in runs:
+        for part, source in zip(offload.apart(offload.span(sources).clone(), sources), sources, strict=True):
+            assert part.dtype == source.dtype
+            assert torch.equal(part, source)
+        offload.span(targets).copy_(offload.span(sources))
+    assert all(torch.equal(tensor, home) for tensor, home in rows)
+
+
+def test_tensors_of_other_storages_without_elements_or_in_another_order_are_copied_one_by_one():
+    own = [torch.ones(4), torch.ones(0), torch.ones(4)]
+    table = torch.ones(4, 4)
+    for tensors in (
+        own,
+        [table[0], table[1:1], table[1]],
+        [table[1], table[0]],
+        [table[0], table[0]],
+        [table[:, 0], table[:, 2]],
+    ):
+        assert [len(run) for (run,) in offload.spans((tensor,) for tensor in tensors)] == [1] * len(tensors)
 
 
 def test_what_a_broken_off_update_has_changed_is_not_lost_on_the_host(tiny, monkeypatch):

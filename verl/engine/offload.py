@@ -1,7 +1,8 @@
 """Tensors between the device and the host: moved in place, or worked on a bucket at a time while they live on the host.
 
-On the host each has one place for good, in memory that is pinned once. Copies run on a stream of their own, beside
-compute; who reads what was copied waits for it first (``Copies.wait``, ``Copies.finish``).
+On the host each has one place for good, in memory that is pinned once, a gigabyte or more at a time; on the device they
+lie together as they do there, so that few copies move all, into few pieces of memory. Copies run on a stream of their
+own, beside compute; who reads what was copied waits for it first (``Copies.wait``, ``Copies.finish``).
 """
 
 from __future__ import annotations
@@ -190,6 +191,51 @@ def through_device(
     outward.finish()
 
 
+def spans(rows: Iterable[tuple[torch.Tensor, ...]]) -> Iterator[list[list[torch.Tensor]]]:
+    """Rows that follow one another and of which each column lies in one storage, all columns alike: as columns."""
+    run: list[tuple[torch.Tensor, ...]] = []
+    for row in rows:
+        if run and not _alike(run[0], run[-1], row):
+            yield [list(column) for column in zip(*run, strict=True)]
+            run = []
+        run.append(row)
+    if run:
+        yield [list(column) for column in zip(*run, strict=True)]
+
+
+def _alike(first: Sequence[torch.Tensor], last: Sequence[torch.Tensor], row: Sequence[torch.Tensor]) -> bool:
+    if not all(tensor.nbytes for tensor in (*first, *row)):
+        return False
+    distances = {tensor.data_ptr() - start.data_ptr() for start, tensor in zip(first, row, strict=True)}
+    return len(distances) == 1 and all(
+        tensor.untyped_storage().data_ptr() == end.untyped_storage().data_ptr()
+        and tensor.data_ptr() >= end.data_ptr() + end.nbytes
+        and end.is_contiguous()
+        and tensor.is_contiguous()
+        for end, tensor in zip(last, row, strict=True)
+    )
+
+
+def span(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes of one storage from the first of these to the end of the last; one alone as it is."""
+    first, last = tensors[0], tensors[-1]
+    if len(tensors) == 1:
+        return first
+    storage = first.untyped_storage()
+    nbytes = last.data_ptr() + last.nbytes - first.data_ptr()
+    flat = torch.empty(0, dtype=torch.uint8, device=first.device)
+    return flat.set_(storage, first.data_ptr() - storage.data_ptr(), (nbytes,), (1,))
+
+
+def apart(copied: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A copy of their ``span`` as copies of each of them."""
+    if len(tensors) == 1:
+        return [copied]
+    starts = [tensor.data_ptr() - tensors[0].data_ptr() for tensor in tensors]
+    parts = zip(starts, tensors, strict=True)
+    return [copied[start : start + each.nbytes].view(each.dtype).view(each.shape) for start, each in parts]
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor, or the tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.data
@@ -227,8 +273,9 @@ class MovableTensors:
         if self._on_device and self._copies.moves and self.changed:
             self._host = self._host or HostPlaces(self._tensors)
             with self._whole_or_closed(), self._copies.beside():
-                for tensor, place in zip(self._tensors[: self._on_device], self._host, strict=False):
-                    self._copies.to_host(local(tensor), place)
+                pairs = zip(map(local, self._tensors[: self._on_device]), self._host, strict=False)
+                for tensors, places in spans(pairs):
+                    self._copies.to_host(span(tensors), span(places))
             self.changed = False
 
     def offload(self) -> None:
@@ -257,9 +304,11 @@ class MovableTensors:
             self._give(tensor, place)
 
     def _to_device(self, count: int) -> None:
-        with self._copies.beside():
-            for tensor in self._tensors[self._on_device : count]:  # FSDP may have put one that it pads elsewhere
-                self._give(tensor, self._copies.to_device(local(tensor)))
+        coming = iter(self._tensors[self._on_device : count])
+        with self._copies.beside():  # FSDP may have put one that it pads elsewhere
+            for (places,) in spans((local(tensor),) for tensor in self._tensors[self._on_device : count]):
+                for storage in apart(self._copies.to_device(span(places)), places):
+                    self._give(next(coming), storage)
 
     def _give(self, tensor: torch.Tensor, storage: torch.Tensor) -> None:
         give_storage(tensor, storage)
