@@ -20,7 +20,7 @@ from verl.rollout.fsdp import UnshardedForward
 ROWS = 9
 EPS = 1e-5  # see test_engine_updates
 # First row of each rank, and the end: ranks with many rows, with one, with none, with only an empty response.
-CUTS = {2: (0, 6, 9), 4: (0, 1, 6, 9, 9)}
+CUTS = {1: (0, 9), 2: (0, 6, 9), 4: (0, 1, 6, 9, 9)}
 LAYOUTS = [(2, -1), (4, -1), (4, 2)]
 BATCHING = Batching(2)
 
@@ -102,6 +102,31 @@ def test_compiled_layers_train_alike_under_sharding(tiny, packed):
     _, metrics, weights = run_ranks(2, compiled, tiny, packed)[0]
     assert [each["loss"] for each in metrics] == pytest.approx([each["loss"] for each in expected_metrics], rel=1e-4)
     assert largest_difference({k: torch.from_numpy(v) for k, v in weights.items()}, expected) < 1e-4
+
+
+def numbers_of_modules(rank, world_size, path):
+    """That compiled code takes as inputs that may change."""
+    found, compiled = [], torch.compile
+
+    def backend(graph, inputs):
+        symbols = [node.name for node in graph.graph.nodes if isinstance(node.meta.get("example_value"), torch.SymInt)]
+        found.append([name for name in symbols if name.startswith("l_self_")])
+        return graph
+
+    torch.compile = partial(compiled, backend=backend)
+    engine, table = build(path, eps=EPS, packed=True), share(rank, world_size)
+    engine._layers = CompiledLayers(engine.module)
+    torch.compile = compiled
+    numbers(engine, table, "policy")
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_code_knows_the_sizes_that_modules_hold(tiny, ranks):
+    """The size of a head among them: elements would be found by dividing by it, which takes its time on a GPU."""
+    for found in run_ranks(ranks, numbers_of_modules, tiny):
+        assert found
+        assert not any(found), found
 
 
 def untied_without_resharding(rank, world_size, path):

@@ -39,6 +39,10 @@ class CompiledLayers:
         """checkpointing: the layers that can be checkpointed are."""
         names = set(hf._no_split_modules or ())  # of classes, of which sharding makes subclasses
         layers = [module for module in hf.modules() if names & {each.__name__ for each in type(module).__mro__}]
+        for module in (module for layer in layers for module in layer.modules()):
+            # Dynamo takes numbers of modules so marked, like the size of a head, for inputs that may change, and where
+            # in a tensor an element lies is then found by dividing by them. What is compiled is inside FSDP's hooks.
+            module._is_fsdp_managed_module = False  # type: ignore[assignment]
         self._forwards = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
         self.recomputing = {each for each in layers if checkpointing and isinstance(each, GradientCheckpointingLayer)}
         recomputed = Recomputed()
