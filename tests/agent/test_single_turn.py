@@ -6,17 +6,19 @@ import asyncio
 from collections.abc import Sequence
 
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from verl.agent.single_turn import episodes_of, roll_out
-from verl.rollout.base import Request, Result, SamplingParams
+from verl.rollout.base import Capabilities, PromptWindow, Request, Result, SamplingParams
 
 
 class Engine:
     """Answers with the prompt, last asked first. asked: the requests as they came."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, window: PromptWindow | None):
+        self.capabilities = Capabilities(window=window)
         self.asked: list[Request] = []
         self._all_there, self._count = asyncio.Event(), count
 
@@ -32,15 +34,17 @@ class Engine:
         return [Result(request.id, list(request.prompt_ids), [0.0] * len(request.prompt_ids), "stop", [])]
 
 
-def rolled_out(prompts: list[list[int]], n: int) -> tuple[list[Request], list[int], pa.Table, pa.Table]:
+def rolled_out(
+    prompts: list[list[int]], n: int, window: PromptWindow | None
+) -> tuple[list[Request], list[int], pa.Table, pa.Table]:
     """The requests, the rows in the order in which they ended, episodes and what became of them."""
-    table = pa.table({"row": range(len(prompts)), "prompt_ids": prompts, "images": pa.array([[]] * len(prompts))})
-    table = table.set_column(2, "images", table["images"].cast(pa.list_(pa.string())))
+    table = pa.table({"row": range(len(prompts)), "prompt_ids": prompts})
+    table = table.append_column("images", pa.array([[]] * len(prompts), pa.list_(pa.string())))
     episodes = episodes_of(table, n=n, seed=0, step=1)
     ended: list[int] = []
 
     async def run() -> tuple[list[Request], pa.Table]:
-        engine = Engine(episodes.num_rows)
+        engine = Engine(episodes.num_rows, window)
         sampling = SamplingParams(max_new_tokens=4)
         return engine.asked, await roll_out(engine, episodes, sampling, lambda row, _: ended.append(row))
 
@@ -48,11 +52,29 @@ def rolled_out(prompts: list[list[int]], n: int) -> tuple[list[Request], list[in
     return asked, ended, episodes, found
 
 
-@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=6), st.integers(1, 4))
-def test_every_prompt_is_asked_for_once_before_any_is_asked_for_again(prompts, n):
-    asked, ended, episodes, found = rolled_out(prompts, n)
-    turns = [sum(earlier.prompt_ids == each.prompt_ids for earlier in asked[:at]) for at, each in enumerate(asked)]
-    assert turns == sorted(turns)
+def runs_of(asked: list[Request], window: PromptWindow) -> list[list[Request]]:
+    """The requests of each window: a prompt that none before had, and that has no room in the last, begins one."""
+    runs: list[list[Request]] = []
+    held: list[list[int]] = []
+    for request in asked:
+        prompt = list(request.prompt_ids)
+        new = all(list(other.prompt_ids) != prompt for run in runs for other in run)
+        if not runs or (new and (len(held) == window.prompts or sum(map(len, [*held, prompt])) > window.tokens)):
+            runs.append([])
+            held = []
+        if prompt not in held:
+            held.append(prompt)
+        runs[-1].append(request)
+    return runs
+
+
+PROMPTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=6)
+WINDOWS = st.builds(PromptWindow, tokens=st.integers(1, 12), prompts=st.integers(1, 4))
+
+
+@given(PROMPTS, st.integers(1, 4), st.none() | WINDOWS)
+def test_all_are_asked_for_and_come_back_in_their_rows_whatever_the_order(prompts, n, window):
+    asked, ended, episodes, found = rolled_out(prompts, n, window)
     assert sorted(request.id for request in asked) == sorted(episodes["uid"].to_pylist())
     seeds = dict(zip(episodes["uid"].to_pylist(), episodes["seed"].to_pylist(), strict=True))
     assert all(request.sampling.seed == seeds[request.id] for request in asked)
@@ -61,7 +83,27 @@ def test_every_prompt_is_asked_for_once_before_any_is_asked_for_again(prompts, n
     assert sorted(ended) == list(range(episodes.num_rows))
 
 
+@given(PROMPTS, st.integers(1, 4), WINDOWS)
+def test_in_a_window_every_prompt_is_asked_for_once_before_any_is_asked_for_again(prompts, n, window):
+    asked, _, _, _ = rolled_out(prompts, n, window)
+    for run in runs_of(asked, window):
+        ids = [tuple(request.prompt_ids) for request in run]
+        turns = [ids[:at].count(prompt) for at, prompt in enumerate(ids)]
+        assert turns == sorted(turns)
+        assert len(set(ids)) <= window.prompts
+        assert sum(map(len, set(ids))) <= window.tokens or len(set(ids)) == 1
+        for prompt in set(ids):  # all that is asked for of it
+            assert ids.count(prompt) == n * sum(tuple(each) == prompt for each in prompts)
+
+
+@pytest.mark.parametrize("window", [None, PromptWindow(2, 9), PromptWindow(9, 2)])
+def test_windows_of_two_prompts_and_none(window):
+    asked, _, _, _ = rolled_out([[1], [2], [3]], 2, window)
+    found = [request.prompt_ids[0] for request in asked]
+    assert found == ([1, 1, 2, 2, 3, 3] if window is None else [1, 2, 1, 2, 3, 3])
+
+
 def test_prompts_that_are_all_different_are_asked_for_in_their_order():
-    asked, ended, episodes, _ = rolled_out([[1], [2], [3]], 1)
+    asked, ended, episodes, _ = rolled_out([[1], [2], [3]], 1, PromptWindow(2, 2))
     assert [request.id for request in asked] == episodes["uid"].to_pylist()
     assert ended == [2, 1, 0]

@@ -473,9 +473,24 @@ def test_parts_of_several_ranks_and_copies_make_one_tensor():
     ]
 
 
+def test_parts_that_overlap_leave_gaps_or_cross_do_not_make_up_a_tensor():
+    tensor = torch.arange(16.0).view(4, 4)
+
+    def held(*parts: tuple[int, int, int]) -> list[list[Piece]]:
+        """(dim, start, end) of each rank."""
+        return [[piece_of("a", tensor.narrow(dim, at, end - at), tensor.shape, dim, at)] for dim, at, end in parts]
+
+    for parts in ([(0, 0, 2), (0, 1, 3)], [(0, 0, 2), (1, 0, 2)], [(0, 0, 1), (0, 2, 4)], [(0, 1, 4)], [(0, 0, 3)]):
+        assert describe({"a": tensor}, *held(*parts)) == ["a is held in parts that do not add up to the whole"]
+    beyond = Piece("a", (4, 4), 0, 3, 2, "float32", 0)
+    assert describe({"a": tensor}, *held((0, 0, 2)), [beyond]) == ["a is held in parts that do not add up to the whole"]
+    assert describe({"a": tensor}, *held((1, 2, 4), (1, 0, 2))) == []
+
+
 def test_tensors_of_no_dimension_and_of_no_element_have_checksums_too():
     tensors = {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4), "hollow": torch.empty(4, 0)}
     assert describe(tensors, pieces(tensors)) == []
+    assert checksum(torch.zeros(8, dtype=torch.bfloat16)[1:1]) == checksum(tensors["empty"]) == 0
     assert checksum(tensors["scalar"]) == naive_checksum(tensors["scalar"], checksums.WIDTH)
     (found,) = describe({**tensors, "scalar": torch.tensor(4.0)}, pieces(tensors))
     assert found.startswith("scalar differs")

@@ -52,9 +52,10 @@ class Workers:
     def __init__(self, log: list[str]):
         self.log = log
 
-    def call(self, method: str, of: str | list[MemoryTag] = "", *_: Any) -> Future:
-        """of: a role, or what is about to wake."""
-        self.log.append(f"{method} {of if isinstance(of, str) else ' '.join(of)}".strip())
+    def call(self, method: str, of: str | list[MemoryTag] = "", needed: bool = False, *_: Any) -> Future:
+        """of: a role, or what is about to wake. needed: of an unloaded role's parameters."""
+        kept = " kept" if method == "unload" and needed else ""
+        self.log.append(f"{method} {of if isinstance(of, str) else ' '.join(of)}".strip() + kept)
         answer: Future = Future()
         answer.set_result([None])
         return answer
@@ -102,10 +103,14 @@ class Trainer(PPOTrainer):
         with self.loaded("actor"):
             self.log.append("train")
 
+    def update_actor(self, table: None) -> None:
+        with self.loaded("actor", optimizer=True, needed=True):
+            self.log.append("update")
+
     def nothing(self, *_: object) -> None:
         pass
 
-    rollout_correction = ref_log_probs = values = advantages = update_critic = update_actor = report = nothing
+    rollout_correction = ref_log_probs = values = advantages = update_critic = report = nothing
 
 
 class DrawsTwice(Trainer):
@@ -145,7 +150,8 @@ def run(
 
 UPDATE = ["free_memory weights", "wake weights", "load actor", "weights {}", "unload actor"]
 CHECKED_UPDATE = [*UPDATE[:4], "check", "unload actor"]
-TRAIN = ["sleep kv_cache weights", "load actor", "train", "unload actor"]
+STAGES = [*["load actor", "train", "unload actor"], *["load actor", "update", "unload actor kept"]]
+TRAIN = ["sleep kv_cache weights", *STAGES]
 FULL = ["free_memory kv_cache", "wake kv_cache"]
 
 
@@ -178,16 +184,20 @@ def test_weights_that_come_back_within_a_step_are_told_the_version_that_they_had
 @pytest.mark.parametrize("saves", [False, True])
 @pytest.mark.parametrize("validates", [[], [0], [0, 1, 2], [1], [2]])
 def test_no_model_is_loaded_beside_the_cache_and_none_is_trained_beside_the_engines_weights(validates, saves):
-    awake = set(BOTH)
+    awake, kept = set(BOTH), False
     for order in run(BOTH, validates=validates, saves=saves, steps=3):
         name, *tags = order.split()
+        if name in ("load", "unload"):
+            kept = tags == ["actor", "kept"]
+        elif kept:
+            assert order in ("free_memory weights", "wake weights")
         if name == "sleep":
             awake -= set(tags)
         elif name == "wake":
             awake |= set(tags)
         elif name in ("load", "save"):  # which may load models to export them
             assert "kv_cache" not in awake
-        elif name == "train":
+        elif name in ("train", "update"):
             assert not awake
         elif name == "generate":
             assert awake == set(BOTH)
@@ -207,7 +217,7 @@ def test_an_engine_that_borrows_the_model_has_it_only_while_it_draws(saves):
         name, *_ = order.split()
         if name in ("sleep", "wake"):
             whole = name == "wake"
-        elif name in ("train", "save"):
+        elif name in ("train", "update", "save"):
             assert not whole
         elif name == "generate":
             assert whole
@@ -216,7 +226,7 @@ def test_an_engine_that_borrows_the_model_has_it_only_while_it_draws(saves):
 def test_an_engine_that_cannot_sleep_is_left_alone():
     update = ["load actor", "weights {}", "unload actor"]
     assert run([], validates=[1], steps=1) == [
-        *["load actor", "weights 0", "check", "unload actor", "generate", "load actor", "train", "unload actor"],
+        *["load actor", "weights 0", "check", "unload actor", "generate", *STAGES],
         *[*(order.format(1) for order in update), "generate"],
     ]
 

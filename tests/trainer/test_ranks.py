@@ -427,8 +427,11 @@ class Recording:
     def __init__(self, world_size: int, balance: bool):
         self.world_size, self._shares = world_size, token_shares(balance)
         self.steps: list[list[list[str]]] = []
+        self.unloaded: list[tuple[Any, ...]] = []
 
     def call(self, method: str, *args: Any) -> Any:
+        if method == "unload":
+            self.unloaded.append(args)
         return SimpleNamespace(result=lambda: [StageCost(0.0, 0.0, 0)] if method == "unload" else None)
 
     def reduce(self, method: str, table: pa.Table, **kwargs: Any) -> Any:
@@ -460,6 +463,7 @@ def test_the_rows_of_an_optimizer_step_do_not_depend_on_how_ranks_share_them(sma
         )
         PPOTrainer(config, plan, parts).update_actor(table)
         taken[balance] = workers.steps
+        assert workers.unloaded == [("actor", True)]  # but for its parameters, which go to the rollout engine next
     assert len(taken[False]) == len(taken[True]) == 8
 
     def rows(step: list[list[str]]) -> list[str]:

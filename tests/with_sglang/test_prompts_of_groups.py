@@ -18,18 +18,21 @@ from verl.rollout.sglang.arguments import SGLANG
 
 pytestmark = [pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed"), pytest.mark.slow]
 
-PROMPTS, SAMPLES, LENGTH, AT_ONCE = 32, 4, 60, 512
+PROMPTS, SAMPLES, LENGTH, PREFILL = 32, 4, 60, 512
 
 
-def test_prompts_are_computed_about_once_for_all_responses_to_them(small, tmp_path):
-    """But for those of the prefill that is under way as their first responses are through."""
+@pytest.mark.parametrize(("at_once", "cache"), [(2 * PROMPTS * SAMPLES, 1 << 16), (8, 1024)], ids=["ample", "scarce"])
+def test_prompts_are_computed_about_once_for_all_responses_to_them(small, tmp_path, at_once, cache):
+    """Whether or not all of them can be drawn, and kept, at once; but for those of the prefill that is under way as
+    their first responses are through."""
     settings = EngineSettings(
         model_path=str(small / "model"),
         device="cpu",
         dtype="float32",
         max_model_len=LENGTH + 4,
-        max_num_seqs=2 * PROMPTS * SAMPLES,
-        max_prefill_tokens=AT_ONCE,
+        max_num_seqs=at_once,
+        max_prefill_tokens=PREFILL,
+        extra={"max_total_tokens": cache},
     )
     log = tmp_path / "sglang.log"
     backend = OwnProcess(SGLANG, settings, log=log, bucket_bytes=1 << 20)
@@ -46,4 +49,4 @@ def test_prompts_are_computed_about_once_for_all_responses_to_them(small, tmp_pa
         sum(map(int, re.findall(rf"#{kind}-token: (\d+)", log.read_text()))) for kind in ("new", "cached")
     )
     assert computed + known == PROMPTS * SAMPLES * LENGTH
-    assert computed < 2 * PROMPTS * LENGTH
+    assert computed < 2 * PROMPTS * LENGTH, computed

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 import pyarrow as pa
 
 from verl.data.ragged import Ragged
 from verl.data.schema import with_columns
-from verl.rollout.base import Request, Result, RolloutEngine, SamplingParams
+from verl.rollout.base import PromptWindow, Request, Result, RolloutEngine, SamplingParams
 
 
 def episode_seed(*parts: object) -> int:
@@ -51,9 +52,9 @@ async def roll_out(
 ) -> pa.Table:
     """Draw every episode's response and return the table with the trajectory columns.
 
-    The first response to every prompt is asked for before the second to any: for the later ones an engine that keeps
-    what it has computed of a prompt has it by then. sampling: of all episodes, or of each. on_finish: called with (row
-    index, result) as each episode ends, in the order in which they end.
+    They are asked for in an order in which the engine computes prompts least often (``Capabilities.window``).
+    sampling: of all episodes, or of each. on_finish: called with (row index, result) as each episode ends, in the order
+    in which they end.
     """
     of_rows = [sampling] * episodes.num_rows if isinstance(sampling, SamplingParams) else sampling
 
@@ -64,20 +65,29 @@ async def roll_out(
         return result
 
     rows = list(zip(*(episodes[name].to_pylist() for name in ("uid", "prompt_ids", "seed", "images")), strict=True))
-    asked = _in_rounds([(*prompt_ids, *images) for _, prompt_ids, _, images in rows])
+    prompts = [(*prompt_ids, *images) for _, prompt_ids, _, images in rows]
+    asked = _order(prompts, [len(prompt_ids) for _, prompt_ids, _, _ in rows], engine.capabilities.window)
     answers = await asyncio.gather(*(episode(index, *rows[index]) for index in asked))
     results = dict(zip(asked, answers, strict=True))
     return with_results(episodes, [results[index] for index in range(len(rows))])
 
 
-def _in_rounds(prompts: Sequence[Hashable]) -> list[int]:
-    """Their indices: the first of each prompt, then the second, and so on."""
-    seen: Counter[Hashable] = Counter()
-    turns = []
-    for prompt in prompts:
-        turns.append(seen[prompt])
-        seen[prompt] += 1
-    return sorted(range(len(prompts)), key=turns.__getitem__)
+def _order(prompts: Sequence[Hashable], lengths: Sequence[int], window: PromptWindow | None) -> list[int]:
+    """Of rows. In each window the first of each prompt, then the second, and so on."""
+    if window is None:
+        return list(range(len(prompts)))
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        alike[prompt].append(row)
+    windows: list[list[list[int]]] = [[]]
+    tokens = 0
+    for of_prompt in alike.values():
+        tokens += lengths[of_prompt[0]]
+        if windows[-1] and (tokens > window.tokens or len(windows[-1]) == window.prompts):
+            windows.append([])
+            tokens = lengths[of_prompt[0]]
+        windows[-1].append(of_prompt)
+    return [row for each in windows for turn in zip_longest(*each) for row in turn if row is not None]
 
 
 def with_results(episodes: pa.Table, results: list[Result]) -> pa.Table:

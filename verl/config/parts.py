@@ -69,7 +69,8 @@ class FSDPConfig(Section):
     reshard_after_forward: bool = Field(
         True,
         description="Free each layer's gathered weights after its forward and backward. False: they are gathered once "
-        "a stage, and stay to its end, which is faster where memory allows (2 bytes a parameter in bfloat16).",
+        "for an optimizer step or for all forwards of a stage, and stay until its end, which is faster where memory "
+        "allows (2 bytes a parameter in bfloat16).",
     )
     use_torch_compile: bool = Field(
         True, description="On GPUs, compile the layers and the work on logits: faster, after a minute at the start."

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+SPARE = 4 << 30  # bytes of a device that stay free where something is left there because it fits
 _before = {"allocated": 0, "reserved": 0}  # until torch's own counters began anew
 
 

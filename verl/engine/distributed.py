@@ -92,7 +92,7 @@ def shard(
         if type(module).__name__ in layer_classes:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     fully_shard(root, mesh=mesh, mp_policy=policy)
-    for sharded in sharded_modules(root):  # where weights are not freed, from a stage's first forward to its end
+    for sharded in sharded_modules(root):  # weights that are not freed stay until TrainEngine reshards them
         sharded.set_reshard_after_backward(config.reshard_after_forward)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)

@@ -20,7 +20,7 @@ from verl.engine import checkpoint, offload
 from verl.engine.attention import packed_attention, why_padded
 from verl.engine.checkpoint_names import CheckpointNames, share_conversions
 from verl.engine.compile import PLAIN, CompiledLayers
-from verl.engine.device_memory import Peak
+from verl.engine.device_memory import SPARE, Peak
 from verl.engine.distributed import (
     max_over_ranks,
     on_first_rank,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 LossFunction = Callable[[Tensors, Tensors], tuple[torch.Tensor, Tensors]]
 CPU = torch.device("cpu")
-SPARE = 4 << 30  # bytes of a device that stay free
 
 
 class OffloadedError(RuntimeError):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl.rollout.base import Capabilities, MemoryTag
+from verl.rollout.base import Capabilities, MemoryTag, PromptWindow
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class EngineSettings:
     override_config: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def window(self) -> PromptWindow:
+        """A prefill that is computed, one that its results are taken from meanwhile, and one to spare."""
+        return PromptWindow(tokens=3 * self.max_prefill_tokens, prompts=self.max_num_seqs)
 
     @property
     def sleeps(self) -> bool:

@@ -76,9 +76,20 @@ class Result:
 
 
 @dataclass(frozen=True)
+class PromptWindow:
+    """Of an engine that finds a prompt's keys and values in its cache once it has computed them: the different prompts,
+    at most so many and of so many tokens in all, that it is best asked for once each before any is asked for again.
+    More would have left the cache by then; with fewer they would not have come yet."""
+
+    tokens: int
+    prompts: int
+
+
+@dataclass(frozen=True)
 class Capabilities:
     """What an engine declares. ``sleep``: the memory tags it can free. ``own_process``: its death is not the trainer's.
-    ``holds_weights``: it has a copy of its own, which update_weights fills (False: it reads the trainer's)."""
+    ``holds_weights``: it has a copy of its own, which update_weights fills (False: it reads the trainer's). ``window``:
+    None for an engine that is best asked for all responses to a prompt in a row."""
 
     sleep: frozenset[MemoryTag] = frozenset()
     own_process: bool = False
@@ -87,6 +98,7 @@ class Capabilities:
     stop_strings: bool = True
     min_new_tokens: bool = True
     seeded: bool = True
+    window: PromptWindow | None = None
 
 
 class RolloutEngine(Protocol):

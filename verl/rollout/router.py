@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from verl.rollout.backend import EngineDied, WeightStream
-from verl.rollout.base import Capabilities, IllegalState, MemoryTag, Request, Result, RolloutEngine
+from verl.rollout.base import (
+    Capabilities,
+    IllegalState,
+    MemoryTag,
+    PromptWindow,
+    Request,
+    Result,
+    RolloutEngine,
+)
 from verl.rollout.fan import OwnFan
 from verl.rollout.orders import deal, in_threads
 from verl.rollout.requests import check_ids
@@ -333,4 +341,13 @@ def _common(all_of: Sequence[Capabilities]) -> Capabilities:
         stop_strings=all(each.stop_strings for each in all_of),
         min_new_tokens=all(each.min_new_tokens for each in all_of),
         seeded=all(each.seeded for each in all_of),
+        window=_sum([each.window for each in all_of]),
     )
+
+
+def _sum(windows: Sequence[PromptWindow | None]) -> PromptWindow | None:
+    """Prompts are spread over all of them."""
+    known = [window for window in windows if window is not None]
+    if len(known) < len(windows):
+        return None
+    return PromptWindow(sum(each.tokens for each in known), sum(each.prompts for each in known))

@@ -160,6 +160,7 @@ def capabilities_of(settings: EngineSettings) -> Capabilities:
         own_process=True,
         min_new_tokens=SGLANG.no_min_new_tokens is None,
         seeded=False,
+        window=settings.window,
     )
 
 

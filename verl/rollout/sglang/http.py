@@ -22,7 +22,7 @@ import torch
 
 from verl.errors import UserError
 from verl.rollout.backend import Draw, EngineDied, Listener, WeightStream
-from verl.rollout.base import Capabilities, MemoryTag
+from verl.rollout.base import Capabilities, MemoryTag, PromptWindow
 from verl.rollout.sglang.api import SIGN_OF_LIFE, Refused, ServerAPI, Unreachable
 from verl.rollout.sglang.draws import ServerDraws, Times
 from verl.rollout.sglang.payload import update_body
@@ -30,6 +30,8 @@ from verl.rollout.sglang.probes import MOST_ELEMENTS, ROWS, ReadBack, compare_sc
 from verl.rollout.weights.disk import SavedWeights, WeightFolder, host_buckets
 
 KEY_SETTING = "actor_rollout_ref.rollout.server_api_key_env"
+# Of a server that does not say how many tokens it prefills at a time, and how many responses it draws.
+PREFILL, RUNNING = 8192, 1024
 
 
 class SGLangServer:
@@ -74,6 +76,10 @@ class SGLangServer:
             own_process=True,
             min_new_tokens=False,  # needs the server's tokenizer, which it may not have
             seeded=False,
+            window=PromptWindow(
+                tokens=3 * _positive(self.facts.get("chunked_prefill_size"), PREFILL),
+                prompts=_positive(self.facts.get("max_running_requests"), RUNNING),
+            ),
         )
 
     async def _facts(self) -> dict[str, Any]:
@@ -258,3 +264,7 @@ class SGLangServer:
         except Unreachable as error:
             self._draws.die(error)
             raise EngineDied(f"the SGLang server at {self.url} is gone: {error}") from None
+
+
+def _positive(value: Any, default: int) -> int:
+    return value if isinstance(value, int) and value > 0 else default

@@ -96,7 +96,7 @@ def environment_of(settings: EngineSettings, inherited: Mapping[str, str], part:
 def capabilities_of(settings: EngineSettings) -> Capabilities:
     """Seeded on a CPU only: on a GPU, seeds of requests would take vLLM's sampling off its fast path."""
     sleep = SLEEP if settings.sleeps else frozenset[MemoryTag]()
-    return Capabilities(sleep=sleep, own_process=True, seeded=settings.device == "cpu")
+    return Capabilities(sleep=sleep, own_process=True, seeded=settings.device == "cpu", window=settings.window)
 
 
 def describe(facts: Mapping[str, Any]) -> str:

@@ -399,7 +399,7 @@ class PPOTrainer:
         self, name: str, role: str, *, total: int | None = None, optimizer: bool = False, needed: bool = False
     ) -> Iterator[Stage]:
         """A stage of a model's compute, with what it takes among the metrics: if a step has several, the last one's MFU
-        and memory, and the seconds of all. needed: by what follows, too."""
+        and memory, and the seconds of all. needed: as for ``loaded``."""
         before, inside = self.timer.seconds.get(name, 0.0), StageTimer()
         with self.stage(name, total) as progress, self.loaded(role, optimizer, needed) as costs, inside("compute"):
             yield progress
@@ -438,7 +438,7 @@ class PPOTrainer:
     @contextmanager
     def loaded(self, role: str, optimizer: bool = False, needed: bool = False) -> Iterator[list[measure.StageCost]]:
         """The role's model on the device, for a stage; gives a list that at the end has what it took of each rank.
-        needed: its parameters stay there, and what follows has them loaded, too."""
+        needed: its parameters stay there, and the next stage loads and unloads this role, too."""
         costs: list[measure.StageCost] = []
         self.parts.workers.call("load", role, optimizer).result()
         yield costs

@@ -17,14 +17,13 @@ from verl.config.models import ActorConfig, Config, CriticConfig, ModelConfig
 from verl.data.schema import with_columns
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import Batching, TrainEngine
-from verl.engine.device_memory import Peak
+from verl.engine.device_memory import SPARE, Peak
 from verl.engine.model import Kind
 from verl.rollout.base import MemoryTag
 from verl.trainer.ppo.loss_modes import resolve
 from verl.trainer.ppo.losses import policy_loss, value_loss
 from verl.trainer.ppo.metrics import StageCost, memory_metrics
 
-SPARE = 4 << 30  # bytes of a device that stay free beside the engine's weights
 # The columns that a method reads of its rows, where the table has them.
 SEQUENCES = ("prompt_ids", "response_ids")
 READS = {
@@ -130,7 +129,7 @@ class PPOWorker:
             torch.cuda.empty_cache()
 
     def _weights_fit(self) -> bool:
-        """Whole and in float32, which is the most that an engine takes for them."""
+        """Were they whole and in float32: more than an engine of the trainer's own type takes for them."""
         weights = 4 * sum(param.numel() for param in self.engines["actor"].module.parameters())
         return torch.cuda.mem_get_info()[0] > weights + SPARE
 
