@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from verl.errors import UserError
 from verl.rollout.backend import EngineDied
-from verl.rollout.base import IllegalState, Request, Result, SamplingParams, Unsupported
+from verl.rollout.base import IllegalState, PromptWindow, Request, Result, SamplingParams, Unsupported
 from verl.rollout.client import ClientEngine
 from verl.rollout.router import Member, Router
 from verl.rollout.sglang.http import SGLangServer, Times
@@ -157,6 +157,20 @@ def test_a_log_prob_that_is_not_a_number_is_an_error(start, connect):
     server._output = lambda *args: output(args[0], [[None, 5, None]], args[2])
     with pytest.raises(UserError, match="not a number"):
         generate(connect(server), request(tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("facts", "window"),
+    [
+        ({"chunked_prefill_size": 2048, "max_running_requests": 64}, PromptWindow(6144, 64)),
+        ({"chunked_prefill_size": -1, "max_running_requests": None}, PromptWindow(3 * 8192, 1024)),
+        ({}, PromptWindow(3 * 8192, 1024)),
+    ],
+)
+def test_the_prompts_that_a_server_keeps_are_known_from_what_it_says(start, connect, facts, window):
+    server = start()
+    server.facts |= facts
+    assert connect(server).capabilities.window == window
 
 
 def test_abort_gives_back_what_was_drawn_and_leaves_the_others(start, connect):
