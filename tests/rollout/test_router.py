@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from verl.errors import UserError
 from verl.rollout.backend import EngineDied
-from verl.rollout.base import Capabilities, IllegalState, MemoryTag, Request, Result, SamplingParams
+from verl.rollout.base import Capabilities, IllegalState, MemoryTag, PromptWindow, Request, Result, SamplingParams
 from verl.rollout.router import KEEP_TOGETHER, Member, Router
 from verl.rollout.states import EngineState
 
@@ -960,6 +961,15 @@ def test_capabilities_are_those_that_all_have():
     assert both.sleep == {"kv_cache"}
     assert not both.seeded
     assert both.holds_weights
+
+
+def test_several_keep_the_prompts_of_all_where_each_keeps_some():
+    engines = [Scripted(0), Scripted(1)]
+    assert route(engines).capabilities.window is None
+    engines[0].capabilities = replace(engines[0].capabilities, window=PromptWindow(10, 2))
+    assert route(engines).capabilities.window is None
+    engines[1].capabilities = replace(engines[1].capabilities, window=PromptWindow(5, 3))
+    assert route(engines).capabilities.window == PromptWindow(15, 5)
 
 
 def test_health_takes_out_the_dead_and_fails_when_none_is_left():
