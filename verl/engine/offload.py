@@ -2,8 +2,8 @@
 
 On the host each has one place for good, in memory that is pinned once, a gigabyte or more at a time; on the device they
 lie together as they do there, so that few copies move all, into few pieces of memory (of which one stays as long as any
-tensor in it is still referred to). Copies run on a stream of their
-own, beside compute; who reads what was copied waits for it first (``Copies.wait``, ``Copies.finish``).
+tensor in it is still referred to). Copies run on a stream of their own, beside compute; who reads what was copied waits
+for it first (``Copies.wait``, ``Copies.finish``).
 """
 
 from __future__ import annotations

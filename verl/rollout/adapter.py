@@ -38,7 +38,7 @@ class EngineSettings:
 
     @property
     def window(self) -> PromptWindow:
-        """A prefill that is computed, one that its results are taken from meanwhile, and one to spare."""
+        """Of a prefill under way, one whose results are taken meanwhile, and one to spare."""
         return PromptWindow(tokens=3 * self.max_prefill_tokens, prompts=self.max_num_seqs)
 
     @property
