@@ -372,8 +372,8 @@ TRAINER = """
         raise SystemExit(1)
     if sys.argv[2] == "engine stopped":
         os.kill(engine.pid, signal.SIGSTOP)
-    if sys.argv[2] == "child left":
-        os.fork()  # which outlives the trainer, and holds the connection
+    if sys.argv[2] == "child left" and not os.fork():
+        time.sleep(60)  # it outlives the trainer, holds the connection, and says nothing
     print("ready", flush=True)
     time.sleep(60)
 """
