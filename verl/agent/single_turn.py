@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -65,28 +65,26 @@ async def roll_out(
         return result
 
     rows = list(zip(*(episodes[name].to_pylist() for name in ("uid", "prompt_ids", "seed", "images")), strict=True))
-    prompts = [(*prompt_ids, *images) for _, prompt_ids, _, images in rows]
-    asked = _order(prompts, [len(prompt_ids) for _, prompt_ids, _, _ in rows], engine.capabilities.window)
+    window = engine.capabilities.window
+    asked = range(len(rows)) if window is None else _in_windows([(ids, images) for _, ids, _, images in rows], window)
     answers = await asyncio.gather(*(episode(index, *rows[index]) for index in asked))
     results = dict(zip(asked, answers, strict=True))
     return with_results(episodes, [results[index] for index in range(len(rows))])
 
 
-def _order(prompts: Sequence[Hashable], lengths: Sequence[int], window: PromptWindow | None) -> list[int]:
-    """Of rows. In each window the first of each prompt, then the second, and so on."""
-    if window is None:
-        return list(range(len(prompts)))
-    alike: dict[Hashable, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(prompts):
-        alike[prompt].append(row)
+def _in_windows(prompts: Sequence[tuple[list[int], list[str]]], window: PromptWindow) -> list[int]:
+    """The rows of these prompts (ids, images): in each window the first of each, then the second, and so on."""
+    alike: dict[tuple[tuple[int, ...], tuple[str, ...]], list[int]] = defaultdict(list)
+    for row, (ids, images) in enumerate(prompts):
+        alike[tuple(ids), tuple(images)].append(row)
     windows: list[list[list[int]]] = [[]]
     tokens = 0
-    for of_prompt in alike.values():
-        tokens += lengths[of_prompt[0]]
-        if windows[-1] and (tokens > window.tokens or len(windows[-1]) == window.prompts):
+    for (prompt, _), rows in alike.items():
+        if windows[-1] and (tokens + len(prompt) > window.tokens or len(windows[-1]) == window.prompts):
             windows.append([])
-            tokens = lengths[of_prompt[0]]
-        windows[-1].append(of_prompt)
+            tokens = 0
+        tokens += len(prompt)
+        windows[-1].append(rows)
     return [row for each in windows for turn in zip_longest(*each) for row in turn if row is not None]
 
 

@@ -38,8 +38,7 @@ class EngineSettings:
 
     @property
     def window(self) -> PromptWindow:
-        """Of a prefill under way, one whose results are taken meanwhile, and one to spare."""
-        return PromptWindow(tokens=3 * self.max_prefill_tokens, prompts=self.max_num_seqs)
+        return PromptWindow.of(self.max_prefill_tokens, self.max_num_seqs)
 
     @property
     def sleeps(self) -> bool:

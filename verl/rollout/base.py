@@ -84,6 +84,12 @@ class PromptWindow:
     tokens: int
     prompts: int
 
+    @classmethod
+    def of(cls, prefill: int, responses: int) -> PromptWindow:
+        """prefill: tokens that are computed at a time: one is under way, one whose results are taken meanwhile, and one
+        to spare. responses: that are drawn at a time."""
+        return cls(tokens=3 * prefill, prompts=responses)
+
 
 @dataclass(frozen=True)
 class Capabilities:

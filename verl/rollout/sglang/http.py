@@ -76,9 +76,9 @@ class SGLangServer:
             own_process=True,
             min_new_tokens=False,  # needs the server's tokenizer, which it may not have
             seeded=False,
-            window=PromptWindow(
-                tokens=3 * _positive(self.facts.get("chunked_prefill_size"), PREFILL),
-                prompts=_positive(self.facts.get("max_running_requests"), RUNNING),
+            window=PromptWindow.of(
+                _positive(self.facts.get("chunked_prefill_size"), PREFILL),
+                _positive(self.facts.get("max_running_requests"), RUNNING),
             ),
         )
 

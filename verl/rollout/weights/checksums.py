@@ -116,7 +116,7 @@ def _difference(expected: torch.Tensor, pieces: list[tuple[int, Piece]]) -> str 
         other_rank, other = distinct.setdefault((piece.dim, piece.start, piece.size), (rank, piece))
         if other.checksum != piece.checksum:
             return f"differs between the engine's ranks {other_rank} and {rank}, which hold the same part of it"
-    if not _make_up(first.shape, list(distinct)):
+    if not _make_up(first.shape, sorted(distinct)):
         return "is held in parts that do not add up to the whole"
     whole = expected.to(getattr(torch, first.dtype))
     for _, piece in distinct.values():
@@ -127,9 +127,9 @@ def _difference(expected: torch.Tensor, pieces: list[tuple[int, Piece]]) -> str 
 
 
 def _make_up(shape: Sequence[int], parts: Sequence[tuple[int, int, int]]) -> bool:
-    """parts: (dimension, start, size) of each. Whether they follow one another along one dimension, from end to end."""
+    """parts: (dimension, start, size) of each, sorted. Whether they follow one another along one dimension, from end to
+    end."""
     if not shape:
         return True
-    dims = {dim for dim, _, _ in parts}
-    ends = [0, *accumulate(size for _, _, size in sorted(parts))]
-    return len(dims) == 1 and [start for _, start, _ in sorted(parts)] == ends[:-1] and ends[-1] == shape[dims.pop()]
+    dims, starts, sizes = zip(*parts, strict=True)
+    return len(set(dims)) == 1 and (*starts, shape[dims[0]]) == (0, *accumulate(sizes))
