@@ -65,6 +65,7 @@ def main() -> None:
         for part in options.parts.split(","):
             print(f"\n==== {part}", flush=True)
             parts[part](folder, options)
+        print_scaling(folder, options.gpus)
 
 
 def settings(folder: Path, run: Path, gpus: int, group: int, options: argparse.Namespace) -> list[str]:
@@ -119,11 +120,6 @@ def each(folder: Path, options: argparse.Namespace) -> None:
 
 def one(folder: Path, options: argparse.Namespace) -> None:
     run_on(1, 1, folder / "one", folder, options)
-    on_one = throughput(folder / "one")
-    print(f"\ntokens a second and GPU: {on_one:,.0f} on 1")
-    for name, engines in (("all", "one engine on all"), ("each", "an engine for each")):
-        if found := throughput(folder / name):
-            print(f"and {found:,.0f} on {options.gpus}, {engines}: {found / on_one:.1%}")
 
 
 def run_on(gpus: int, group: int, run: Path, folder: Path, options: argparse.Namespace) -> None:
@@ -145,7 +141,15 @@ def run_on(gpus: int, group: int, run: Path, folder: Path, options: argparse.Nam
     print("of it, s: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items()))
     for line in free_memory_at_start(run):
         print(line)
-    curve.print(seconds=steps[-1]["timing_s/step"])
+    curve.print(end=(run / "metrics.jsonl").stat().st_mtime, seconds=steps[-1]["timing_s/step"])
+
+
+def print_scaling(folder: Path, gpus: int) -> None:
+    if on_one := throughput(folder / "one"):
+        print(f"\ntokens a second and GPU: {on_one:,.0f} on 1")
+        for name, engines in (("all", "one engine on all"), ("each", "an engine for each")):
+            if found := throughput(folder / name):
+                print(f"and {found:,.0f} on {gpus}, {engines}: {found / on_one:.1%}")
 
 
 def throughput(run: Path) -> float:
@@ -174,33 +178,38 @@ class MemoryCurve:
     """Memory in use on each GPU, by the driver, twice a second."""
 
     def __init__(self, device: str):
-        self.readings: list[list[int]] = []
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._read, daemon=True) if device == "cuda" else None
+        self.readings: list[tuple[float, list[int]]] = []  # when, and megabytes
+        self._device = device
 
     def __enter__(self) -> MemoryCurve:
-        if self._thread:
+        if self._device == "cuda":
+            query = ["--query-gpu=index,memory.used", "--format=csv,noheader,nounits", "--loop-ms=500"]
+            self._process = subprocess.Popen(["nvidia-smi", *query], stdout=subprocess.PIPE, text=True)
+            self._thread = threading.Thread(target=self._read)
             self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._done.set()
-        if self._thread:
+        if self._device == "cuda":
+            self._process.terminate()
+            self._process.wait()
             self._thread.join()
 
     def _read(self) -> None:
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while not self._done.wait(0.5):
-            self.readings.append([int(line) for line in subprocess.check_output(command, text=True).split()])
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            gpu, used = map(int, line.split(","))
+            if gpu == 0:
+                self.readings.append((time.time(), []))
+            self.readings[-1][1].append(used)
 
-    def print(self, seconds: float, points: int = 12) -> None:
-        """Of the last step, which ended before the run did: about ``points`` readings."""
-        if not self.readings:
-            return
-        last = self.readings[-int(2 * seconds) - 8 :]
-        for gpu, used in enumerate(zip(*last, strict=True)):
-            curve = " ".join(f"{value / 1000:.1f}" for value in used[:: max(1, len(used) // points)])
-            peak = max(reading[gpu] for reading in self.readings) / 1000
+    def print(self, end: float, seconds: float, points: int = 12) -> None:
+        """Of the step that ended then: about ``points`` readings."""
+        for gpu, _ in enumerate(self.readings[0][1] if self.readings else ()):
+            used = [(when, reading[gpu] / 1000) for when, reading in self.readings if gpu < len(reading)]
+            last = [value for when, value in used if end - seconds <= when <= end]
+            curve = " ".join(f"{value:.1f}" for value in last[:: max(1, len(last) // points)])
+            peak = max(value for _, value in used)
             print(f"GPU {gpu}, GB in use over the last step: {curve}; at most {peak:.1f} in all")
 
 

@@ -429,7 +429,10 @@ def test_what_differs_from_the_trainers_weights_is_named(holder):
     (difference,) = compare()
     assert difference.startswith("model.layers.0.mlp.down_proj.weight differs")
     asyncio.run(engine.update_weights(holder.trainer.named_parameters(), version=1))
+    seconds = dict(engine.update_seconds)
+    assert seconds["gather"] > 0
     assert compare() == []
+    assert engine.update_seconds == seconds  # comparing is no update
 
 
 def test_names_that_are_not_the_engines_are_refused_and_nothing_is_drawn_from_a_mixture(holder):

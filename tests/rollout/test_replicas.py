@@ -149,7 +149,7 @@ class Engine(FakeBackend):
     def update_weights(self, stream, version: int) -> None:
         with self._session("update_weights") as session:
             session.load(stream)
-        self.update_seconds = dict(self._sender.seconds)
+        self.update_seconds = session.seconds
 
     def pieces(self) -> list[list[Piece]]:
         with self._session("checksums") as session:

@@ -73,6 +73,7 @@ class OwnProcess:
         found = senders or dict.fromkeys(range(settings.tensor_parallel), self._sender.endpoint)
         variables = {SENDERS_VARIABLE: json.dumps({rank: [end.address, end.key] for rank, end in found.items()})}
         self._listener: Listener | None = None
+        self.update_seconds: dict[str, float] = {}
         self.process = EngineProcess(
             adapter.server,
             name=f"the {adapter.title} engine",
@@ -128,6 +129,7 @@ class OwnProcess:
     def update_weights(self, stream: WeightStream, version: int) -> None:
         with self._session(version) as session:
             session.load(stream)
+        self.update_seconds = session.seconds
 
     def check_weights(self, stream: WeightStream) -> list[str]:
         return differences(stream, self.pieces())
@@ -152,10 +154,6 @@ class OwnProcess:
                 self.process.wait_for(received, "receive_weights", BREAK_TIMEOUT)
             raise
         self.process.wait_for(received, "receive_weights")
-
-    @property
-    def update_seconds(self) -> dict[str, float]:
-        return self._sender.seconds
 
     def sleep(self, tags: Sequence[MemoryTag]) -> None:
         for tag in sorted(tags):  # the cache first, which goes with the weights in some engines

@@ -38,7 +38,7 @@ class Place:
 @dataclass(frozen=True)
 class Outcome:
     """Of a weight update, on one rank. death: of the engine. refusal: names or shapes that are not the engine's.
-    seconds: of its sender (``WeightSender.seconds``), and "model": all the rest, which is waiting for other ranks, and
+    seconds: of its sender (``Session.seconds``), and "model": all the rest, which is waiting for other ranks, and
         getting the model here and away again where it was elsewhere."""
 
     death: str = ""
@@ -189,7 +189,7 @@ class EngineHost:
         assert self._sender is not None
         with self._session(pids) as session:
             session.load(stream)
-        return dict(self._sender.seconds)
+        return session.seconds
 
     def _session(self, pids: Mapping[int, int]) -> AbstractContextManager[Session]:
         """With the worker on this rank's device, as long as the engine's process on this node is there."""

@@ -52,9 +52,6 @@ class WeightSender:
     """Waits for ``receivers`` receivers at ``folder``/weights.sock, once for each session.
 
     device: where the receivers hold their weights. dtype: that they hold, which what is sent is cast to.
-    seconds: of the last update, by what they went into: "arrive" (until all receivers are there), "open" (buckets, and
-        their mapping by the receivers), "gather" (the stream and copies into buckets), "wait" (for receivers to load),
-        "close".
     """
 
     def __init__(self, *, receivers: int, device: torch.device, dtype: torch.dtype | None, bucket_bytes: int):
@@ -66,7 +63,6 @@ class WeightSender:
         self._socket.bind(self.endpoint.address)
         self._socket.listen(receivers)
         self._socket.settimeout(0.2)
-        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def session(self, alive: Callable[[], bool]) -> Iterator[Session]:
@@ -86,7 +82,6 @@ class WeightSender:
                 session.drop_buckets()
                 raise
             session.end()
-            self.seconds = session.seconds
         finally:
             for connection in connections.values():
                 connection.close()
@@ -137,7 +132,11 @@ class _Due:
 
 
 class Session:
-    """One conversation with all receivers of an engine."""
+    """One conversation with all receivers of an engine.
+
+    seconds: by what they went into: "arrive" (until all receivers are there), "open" (buckets, and their mapping by the
+        receivers), "gather" (the stream and copies into buckets), "wait" (for receivers to load), "close".
+    """
 
     def __init__(
         self, connections: list[Connection], device: torch.device, dtype: torch.dtype | None, bucket_bytes: int
