@@ -34,6 +34,7 @@ OWN_KEYS = {
     "dtype": "actor_rollout_ref.rollout.dtype",
     "context_length": "actor_rollout_ref.rollout.max_model_len",
     "max_running_requests": "actor_rollout_ref.rollout.max_num_seqs",
+    "pp_max_micro_batch_size": "actor_rollout_ref.rollout.max_num_seqs",
     "chunked_prefill_size": "actor_rollout_ref.rollout.max_num_batched_tokens",
     "random_seed": "trainer.seed",
     "device": "trainer.device",
@@ -82,7 +83,10 @@ def arguments_of(settings: EngineSettings, part: Part = WHOLE) -> dict[str, Any]
         "load_format": settings.load_format,
         "tp_size": settings.tensor_parallel,
         "context_length": settings.max_model_len + CONTEXT_MARGIN,
-        "max_running_requests": settings.max_num_seqs,
+        # SGLang fills up to the lower of these. In the first a prompt whose prefill is cut takes two places: without
+        # one more, the last of max_num_seqs responses would wait until another ends.
+        "max_running_requests": settings.max_num_seqs + 1,
+        "pp_max_micro_batch_size": settings.max_num_seqs,
         "chunked_prefill_size": settings.max_prefill_tokens,
         "disable_cuda_graph": settings.enforce_eager,
         "enable_memory_saver": settings.sleeps,
@@ -130,7 +134,7 @@ def cuda_graphs(arguments: Mapping[str, Any], memory: float) -> dict[str, Any]:
         return {}
     chosen: dict[str, Any] = {} if named & OF_PREFILLS else {"cuda_graph_backend_prefill": "disabled"}
     if memory >= GRAPHS_NEED and not named & OF_DRAWING:
-        chosen["cuda_graph_max_bs_decode"] = min(arguments["max_running_requests"], GRAPHS)
+        chosen["cuda_graph_max_bs_decode"] = min(arguments["pp_max_micro_batch_size"], GRAPHS)
     return chosen
 
 
