@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +38,14 @@ def write_parquet(path: Path, rows: int, data_source: str = "openai/gsm8k") -> P
 
 
 def write_model(folder: Path, *, max_positions: int = 1024, parameters: int = 1000, tokenizer: bool = True) -> Path:
-    """config.json, the header of a safetensors file with this many parameters (and no data), a tokenizer.json."""
+    """config.json, a safetensors file of this many parameters (a hole in place of their data), a tokenizer.json."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "max_position_embeddings": max_positions}))
     weight = {"dtype": "F32", "shape": [parameters, 1], "data_offsets": [0, 4 * parameters]}
     header = json.dumps({"weight": weight, "__metadata__": {"format": "pt"}}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(file, 8 + len(header) + 4 * parameters)
     if tokenizer:
         (folder / "tokenizer.json").write_text("{}")
     return folder

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 
 import pytest
 
@@ -52,6 +54,42 @@ def test_missing_weight_files_of_an_index_are_named(tmp_path, make_model):
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     assert "1 of its weight files are missing: model-00002-of-00002.safetensors" in problem_of(folder).why
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
+
+
+def test_a_weight_file_that_is_cut_off_or_too_long_says_so(tmp_path, make_model):
+    file = make_model(tmp_path / "m", parameters=5000) / "model.safetensors"
+    whole = file.stat().st_size
+    for size in (whole - 1, whole + 1, whole // 2):
+        os.truncate(file, size)
+        assert problem_of(tmp_path / "m").why == f"model.safetensors has {size:,} bytes, and by its header {whole:,}"
+    for size in (0, 5, 20):
+        os.truncate(file, size)
+        assert "model.safetensors is no safetensors file, or only the beginning" in problem_of(tmp_path / "m").why
+
+
+@pytest.mark.parametrize("header", [b"[]", b'{"a": 1}', b'{"a": {"data_offsets": []}}', b'{"a"', b"\xff"])
+def test_what_is_no_header_of_weights_says_so(tmp_path, make_model, header):
+    file = make_model(tmp_path / "m") / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "is no safetensors file" in problem_of(tmp_path / "m").why
+
+
+def test_pointers_of_git_lfs_are_told_from_files(tmp_path, make_model):
+    folder = make_model(tmp_path / "m")
+    names = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
+    (folder / "model.safetensors").rename(folder / names[0])
+    (folder / names[1]).write_text(POINTER)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(enumerate(names))}))
+    problem = problem_of(folder)
+    assert problem.why == f"only the Git LFS pointer is there of {names[1]}"
+    assert "git lfs pull" in problem.fix
+    (folder / "tokenizer.json").write_text(POINTER)
+    findings = Findings()
+    check_tokenizer(findings, KEY, str(folder), folder, elsewhere=KEY)
+    assert [found.why for found in findings.problems] == ["only the Git LFS pointer is there of tokenizer.json"]
 
 
 def test_a_config_that_is_no_json_says_so(tmp_path, make_model):

@@ -177,7 +177,7 @@ def test_what_only_another_machine_could_tell_is_unchecked_in_a_dry_run(checked)
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_a_problem(checked, tmp_path, make_model):
-    huge = make_model(tmp_path / "huge", parameters=10**15)
+    huge = make_model(tmp_path / "huge", parameters=10**12)
     where = [f"actor_rollout_ref.model.path={huge}", f"critic.model.path={huge}"]
     _, findings = checked(*where, "trainer.save_freq=1", "trainer.max_ckpt_to_keep=2")
     assert keys(findings) == ["trainer.default_local_dir"]

@@ -10,12 +10,17 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from verl.checks.files import existing_ancestor
 from verl.checks.findings import Findings
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
+NO_HEADER = (ValueError, TypeError, LookupError, AttributeError, struct.error)  # what comes of reading something else
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # so begins what `git clone` leaves without Git LFS
+FETCH, AGAIN = "run `git lfs pull` there, or download the model again", "download or copy the model again"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -45,9 +50,12 @@ def check_tokenizer_path(findings: Findings, key: str, path: str) -> None:
 
 def check_tokenizer(findings: Findings, key: str, path: str, folder: Path, elsewhere: str) -> None:
     """elsewhere: the key that names another folder for it."""
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    found = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
+    if not found:
         fix = f"save the tokenizer there, or name its folder in {elsewhere}"
         findings.problem(key, path, f"there is no tokenizer in this folder (none of {', '.join(TOKENIZERS)})", fix)
+    if pointers := [file.name for file in found if _is_pointer(file)]:
+        findings.problem(key, path, f"only the Git LFS pointer is there of {_few(pointers)}", FETCH)
 
 
 def find_folder(findings: Findings, key: str, path: str) -> Path | None:
@@ -105,16 +113,53 @@ def _check_weights(findings: Findings, key: str, path: str, folder: Path) -> Non
         findings.problem(
             key, path, f"there are no weights in this folder (none of {', '.join(WEIGHTS)})", _models_below(folder)
         )
-    elif found[0].endswith(".index.json"):
-        missing = [name for name in _shards(folder / found[0]) if not (folder / name).is_file()]
-        if missing:
-            names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-            findings.problem(
-                key,
-                path,
-                f"{len(missing)} of its weight files are missing: {names}",
-                "download or copy the model again",
-            )
+        return
+    files = [folder / name for name in (_shards(folder / found[0]) if found[0].endswith(".index.json") else found[:1])]
+    if missing := [file.name for file in files if not file.is_file()]:
+        findings.problem(key, path, f"{len(missing)} of its weight files are missing: {_few(missing)}", AGAIN)
+    there = [file for file in files if file.is_file()]
+    if pointers := [file.name for file in there if _is_pointer(file)]:
+        findings.problem(key, path, f"only the Git LFS pointer is there of {_few(pointers)}", FETCH)
+    elif damaged := [f"{file.name} {why}" for file in there if (why := _damage(file))]:
+        findings.problem(key, path, _few(damaged), AGAIN)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _is_pointer(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a weight file, as far as its header tells, which only safetensors have."""
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        start, header = _header(file)
+        size = file.stat().st_size
+        whole = start + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except NO_HEADER:
+        return "is no safetensors file, or only the beginning of one"
+    return None if size == whole else f"has {size:,} bytes, and by its header {whole:,}"
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begin, and what it says of its tensors. Raises one of ``NO_HEADER``, or
+    OSError."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > HEADER_LIMIT:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(stream.read(length))
+    return 8 + length, {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def _shards(index: Path) -> list[str]:
@@ -130,12 +175,10 @@ def parameter_counts(folder: Path) -> tuple[int | None, int]:
     total = head = 0
     for file in folder.glob("*.safetensors"):
         try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(length))
-        except (OSError, ValueError, struct.error):
+            _, header = _header(file)
+            sizes = {name: math.prod(entry["shape"]) for name, entry in header.items()}
+        except (OSError, *NO_HEADER):
             return None, 0
-        sizes = {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
         total += sum(sizes.values())
         head += sizes.get("lm_head.weight", 0)
     return total or None, head
