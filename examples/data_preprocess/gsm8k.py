@@ -92,7 +92,7 @@ def from_hub(split: str) -> Iterable[Example]:
         from datasets import load_dataset
     except ImportError as error:
         raise UserError(
-            f"reading {DATA_SOURCE} from the hub needs a package: pip install datasets, {instead}"
+            f'reading {DATA_SOURCE} from the hub needs a package: pip install -e ".[data]", {instead}'
         ) from error
     try:
         rows = load_dataset(DATA_SOURCE, "main", split=split)

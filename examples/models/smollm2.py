@@ -25,6 +25,10 @@ def main() -> None:
     if (output / "model.safetensors").exists():
         print(f"{output} is there already")
         return
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        sys.exit('needs the gguf package: pip install -e ".[gguf]"')
     with tempfile.TemporaryDirectory() as folder:
         fetch(Path(folder))
         convert(Path(folder), output)
@@ -41,10 +45,6 @@ def fetch(folder: Path) -> None:
 
 
 def convert(folder: Path, output: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        sys.exit('needs the gguf package: pip install -e ".[gguf]"')
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

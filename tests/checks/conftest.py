@@ -37,10 +37,15 @@ def write_parquet(path: Path, rows: int, data_source: str = "openai/gsm8k") -> P
     return path
 
 
-def write_model(folder: Path, *, max_positions: int = 1024, parameters: int = 1000, tokenizer: bool = True) -> Path:
-    """config.json, a safetensors file of this many parameters (a hole in place of their data), a tokenizer.json."""
+def write_model(
+    folder: Path, *, max_positions: int = 1024, parameters: int = 1000, tokenizer: bool = True, **config: object
+) -> Path:
+    """config.json (with these entries, too), a safetensors file of so many parameters (a hole in place of their data),
+    a tokenizer.json."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "max_position_embeddings": max_positions}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "max_position_embeddings": max_positions, **config})
+    )
     weight = {"dtype": "F32", "shape": [parameters, 1], "data_offsets": [0, 4 * parameters]}
     header = json.dumps({"weight": weight, "__metadata__": {"format": "pt"}}).encode()
     file = folder / "model.safetensors"

@@ -174,3 +174,7 @@ def test_every_key_is_read_somewhere_or_has_a_rule():
 
 def test_every_rule_covers_a_key():
     assert [rule.keys for rule in RULES if not any(rule.covers(key) for key in keys_of(Config))] == []
+
+
+def test_to_name_no_validation_files_is_to_say_what_then_happens():
+    assert not inert(HF, "data.val_files=null", "trainer.val_before_train=False")

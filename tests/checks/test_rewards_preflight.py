@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import nullcontext
+
 import pytest
 
 from verl.checks.findings import Findings
@@ -28,6 +31,45 @@ def problems_of(path, name="compute_score"):
 def test_a_function_that_is_or_may_be_there_is_no_problem(tmp_path, source):
     (tmp_path / "reward.py").write_text(source)
     assert problems_of(tmp_path / "reward.py") == []
+
+
+@pytest.mark.parametrize(
+    ("parameters", "why"),
+    [
+        ("data_source, solution_str, ground_truth, extra_info", ""),
+        ("solution_str, ground_truth, **rest", ""),
+        ("solution_str, ground_truth, data_source=None, extra_info=None, *, scale=1.0", ""),
+        ("solution_str, ground_truth", "is given data_source, extra_info, which it does not take"),
+        ("data_source, solution_str, ground_truth, extra_info, scale", "wants scale, which it is not given"),
+        ("data_source, solution_str, ground_truth, extra_info, *, scale", "wants scale, which it is not given"),
+        ("text, /, **rest", "wants text, which it is not given"),
+        ("text=None, /, **rest", ""),
+    ],
+)
+def test_a_function_that_cannot_be_called_as_it_will_be_is_a_problem(tmp_path, parameters, why):
+    """As Python itself sees it."""
+    source = f"def compute_score({parameters}):\n    return 1.0\n"
+    (tmp_path / "reward.py").write_text(source)
+    assert [problem.why for problem in problems_of(tmp_path / "reward.py")] == ([f"it {why}"] if why else [])
+    scope = {}
+    exec(source, scope)
+    signature = inspect.signature(scope["compute_score"])
+    with nullcontext() if not why else pytest.raises(TypeError):
+        signature.bind(data_source=1, solution_str=2, ground_truth=3, extra_info=4)
+    (tmp_path / "reward.py").write_text(f"import functools\n@functools.cache\n{source}")
+    assert problems_of(tmp_path / "reward.py") == []  # a decorator may change that
+
+
+def test_a_function_for_one_sample_is_not_one_for_all(checked, tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None): ..."
+    )
+    keys = [f"custom_reward_function.path={tmp_path / 'reward.py'}"]
+    assert checked(*keys)[1].problems == []
+    (problem,) = checked(*keys, "reward_model.reward_manager=batch")[1].problems
+    assert problem.why.startswith("it wants data_source, solution_str, ground_truth")
+    (problem,) = checked(*keys, "+custom_reward_function.reward_kwargs.scale=2")[1].problems
+    assert problem.why == "it is given scale, which it does not take"
 
 
 def test_a_misspelt_function_gets_the_nearest_name(tmp_path):
@@ -84,7 +126,7 @@ def test_scoring_in_batches_needs_a_function_of_the_users(checked, make_parquet,
 def test_a_judge_without_an_address_is_a_problem(checked, make_parquet, tmp_path):
     data = f"data.train_files={make_parquet(tmp_path / 'x.parquet', 100, data_source='judge')}"
     (problem,) = checked(data, "reward.judge.model=m")[1].problems
-    assert (problem.key, problem.fix) == ("reward.judge", "set reward.judge.url")
+    assert (problem.key, problem.fix) == ("reward.data_sources.judge", "set reward.judge.url")
 
 
 def test_a_key_of_a_scorer_that_scores_nothing_is_named(checked, make_parquet, tmp_path):

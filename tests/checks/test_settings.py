@@ -167,11 +167,38 @@ def test_misspelt_engines_and_loggers_get_the_nearest_name(checked):
     assert ["sglang" in problem.fix or "tensorboard" in problem.fix for problem in findings.problems] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}, None),
+        ({"num_labels": 1}, None),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "it has 2 labels, and a score is one number"),
+        ({"id2label": {"0": "bad", "1": "fair", "2": "good"}}, "it has 3 labels, and a score is one number"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "it is no sequence classifier (architectures in its config.json)"),
+    ],
+    ids=str,
+)
+def test_a_reward_model_gives_one_number(checked, make_model, tmp_path, config, why):
+    path = make_model(tmp_path / "judge", **config)
+    keys = ["reward_model.enable=True", f"reward_model.model.path={path}", "reward_model.micro_batch_size_per_gpu=8"]
+    found = checked(*keys)[1].problems
+    assert [(problem.key, problem.why) for problem in found] == ([("reward_model.model.path", why)] if why else [])
+    if why:
+        assert checked(*keys, "+reward_model.model.override_config.num_labels=1")[1].problems == []
+
+
+def test_whether_prompts_fit_is_told_to_be_unchecked_in_a_dry_run(checked):
+    assert any("data.max_prompt_length" in text for text in checked(dry_run=True)[1].unchecked)
+    assert any("left out" in text for text in checked("data.filter_overlong_prompts=True", dry_run=True)[1].unchecked)
+    assert not checked()[1].unchecked
+
+
 def test_what_only_another_machine_could_tell_is_unchecked_in_a_dry_run(checked):
     overrides = [f"{ROLLOUT}.name=sglang", "trainer.n_gpus_per_node=4", "trainer.device=cuda"]
     _, dry = checked(*overrides, dry_run=True)
     assert dry.problems == []
-    assert len(dry.unchecked) == 2
+    assert len(dry.unchecked) == 3
+    assert any("whether the Ray cluster has them (the torch that is installed" in text for text in dry.unchecked)
     _, real = checked(*overrides)
     assert {"trainer.n_gpus_per_node", f"{ROLLOUT}.name"} <= set(keys(real))
 

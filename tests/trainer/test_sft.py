@@ -245,6 +245,13 @@ def test_all_problems_come_in_one_report_before_anything_starts(small, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_is_not_named_is_one_problem_and_not_its_tokenizers_too(tmp_path, capsys):
+    assert main([f"trainer.default_local_dir={tmp_path / 'run'}"]) == 2
+    report = capsys.readouterr().err
+    assert "model.path" in report
+    assert "model.tokenizer_path=" not in report
+
+
 @pytest.mark.parametrize("name", ["train", "val"])
 def test_messages_in_parts_are_refused_before_anything_starts(small, tmp_path, capsys, name):
     parts = [{"type": "text", "text": "a b"}]

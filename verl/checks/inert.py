@@ -50,13 +50,14 @@ class Rule:
 
 
 def find_inert(config: Config, plan: RunPlan, set_keys: Iterable[str]) -> list[str]:
-    """One sentence a reason, naming the keys that it makes inert, with their values. A key set to null says nothing."""
+    """One sentence a reason, naming the keys that it makes inert, with their values. A key set to null, or to no files,
+    says nothing."""
     run = Run(config, plan, frozenset(set_keys))
     by_reason: dict[str, list[str]] = {}
     for key in sorted(run.set_keys):
         value = value_at(config, key)
         rule = next((rule for rule in RULES if rule.covers(key) and rule.when(run)), None)
-        if rule is not None and value is not None:
+        if rule is not None and value not in (None, []):
             by_reason.setdefault(rule.why, []).append(f"{key}={shown(value)}")
     return [f"{', '.join(keys)} has no effect: {why}." for why, keys in by_reason.items()]
 

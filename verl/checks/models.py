@@ -10,10 +10,13 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verl.checks.files import existing_ancestor
 from verl.checks.findings import Findings
+
+if TYPE_CHECKING:
+    from verl.config.parts import PolicyModelConfig
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -27,19 +30,32 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 @dataclass(frozen=True)
 class ModelFacts:
     """What a model's folder says without loading it. max_positions: its context length in tokens; None if unsaid.
-    parameters: in its files; head: of these, in the output embeddings. dtype: as torch names it."""
+    parameters: in its files; head: of these, in the output embeddings. dtype: as torch names it. labels: of a sequence
+    classifier, which it is by its architectures, or says none (classifies)."""
 
     folder: Path
     max_positions: int | None
     parameters: int | None
     head: int = 0
     dtype: str | None = None
+    labels: int = 2
+    classifies: bool = True
 
 
 def check_model(findings: Findings, key: str, path: str) -> ModelFacts | None:
     """None: no model was found, or it is only on the hub."""
     folder = find_folder(findings, key, path)
     return None if folder is None else _check_folder(findings, key, path, folder)
+
+
+def check_model_and_tokenizer(findings: Findings, model: PolicyModelConfig) -> ModelFacts | None:
+    """Of ``model.path`` and ``model.tokenizer_path``, which is the same unless it is set."""
+    facts = check_model(findings, "model.path", model.path)
+    if model.tokenizer_path != model.path:
+        check_tokenizer_path(findings, "model.tokenizer_path", model.tokenizer_path)
+    elif facts is not None:
+        check_tokenizer(findings, "model.path", model.path, facts.folder, elsewhere="model.tokenizer_path")
+    return facts
 
 
 def check_tokenizer_path(findings: Findings, key: str, path: str) -> None:
@@ -104,7 +120,9 @@ def _check_folder(findings: Findings, key: str, path: str, folder: Path) -> Mode
     text = _text_config(config)
     parameters, head = parameter_counts(folder)
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
-    return ModelFacts(folder, text.get("max_position_embeddings"), parameters, head, dtype)
+    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)  # as transformers
+    classifies = any("Classification" in name for name in config.get("architectures") or ["Classification"])
+    return ModelFacts(folder, text.get("max_position_embeddings"), parameters, head, dtype, labels, classifies)
 
 
 def _check_weights(findings: Findings, key: str, path: str, folder: Path) -> None:

@@ -22,6 +22,8 @@ from verl.checks.plan import ModelSize, RunPlan, plan_run
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.checks.servers import check_servers
 from verl.checks.settings import ROLLOUT, check_context, check_settings
+from verl.reward.batch import ARGUMENTS as OF_A_BATCH
+from verl.reward.scorers import ARGUMENTS
 from verl.rollout.adapter import Adapter
 from verl.rollout.adapters import ADAPTERS
 from verl.tracking import LOGGERS, how_to_install, missing_package
@@ -100,6 +102,9 @@ def _data(findings: Findings, config: Config, dry_run: bool, set_keys: frozenset
         if config.reward_model.reward_manager == "batch":
             fix = "name one in custom_reward_function.path, or leave it out: scorers of data sources take a sample each"
             findings.problem("reward_model.reward_manager", "batch", "it calls a reward function of yours", fix)
+    if dry_run and any(rows.values()):
+        what = "how many are longer and left out" if data.filter_overlong_prompts else "whether prompts are longer"
+        findings.cannot_check(f"data.max_prompt_length={data.max_prompt_length}: {what}; a run counts before it starts")
     return _at_most(rows["train"], used["train"]), _at_most(rows.get("val"), used["val"])
 
 
@@ -128,6 +133,12 @@ def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, Mode
         findings.problem("reward_model.model.path", reward.path, "reward_model.enable=True needs a model", fix)
     elif "reward" in plan.roles:
         facts = check_model(findings, "reward_model.model.path", reward.path)
+        if facts is not None and (labels := reward.override_config.get("num_labels", facts.labels)) != 1:
+            why = f"it has {labels} labels, and a score is one number"
+            if not facts.classifies:
+                why = "it is no sequence classifier (architectures in its config.json)"
+            fix = "name a sequence classifier with one label (num_labels)"
+            findings.problem("reward_model.model.path", reward.path, why, fix)
         if reward.input_tokenizer is None and facts is not None:
             check_context(findings, config, "reward_model.model.path", facts.max_positions)
         elif reward.input_tokenizer is not None:
@@ -235,7 +246,10 @@ def check_devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, 
                 key, asked, f"{have}, and the ranks' is the same", "install a CUDA build, or set trainer.device=cpu"
             )
         elif dry_run:
-            findings.cannot_check(f"{key}={asked}: whether the Ray cluster has them; a run asks it before it starts")
+            lack = f" ({have})" if plan.device == "cuda" and torch_is_cpu_build() else ""
+            findings.cannot_check(
+                f"{key}={asked}: whether the Ray cluster has them{lack}; a run asks it before it starts"
+            )
     elif plan.device == "cuda" and gpus < asked and dry_run:
         findings.cannot_check(f"{key}={asked}: {have}; the plan takes them as given, and their memory is not checked")
     elif config.trainer.device == "cuda" and gpus < asked:
@@ -268,7 +282,9 @@ def _files(findings: Findings, config: Config, plan: RunPlan) -> None:
     needed = checkpoint_bytes(config, plan) if plan.save_freq > 0 else None
     check_output_folder(findings, "trainer.default_local_dir", str(trainer.default_local_dir), needed)
     if scorer.path is not None:
-        check_reward_function(findings, scorer.path, scorer.name)
+        batch = config.reward_model.reward_manager == "batch"
+        arguments = (*(OF_A_BATCH.values() if batch else ARGUMENTS), *scorer.reward_kwargs)
+        check_reward_function(findings, scorer.path, scorer.name, arguments)
     if trainer.resume_mode == "resume_path" and trainer.resume_from_path:
         folder = Path(trainer.resume_from_path).expanduser()
         if not folder.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.checks.findings import Findings
-from verl.reward.scorers import HOW_TO_NAME_ONE, SCORERS, scorer_of, settings_of
+from verl.reward.scorers import ARGUMENTS, HOW_TO_NAME_ONE, SCORERS, scorer_of, settings_of
 
 if TYPE_CHECKING:
     from verl.config.models import RewardConfig
 
 
-def check_reward_function(findings: Findings, path: str, name: str) -> None:
-    """The file is Python and has the function. It is not imported: that may take long, and the run does it."""
+def check_reward_function(findings: Findings, path: str, name: str, arguments: Sequence[str] = ARGUMENTS) -> None:
+    """The file is Python and has the function, which takes these keyword arguments as far as can be read. It is not
+    imported: that may take long, and the run does it."""
     try:
         module = ast.parse(Path(path).expanduser().read_bytes())
     except OSError as error:
@@ -33,10 +34,27 @@ def check_reward_function(findings: Findings, path: str, name: str) -> None:
         return
     names = _names(module)
     if name in names or "*" in names:
+        functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        if functions and not functions[-1].decorator_list and (why := _refuses(functions[-1].args, arguments)):
+            fix = f"write it as {name}({', '.join(arguments)}), with defaults or **kwargs for what it has no use for"
+            findings.problem("custom_reward_function.name", name, f"it {why}", fix)
         return
     close = difflib.get_close_matches(name, names, n=1)
     fix = f"set it to {close[0]}" if close else f"the file has {', '.join(sorted(names)) or 'no function'}"
     findings.problem("custom_reward_function.name", name, f"{path} has no function of this name", fix)
+
+
+def _refuses(taken: ast.arguments, given: Sequence[str]) -> str:
+    """Why a call with these keyword arguments alone would fail; empty where it would not."""
+    by_place = taken.posonlyargs + taken.args
+    required = by_place[: len(by_place) - len(taken.defaults)]
+    required += [argument for argument, default in zip(taken.kwonlyargs, taken.kw_defaults, strict=True) if not default]
+    named = {argument.arg for argument in taken.args + taken.kwonlyargs}
+    if wanted := [argument.arg for argument in required if argument.arg not in named.intersection(given)]:
+        return f"wants {', '.join(wanted)}, which it is not given"
+    if unknown := [] if taken.kwarg else [name for name in given if name not in named]:
+        return f"is given {', '.join(unknown)}, which it does not take"
+    return ""
 
 
 def _names(module: ast.Module) -> set[str]:
@@ -75,15 +93,16 @@ def check_scoring(
             close = difflib.get_close_matches(name, SCORERS, n=1)
             fix = f"did you mean {close[0]}?" if close else f"name one of {', '.join(SCORERS)}, or module:function"
             findings.problem(f"reward.data_sources.{source}", name, "there is no scorer of this name", fix)
-    names = set[str | None]()
+    examples = dict[str | None, str]()  # a data source of each scorer
     all_known = True
     for key, paths in files.items():
         sources = _values(paths, column)
         all_known &= bool(sources)
-        names.update(scorer_of(source, reward.data_sources) for source in sources)
+        examples |= {scorer_of(source, reward.data_sources): str(source) for source in sources}
         if unknown := sorted(str(source) for source in sources if scorer_of(source, reward.data_sources) is None):
             why = f"no scorer is known for the data source {', '.join(unknown)} (column {column!r})"
             findings.problem(key, paths, why, HOW_TO_NAME_ONE)
+    names = set(examples)
     longest = reward.code.total_seconds + reward.code.limits.wall_seconds
     if "code" in names and longest >= reward.timeout:
         why = f"tests may take reward.code.total_seconds + reward.code.limits.wall_seconds = {longest:g} seconds"
@@ -97,7 +116,7 @@ def check_scoring(
             if dry_run and name != "judge":
                 findings.cannot_check(f"scorer {name}: {lack.why}; a run needs it")
             else:
-                findings.problem(f"reward.{name}", "in use", *lack)
+                findings.problem(f"reward.data_sources.{examples[name]}", name, *lack)
 
 
 def _values(files: list[str], column: str) -> set[str | None]:

@@ -10,7 +10,7 @@ from verl.checks.host_budget import HostBudget, budget_of_sft
 from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
-from verl.checks.models import ModelFacts, check_model, check_tokenizer_path
+from verl.checks.models import ModelFacts, check_model, check_model_and_tokenizer
 from verl.checks.plan import ModelSize
 from verl.checks.preflight import check_loggers, unexplained
 
@@ -33,8 +33,7 @@ def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:
     if rows is not None and rows < data.train_batch_size:
         why = f"the training data has only {rows} rows"
         findings.problem("data.train_batch_size", data.train_batch_size, why, f"set it to {rows} or less")
-    facts = check_model(findings, "model.path", config.model.path)
-    check_tokenizer_path(findings, "model.tokenizer_path", config.model.tokenizer_path)
+    facts = check_model_and_tokenizer(findings, config.model)
     if facts and facts.max_positions and data.max_length > facts.max_positions:
         why = f"the model's context is {facts.max_positions} tokens"
         findings.problem("data.max_length", data.max_length, why, f"set it to {facts.max_positions} or less")
@@ -96,7 +95,7 @@ def _inert(findings: Findings, config: SFTConfig, set_keys: frozenset[str]) -> N
         reasons["data.seed"] = "the examples are not shuffled (data.shuffle)"
     if config.data.micro_batch_size_per_gpu is not None:
         reasons["data.max_token_len_per_gpu"] = "micro-batches are cut by examples (data.micro_batch_size_per_gpu)"
-    if config.trainer.test_freq <= 0:
+    if config.data.val_files and config.trainer.test_freq <= 0:
         reasons["data.val_files"] = "nothing is validated (trainer.test_freq)"
     if config.optim.lr_scheduler_type == "constant":
         reasons["optim.min_lr_ratio"] = "a constant learning rate has no end (optim.lr_scheduler_type)"

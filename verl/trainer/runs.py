@@ -105,7 +105,7 @@ def last_words(text: str) -> None:
 def closing_words(trainer: RunConfig, folder: Path, kept: list[Checkpoint], step: int, finished: bool) -> str:
     where = f"Everything is in {folder}" + (f", the last checkpoint in {kept[-1].folder.name}" if kept else "")
     if finished:
-        return f"Finished after step {step}. {where}."
+        return f"Finished after step {step}. {where}{'' if kept else '; no checkpoint was saved (trainer.save_freq)'}."
     if kept and trainer.resume_mode == "auto":
         advice = f"The same command goes on from step {kept[-1].step + 1}."
     elif kept:
