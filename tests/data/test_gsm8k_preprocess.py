@@ -89,7 +89,7 @@ def test_without_the_datasets_package_the_error_names_it(tmp_path):
     (tmp_path / "datasets.py").write_text("raise ImportError('not here')")
     done = run_command("--local_dir", tmp_path / "out", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 1
-    assert "pip install datasets" in done.stderr
+    assert 'pip install -e ".[data]"' in done.stderr
     assert "--local_dataset_path" in done.stderr
     assert "Traceback" not in done.stderr
 
