@@ -9,11 +9,12 @@ import pytest
 
 from verl.checks.findings import Findings
 from verl.checks.rewards import check_reward_function
+from verl.reward.scorers import ARGUMENTS
 
 
 def problems_of(path, name="compute_score"):
     findings = Findings()
-    check_reward_function(findings, str(path), name)
+    check_reward_function(findings, str(path), name, ARGUMENTS)
     return findings.problems
 
 
@@ -58,6 +59,22 @@ def test_a_function_that_cannot_be_called_as_it_will_be_is_a_problem(tmp_path, p
         signature.bind(data_source=1, solution_str=2, ground_truth=3, extra_info=4)
     (tmp_path / "reward.py").write_text(f"import functools\n@functools.cache\n{source}")
     assert problems_of(tmp_path / "reward.py") == []  # a decorator may change that
+
+
+@pytest.mark.parametrize(
+    ("after", "found"),
+    [
+        ("compute_score = wrap(compute_score)", 0),
+        ("if True:\n    def compute_score(**all): return 1.0", 0),
+        ("from elsewhere import *", 0),
+        ("from elsewhere import score as compute_score", 0),
+        ("if __name__ == '__main__':\n    print(compute_score(text=''))", 1),
+        ("def other(**all): return compute_score", 1),
+    ],
+)
+def test_of_a_name_that_is_given_twice_the_last_meaning_counts(tmp_path, after, found):
+    (tmp_path / "reward.py").write_text(f"def compute_score(text):\n    return 1.0\n{after}\n")
+    assert len(problems_of(tmp_path / "reward.py")) == found
 
 
 def test_a_function_for_one_sample_is_not_one_for_all(checked, tmp_path):

@@ -143,6 +143,18 @@ def test_responses_that_could_not_be_scored_are_counted_and_kept(small, response
     assert [error["response"] for error in errors] == pq.read_table(responses)["responses"][0].as_py()
 
 
+def test_a_function_gets_the_further_arguments_that_it_wants(small, responses, tmp_path, capsys):
+    (tmp_path / "reward.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info, scale):\n    return scale\n"
+    )
+    chosen = settings(responses, tmp_path, tmp_path / "found.json")
+    assert main([*chosen, "+custom_reward_function.reward_kwargs.scale=2.5"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["sources"]["tests/letters"]["estimates"]
+    assert found["score"]["mean"] == 2.5
+    assert main(chosen) == 2
+    assert "wants scale, which it is not given" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("setting", "code", "words"),
     [

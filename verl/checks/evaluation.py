@@ -10,7 +10,7 @@ from verl.checks.files import check_output_folder, check_parquet
 from verl.checks.findings import Findings
 from verl.checks.preflight import unexplained
 from verl.checks.rewards import check_reward_function, check_scoring
-from verl.reward.scorers import SCORERS
+from verl.reward.scorers import ARGUMENTS, SCORERS
 
 if TYPE_CHECKING:
     from verl.config.load import Loaded
@@ -39,7 +39,7 @@ def check(loaded: Loaded[EvalConfig], *, dry_run: bool) -> Findings:
         set_keys = loaded.set_keys if len(parquet) == len(data.path) else frozenset[str]()  # of lines only one is read
         check_scoring(findings, config.reward, {"data.path": parquet}, data.reward_fn_key, dry_run, set_keys)
     else:
-        check_reward_function(findings, scorer.path, scorer.name)
+        check_reward_function(findings, scorer.path, scorer.name, (*ARGUMENTS, *scorer.reward_kwargs))
     if data.output_path is not None:
         check_output_folder(findings, "data.output_path", str(Path(data.output_path).parent))
     for key in sorted(loaded.set_keys):

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.checks.findings import Findings
-from verl.reward.scorers import ARGUMENTS, HOW_TO_NAME_ONE, SCORERS, scorer_of, settings_of
+from verl.reward.scorers import HOW_TO_NAME_ONE, SCORERS, scorer_of, settings_of
 
 if TYPE_CHECKING:
     from verl.config.models import RewardConfig
 
 
-def check_reward_function(findings: Findings, path: str, name: str, arguments: Sequence[str] = ARGUMENTS) -> None:
+def check_reward_function(findings: Findings, path: str, name: str, arguments: Sequence[str]) -> None:
     """The file is Python and has the function, which takes these keyword arguments as far as can be read. It is not
     imported: that may take long, and the run does it."""
     try:
@@ -34,14 +34,32 @@ def check_reward_function(findings: Findings, path: str, name: str, arguments: S
         return
     names = _names(module)
     if name in names or "*" in names:
-        functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == name]
-        if functions and not functions[-1].decorator_list and (why := _refuses(functions[-1].args, arguments)):
+        function = next((node for node in reversed(module.body) if _binds(node, name)), None)
+        if (
+            isinstance(function, ast.FunctionDef)
+            and not function.decorator_list
+            and (why := _refuses(function.args, arguments))
+        ):
             fix = f"write it as {name}({', '.join(arguments)}), with defaults or **kwargs for what it has no use for"
             findings.problem("custom_reward_function.name", name, f"it {why}", fix)
         return
     close = difflib.get_close_matches(name, names, n=1)
     fix = f"set it to {close[0]}" if close else f"the file has {', '.join(sorted(names)) or 'no function'}"
     findings.problem("custom_reward_function.name", name, f"{path} has no function of this name", fix)
+
+
+def _binds(node: ast.AST, name: str) -> bool:
+    """Whether this may give the name a meaning, itself or in what is below it."""
+    bound = set[str]()
+    for each in ast.walk(node):
+        match each:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                bound.add(each.name)
+            case ast.Name(ctx=ast.Store()):
+                bound.add(each.id)
+            case ast.alias():
+                bound.add(each.asname or each.name)
+    return not bound.isdisjoint({name, "*"})
 
 
 def _refuses(taken: ast.arguments, given: Sequence[str]) -> str:
