@@ -7,11 +7,9 @@ import re
 
 import numpy as np
 import pytest
+from logged import sglang
 
-from verl.rollout.adapter import EngineSettings
 from verl.rollout.base import Request, SamplingParams
-from verl.rollout.client import ClientEngine
-from verl.rollout.own_process import OwnProcess
 from verl.rollout.sglang.arguments import SGLANG
 
 pytestmark = [pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed"), pytest.mark.slow]
@@ -21,25 +19,12 @@ AT_ONCE, LENGTH, PREFILL, RESPONSE = 8, 20, 64, 100
 
 @pytest.mark.parametrize("asked", [AT_ONCE, AT_ONCE + 2])
 def test_max_num_seqs_responses_are_drawn_at_once_where_a_prefill_is_cut_and_no_more(small, tmp_path, asked):
-    settings = EngineSettings(
-        model_path=str(small / "model"),
-        device="cpu",
-        dtype="float32",
-        max_model_len=LENGTH + RESPONSE,
-        max_num_seqs=AT_ONCE,
-        max_prefill_tokens=PREFILL,
-        extra={"max_total_tokens": 1 << 14},
-    )
-    log = tmp_path / "sglang.log"
-    backend = OwnProcess(SGLANG, settings, log=log, bucket_bytes=1 << 20)
-    try:
-        engine = ClientEngine(backend, eos_token_ids=[1], max_model_len=LENGTH + RESPONSE, vocab_size=16)
-        prompts = np.random.default_rng(0).integers(3, 16, (asked, LENGTH)).tolist()
-        sampling = SamplingParams(max_new_tokens=RESPONSE, ignore_eos=True)
-        requests = [Request(str(number), prompt, sampling) for number, prompt in enumerate(prompts)]
+    prompts = np.random.default_rng(0).integers(3, 16, (asked, LENGTH)).tolist()
+    sampling = SamplingParams(max_new_tokens=RESPONSE, ignore_eos=True)
+    requests = [Request(str(number), prompt, sampling) for number, prompt in enumerate(prompts)]
+    log, sizes = tmp_path / "sglang.log", {"length": LENGTH + RESPONSE, "prefill": PREFILL, "cache": 1 << 14}
+    with sglang(small / "model", log, at_once=AT_ONCE, **sizes) as engine:
         results = asyncio.run(engine.generate(requests))
-    finally:
-        backend.close()
     assert all(len(result.response_ids) == RESPONSE for result in results)
     running = [int(count) for count in re.findall(r"Decode batch, #running-req: (\d+)", log.read_text())]
     assert max(running) == AT_ONCE, running

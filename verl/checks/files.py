@@ -40,7 +40,7 @@ def _check_one(findings: Findings, key: str, file: str, columns: dict[str, str])
     path = Path(file).expanduser()
     if path.is_dir():
         inside = sorted(entry.name for entry in path.glob("*.parquet"))
-        fix = f"name the files in it: {_some(inside)}" if inside else "name a parquet file"
+        fix = f"name the files in it: {some(inside)}" if inside else "name a parquet file"
         findings.problem(key, file, "this is a folder, not a parquet file", fix)
         return None
     if not path.is_file():
@@ -54,7 +54,7 @@ def _check_one(findings: Findings, key: str, file: str, columns: dict[str, str])
     schema = footer.schema.to_arrow_schema()
     for column, fix in columns.items():
         if not _has(schema, column):
-            findings.problem(key, file, f"there is no column {column!r} (its columns: {_some(_leaves(schema))})", fix)
+            findings.problem(key, file, f"there is no column {column!r} (its columns: {some(_leaves(schema))})", fix)
     return footer.num_rows
 
 
@@ -90,7 +90,7 @@ def _nearest(path: Path) -> str:
     if close:
         return f"the nearest name there is {parent / close[0]}"
     parquet = [name for name in names if name.endswith(".parquet")]
-    return f"{parent} holds {_some(parquet) if parquet else 'no parquet file'}"
+    return f"{parent} holds {some(parquet) if parquet else 'no parquet file'}"
 
 
 def existing_ancestor(path: Path) -> Path:
@@ -127,7 +127,7 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.0f} MB"
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def some(names: Sequence[str], limit: int = 8) -> str:
     shown = ", ".join(names[:limit])
     return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 

@@ -12,7 +12,7 @@ from verl.checks.findings import Findings
 from verl.checks.images import check_image_key, check_images
 from verl.checks.inert import find_inert
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
-from verl.checks.models import check_model_and_tokenizer
+from verl.checks.models import check_model, check_tokenizer_of
 from verl.checks.plan import RunPlan, ceil_div, plan_run
 from verl.checks.preflight import check_devices, check_engine, unexplained
 from verl.checks.servers import check_servers
@@ -34,7 +34,8 @@ def check(loaded: Loaded[GenerationConfig], *, dry_run: bool) -> Findings:
     check_servers(shared, training, dry_run)
     check_devices(shared, training, plan, plan_gpus(), dry_run)
     check_lengths(shared, training)
-    facts = check_model_and_tokenizer(shared, config.model)
+    facts = check_model(shared, "model.path", config.model.path)
+    check_tokenizer_of(shared, "model", config.model, facts)
     if facts:
         positions = config.model.override_config.get("max_position_embeddings", facts.max_positions)
         check_context(shared, training, "model.path", positions)

@@ -50,14 +50,13 @@ class Rule:
 
 
 def find_inert(config: Config, plan: RunPlan, set_keys: Iterable[str]) -> list[str]:
-    """One sentence a reason, naming the keys that it makes inert, with their values. A key set to null, or to no files,
-    says nothing."""
+    """One sentence a reason, naming the keys that it makes inert, with their values. A key set to null says nothing."""
     run = Run(config, plan, frozenset(set_keys))
     by_reason: dict[str, list[str]] = {}
     for key in sorted(run.set_keys):
         value = value_at(config, key)
         rule = next((rule for rule in RULES if rule.covers(key) and rule.when(run)), None)
-        if rule is not None and value not in (None, []):
+        if rule is not None and value is not None:
             by_reason.setdefault(rule.why, []).append(f"{key}={shown(value)}")
     return [f"{', '.join(keys)} has no effect: {why}." for why, keys in by_reason.items()]
 
@@ -79,6 +78,7 @@ def _one_rank(run: Run) -> bool:
 
 
 CORRECTION = "algorithm.rollout_correction"
+NOT_VALIDATED = "nothing is validated (trainer.test_freq, trainer.val_before_train)"
 BY_TOKENS = "micro-batches are cut by tokens there (use_dynamic_bsz)"
 BY_SEQUENCES = "micro-batches are cut by sequences there (a micro-batch size is set and use_dynamic_bsz is off)"
 
@@ -319,9 +319,17 @@ RULES = (
         "prompts over the limit are dropped (data.filter_overlong_prompts)",
     ),
     Rule(
+        ("data.val_files",),
+        lambda run: (
+            bool(run.config.data.val_files) and not run.plan.validates_ever
+        ),  # without files, that was asked for
+        NOT_VALIDATED,
+    ),
+    Rule(
         ("data.val_*", f"{ROLLOUT}.val_kwargs.*", "trainer.validation_data_dir", "trainer.log_val_generations"),
         lambda run: not run.plan.validates_ever,
-        "nothing is validated (trainer.test_freq, trainer.val_before_train)",
+        NOT_VALIDATED,
+        spared=("data.val_files",),
     ),
     Rule(
         ("trainer.max_ckpt_to_keep", "*.checkpoint.*"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl.checks.files import existing_ancestor
+from verl.checks.files import existing_ancestor, some
 from verl.checks.findings import Findings
 
 if TYPE_CHECKING:
@@ -48,14 +48,13 @@ def check_model(findings: Findings, key: str, path: str) -> ModelFacts | None:
     return None if folder is None else _check_folder(findings, key, path, folder)
 
 
-def check_model_and_tokenizer(findings: Findings, model: PolicyModelConfig) -> ModelFacts | None:
-    """Of ``model.path`` and ``model.tokenizer_path``, which is the same unless it is set."""
-    facts = check_model(findings, "model.path", model.path)
+def check_tokenizer_of(findings: Findings, section: str, model: PolicyModelConfig, facts: ModelFacts | None) -> None:
+    """section: the keys' own. facts: of the model; None: it is not here, which was said."""
     if model.tokenizer_path != model.path:
-        check_tokenizer_path(findings, "model.tokenizer_path", model.tokenizer_path)
+        check_tokenizer_path(findings, f"{section}.tokenizer_path", model.tokenizer_path)
     elif facts is not None:
-        check_tokenizer(findings, "model.path", model.path, facts.folder, elsewhere="model.tokenizer_path")
-    return facts
+        elsewhere = f"{section}.tokenizer_path"
+        check_tokenizer(findings, f"{section}.path", model.path, facts.folder, elsewhere)
 
 
 def check_tokenizer_path(findings: Findings, key: str, path: str) -> None:
@@ -71,7 +70,7 @@ def check_tokenizer(findings: Findings, key: str, path: str, folder: Path, elsew
         fix = f"save the tokenizer there, or name its folder in {elsewhere}"
         findings.problem(key, path, f"there is no tokenizer in this folder (none of {', '.join(TOKENIZERS)})", fix)
     if pointers := [file.name for file in found if _is_pointer(file)]:
-        findings.problem(key, path, f"only the Git LFS pointer is there of {_few(pointers)}", FETCH)
+        findings.problem(key, path, f"only the Git LFS pointer is there of {some(pointers)}", FETCH)
 
 
 def find_folder(findings: Findings, key: str, path: str) -> Path | None:
@@ -121,7 +120,8 @@ def _check_folder(findings: Findings, key: str, path: str, folder: Path) -> Mode
     parameters, head = parameter_counts(folder)
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)  # as transformers
-    classifies = any("Classification" in name for name in config.get("architectures") or ["Classification"])
+    architectures = config.get("architectures")
+    classifies = not architectures or any("Classification" in name for name in architectures)
     return ModelFacts(folder, text.get("max_position_embeddings"), parameters, head, dtype, labels, classifies)
 
 
@@ -134,16 +134,12 @@ def _check_weights(findings: Findings, key: str, path: str, folder: Path) -> Non
         return
     files = [folder / name for name in (_shards(folder / found[0]) if found[0].endswith(".index.json") else found[:1])]
     if missing := [file.name for file in files if not file.is_file()]:
-        findings.problem(key, path, f"{len(missing)} of its weight files are missing: {_few(missing)}", AGAIN)
+        findings.problem(key, path, f"{len(missing)} of its weight files are missing: {some(missing)}", AGAIN)
     there = [file for file in files if file.is_file()]
     if pointers := [file.name for file in there if _is_pointer(file)]:
-        findings.problem(key, path, f"only the Git LFS pointer is there of {_few(pointers)}", FETCH)
+        findings.problem(key, path, f"only the Git LFS pointer is there of {some(pointers)}", FETCH)
     elif damaged := [f"{file.name} {why}" for file in there if (why := _damage(file))]:
-        findings.problem(key, path, _few(damaged), AGAIN)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        findings.problem(key, path, some(damaged), AGAIN)
 
 
 def _is_pointer(file: Path) -> bool:

@@ -17,7 +17,7 @@ from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
 from verl.checks.inert import find_inert
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
-from verl.checks.models import ModelFacts, check_model, check_tokenizer, check_tokenizer_path
+from verl.checks.models import ModelFacts, check_model, check_tokenizer_of, check_tokenizer_path
 from verl.checks.plan import ModelSize, RunPlan, plan_run
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.checks.servers import check_servers
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from verl.config.load import Loaded
     from verl.config.models import Config
     from verl.config.problems import Problem
+    from verl.config.reward import RewardModelModelConfig
 
 ENGINES = ("hf", *ADAPTERS)
 
@@ -115,14 +116,8 @@ def _at_most(rows: int | None, limit: int) -> int | None:
 def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, ModelSize]:
     """Sizes of the models that could be looked at, by role. A path that two keys share is looked at once."""
     actor, critic = config.actor_rollout_ref.model, config.critic.model
-    tokenizer_key = "actor_rollout_ref.model.tokenizer_path"
     found = _model(findings, config, "actor", "actor_rollout_ref.model.path", actor.path)
-    if actor.tokenizer_path == actor.path:
-        if "actor" in found:
-            folder = found["actor"].folder
-            check_tokenizer(findings, "actor_rollout_ref.model.path", actor.path, folder, elsewhere=tokenizer_key)
-    else:
-        check_tokenizer_path(findings, tokenizer_key, actor.tokenizer_path)
+    check_tokenizer_of(findings, "actor_rollout_ref.model", actor, found.get("actor"))
     if plan.critic and critic.path != actor.path:
         found |= _model(findings, config, "critic", "critic.model.path", critic.path)
     elif plan.critic and "actor" in found:
@@ -133,12 +128,8 @@ def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, Mode
         findings.problem("reward_model.model.path", reward.path, "reward_model.enable=True needs a model", fix)
     elif "reward" in plan.roles:
         facts = check_model(findings, "reward_model.model.path", reward.path)
-        if facts is not None and (labels := reward.override_config.get("num_labels", facts.labels)) != 1:
-            why = f"it has {labels} labels, and a score is one number"
-            if not facts.classifies:
-                why = "it is no sequence classifier (architectures in its config.json)"
-            fix = "name a sequence classifier with one label (num_labels)"
-            findings.problem("reward_model.model.path", reward.path, why, fix)
+        if facts is not None:
+            _one_label(findings, reward, facts)
         if reward.input_tokenizer is None and facts is not None:
             check_context(findings, config, "reward_model.model.path", facts.max_positions)
         elif reward.input_tokenizer is not None:
@@ -150,6 +141,17 @@ def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, Mode
         found["reference"] = found["actor"]
     sizes = {role: _size(facts, whole=role != "critic") for role, facts in found.items()}
     return {role: size for role, size in sizes.items() if size is not None}
+
+
+def _one_label(findings: Findings, reward: RewardModelModelConfig, facts: ModelFacts) -> None:
+    labels = reward.override_config.get("num_labels", facts.labels)
+    if labels == 1:
+        return
+    why = f"it has {labels} labels, and a score is one number"
+    if not facts.classifies:
+        why = "it is no sequence classifier (architectures in its config.json)"
+    fix = "name a sequence classifier with one label (num_labels)"
+    findings.problem("reward_model.model.path", reward.path, why, fix)
 
 
 def _size(facts: ModelFacts, whole: bool) -> ModelSize | None:

@@ -10,7 +10,7 @@ from verl.checks.host_budget import HostBudget, budget_of_sft
 from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
 from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
-from verl.checks.models import ModelFacts, check_model, check_model_and_tokenizer
+from verl.checks.models import ModelFacts, check_model, check_tokenizer_of
 from verl.checks.plan import ModelSize
 from verl.checks.preflight import check_loggers, unexplained
 
@@ -33,7 +33,8 @@ def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:
     if rows is not None and rows < data.train_batch_size:
         why = f"the training data has only {rows} rows"
         findings.problem("data.train_batch_size", data.train_batch_size, why, f"set it to {rows} or less")
-    facts = check_model_and_tokenizer(findings, config.model)
+    facts = check_model(findings, "model.path", config.model.path)
+    check_tokenizer_of(findings, "model", config.model, facts)
     if facts and facts.max_positions and data.max_length > facts.max_positions:
         why = f"the model's context is {facts.max_positions} tokens"
         findings.problem("data.max_length", data.max_length, why, f"set it to {facts.max_positions} or less")
