@@ -41,7 +41,7 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 docs: $(VENV)/installed
-	$(VENV)/bin/python -m verl.config.docs
+	$(VENV)/bin/python -m verl.config.loading.docs
 	$(VENV)/bin/python tests/conformance/records.py
 
 # torch first and by itself: a range that admits a newer one would pull a CUDA build. TORCH_INDEX: where torch is from.

@@ -31,9 +31,9 @@ def generation(settings: Sequence[str], prompt: int, response: int) -> float:
     """Tokens a second, those of prompts and responses. settings: the run's. The first round, left out, warms up."""
     from rollout_sglang import BareSGLang
 
-    from verl.checks.plan import plan_run
-    from verl.config.load import load
-    from verl.config.models import Config
+    from verl.config.loading.load import load
+    from verl.config.sections.models import Config
+    from verl.plan import plan_run
     from verl.trainer.ppo.engines import engine_settings, vocab_size_of
 
     config: Config = load(settings).config

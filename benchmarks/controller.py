@@ -36,18 +36,18 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from verl.checks.plan import plan_run
 from verl.cluster.ray.group import RayRanks, RayWorkerGroup
 from verl.cluster.ray.placement import place, remove
 from verl.cluster.ray.rank import Here
 from verl.cluster.ray.start import RaySettings, connected
-from verl.config.load import Loaded, load
-from verl.config.models import Config
+from verl.config.loading.load import Loaded, load
+from verl.config.sections.models import Config
 from verl.data.ragged import Ragged, offsets_of
 from verl.data.schema import PROMPT_COLUMNS, ragged, with_columns
+from verl.plan import plan_run
 from verl.reward.manager import RewardManager
 from verl.reward.pool import Outcome
-from verl.rollout.base import Capabilities, Request, Result
+from verl.rollout.contract.base import Capabilities, Request, Result
 from verl.tracking import StageTimer, Trackers
 from verl.tracking.progress import Progress, Stage
 from verl.tracking.run import RunInfo

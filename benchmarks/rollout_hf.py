@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from verl.rollout.base import Request, SamplingParams
-from verl.rollout.hf import HFEngine
+from verl.rollout.contract.base import Request, SamplingParams
+from verl.rollout.embedded.engine import HFEngine
 
 VOCABULARY = 512
 Runner = Callable[[Qwen2ForCausalLM, list[Request], int], int]

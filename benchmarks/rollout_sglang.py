@@ -32,11 +32,11 @@ import torch
 from shapes import SHAPES, shape_config
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from verl.rollout.adapter import EngineSettings
-from verl.rollout.base import Request, SamplingParams
-from verl.rollout.client import ClientEngine
-from verl.rollout.own_process import OwnProcess
-from verl.rollout.sglang.arguments import SGLANG, arguments_of, cuda_graphs, environment_of
+from verl.rollout.client.engine import ClientEngine
+from verl.rollout.contract.base import Request, SamplingParams
+from verl.rollout.engines.sglang.arguments import SGLANG, arguments_of, cuda_graphs, environment_of
+from verl.rollout.processes.adapter import EngineSettings
+from verl.rollout.processes.subprocess_backend import SubprocessBackend
 
 CUDA = torch.cuda.is_available()
 GIB, MIB = 1 << 30, 1 << 20
@@ -61,7 +61,7 @@ def main() -> None:
         )
         started = time.perf_counter()
         bare = BareSGLang(settings, options.response) if "generate" in options.parts else None  # starts meanwhile
-        backend = OwnProcess(SGLANG, settings, log=Path(options.log), bucket_bytes=options.bucket * MIB)
+        backend = SubprocessBackend(SGLANG, settings, log=Path(options.log), bucket_bytes=options.bucket * MIB)
         report(results, "start", {"seconds": time.perf_counter() - started, "engine": backend.describe()}, options)
         try:
             for part in options.parts.split(","):
@@ -97,7 +97,7 @@ def report(results: dict[str, Any], part: str, figures: dict[str, Any], options:
 # ---- generation
 
 
-def generation(backend: OwnProcess, bare_sglang, config: Qwen2Config, settings, options) -> dict[str, Any]:
+def generation(backend: SubprocessBackend, bare_sglang, config: Qwen2Config, settings, options) -> dict[str, Any]:
     engine = client(backend, config, options)
     bare_sglang.wait()
     ours, bare = [], []
@@ -116,7 +116,7 @@ def generation(backend: OwnProcess, bare_sglang, config: Qwen2Config, settings, 
     }
 
 
-def client(backend: OwnProcess, config: Qwen2Config, options: argparse.Namespace) -> ClientEngine:
+def client(backend: SubprocessBackend, config: Qwen2Config, options: argparse.Namespace) -> ClientEngine:
     longest = options.prompt + options.response
     return ClientEngine(backend, eos_token_ids=[], max_model_len=longest, vocab_size=config.vocab_size)
 
@@ -179,7 +179,7 @@ def bare_engine(pipe: Any, arguments: dict[str, Any], environment: dict[str, str
 # ---- weights
 
 
-def updates(backend: OwnProcess, _, config: Qwen2Config, settings: EngineSettings, options) -> dict[str, Any]:
+def updates(backend: SubprocessBackend, _, config: Qwen2Config, settings: EngineSettings, options) -> dict[str, Any]:
     engine = client(backend, config, options)
     if backend.capabilities.sleep:
         asyncio.run(engine.sleep(["kv_cache"]))  # as in a run
@@ -218,7 +218,7 @@ def updates(backend: OwnProcess, _, config: Qwen2Config, settings: EngineSetting
     return figures
 
 
-def timed_updates(engine: ClientEngine, backend: OwnProcess, stream: Any, options) -> dict[str, Any]:
+def timed_updates(engine: ClientEngine, backend: SubprocessBackend, stream: Any, options) -> dict[str, Any]:
     seconds, splits, peak = [], [], 0
     for number in range(options.rounds + 2):
         if CUDA:
@@ -256,7 +256,7 @@ def copy_floor(weights: dict[str, torch.Tensor]) -> float:
 # ---- memory
 
 
-def sleeping(backend: OwnProcess, _, config: Qwen2Config, settings, options) -> dict[str, Any]:
+def sleeping(backend: SubprocessBackend, _, config: Qwen2Config, settings, options) -> dict[str, Any]:
     engine = client(backend, config, options)
     torch.cuda.empty_cache()
     rounds = []
@@ -286,7 +286,7 @@ def sleeping(backend: OwnProcess, _, config: Qwen2Config, settings, options) -> 
     }
 
 
-def weights_and_cache_bytes(backend: OwnProcess, config: Qwen2Config) -> int:
+def weights_and_cache_bytes(backend: SubprocessBackend, config: Qwen2Config) -> int:
     """By the shapes: bfloat16 weights, and keys and values of every token that there is room for."""
     with torch.device("meta"):
         weights = sum(param.numel() for param in Qwen2ForCausalLM(config).parameters()) * 2

@@ -100,10 +100,10 @@ def make_rows(options: argparse.Namespace, vocabulary: int):
 def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
 
-    from verl.config.parts import FSDPConfig, ModelConfig
-    from verl.engine.device_memory import peaks
+    from verl.config.sections.parts import FSDPConfig, ModelConfig
     from verl.engine.flops import ForwardFlops, peak_flops
     from verl.engine.packing import Packer
+    from verl.memory.device_memory import peaks
 
     keys = VARIANTS[variant]
     packing = {name: value for name, value in keys.items() if name == "use_remove_padding"}
@@ -150,7 +150,7 @@ def loss_of(outputs, batch):
 
 
 def by_engine(model, fsdp, variant: str, options: argparse.Namespace):
-    from verl.config.parts import OptimConfig
+    from verl.config.sections.parts import OptimConfig
     from verl.engine import Batching, TrainEngine
 
     engine = TrainEngine(model, "policy", fsdp, optim_config=OptimConfig(lr=1e-6), device=options.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from verl.rollout.base import Result
+from verl.rollout.contract.base import Result
 from verl.trainer.main_ppo import main
 from verl.trainer.ppo import trainer
 

@@ -3,7 +3,7 @@ tiny model's token takes 2 ms, and ranks spin while they wait for each other."""
 
 import time
 
-from verl.rollout.vllm import worker
+from verl.rollout.engines.vllm import worker
 
 PAUSE = 0.012  # seconds
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verl.agent.single_turn import episodes_of, roll_out
-from verl.rollout.base import Capabilities, PromptWindow, Request, Result, SamplingParams
+from verl.rollout.contract.base import Capabilities, PromptWindow, Request, Result, SamplingParams
 
 
 class Engine:

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from verl.checks.findings import Findings
-from verl.checks.plan import RunPlan
 from verl.checks.preflight import check
-from verl.config.load import Loaded, load
+from verl.config.loading.load import Loaded, load
+from verl.findings import Findings
+from verl.plan import RunPlan
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from verl.config.load import load
-from verl.config.models import ActorConfig, Config
-from verl.config.schema import keys_of, sections_of
+from verl.algorithms.advantages import ESTIMATORS, AdvantageInputs, resolve
+from verl.algorithms.loss_modes import LOSS_MODES
+from verl.algorithms.loss_modes import resolve as resolve_loss
+from verl.algorithms.losses import AGGREGATION_MODES
+from verl.algorithms.policy_losses import PolicyTokens
+from verl.config.loading.load import load
+from verl.config.loading.schema import keys_of, sections_of
+from verl.config.sections.models import ActorConfig, Config
 from verl.data.ragged import Ragged
-from verl.trainer.ppo.advantages import ESTIMATORS, AdvantageInputs, resolve
-from verl.trainer.ppo.loss_modes import LOSS_MODES
-from verl.trainer.ppo.loss_modes import resolve as resolve_loss
-from verl.trainer.ppo.losses import AGGREGATION_MODES
-from verl.trainer.ppo.policy_losses import PolicyTokens
 
 PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
 RECIPES = re.findall(r"^\| [^|]+ \| `(algorithm\.[^`]+)` \|$", PAGE, re.M)

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from verl.checks.files import check_output_folder, check_parquet
-from verl.checks.findings import Findings
 from verl.checks.images import check_image_key, check_images
-from verl.config.models import DataConfig
+from verl.config.sections.models import DataConfig
+from verl.findings import Findings
 
 COLUMNS = {"prompt": "name it in data.prompt_key", "reward_model.ground_truth": "add it"}
 

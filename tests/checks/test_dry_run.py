@@ -114,7 +114,7 @@ def test_many_validation_steps_are_shortened(arguments, capsys):
 
 
 def test_a_gpu_that_torch_cannot_use_is_pointed_out(arguments, capsys, tmp_path, monkeypatch):
-    from verl.checks.machine import torch_is_cpu_build
+    from verl.machine import torch_is_cpu_build
 
     if not torch_is_cpu_build():
         pytest.skip("needs a CPU build of torch")

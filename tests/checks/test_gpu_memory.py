@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from verl.checks.gpu_memory import (
+from verl.errors import UserError
+from verl.memory.gpu_balance import (
     GPUProcess,
     GPUReading,
     check_balance,
@@ -16,7 +17,6 @@ from verl.checks.gpu_memory import (
     environment_for_engine,
     read_gpus,
 )
-from verl.errors import UserError
 
 OLD, OLDER, NEW = (
     "SGLANG_DISABLE_TP_MEMORY_INBALANCE_CHECK",

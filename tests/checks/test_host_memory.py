@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from verl.checks import host_memory
-from verl.checks.host_budget import FILES, PIECE, Devices, HostBudget, Model, budget_of, budget_of_run
 from verl.checks.host_memory import budget_table, judge, require_host_memory
-from verl.checks.machine import HostMemory
-from verl.checks.plan import ModelSize
-from verl.config.parts import FSDPConfig
+from verl.config.sections.parts import FSDPConfig
 from verl.errors import UserError
+from verl.machine import HostMemory
+from verl.memory.host_budget import FILES, PIECE, Devices, HostBudget, Model, budget_of, budget_of_run
+from verl.plan import ModelSize
 
 BILLION = 10**9
 GB = 10**9

@@ -23,11 +23,11 @@ from verl.checks.log_probs import (
     diagnose_draws,
     rounding_limit,
 )
-from verl.config.load import load
+from verl.config.loading.load import load
 from verl.data.ragged import Ragged
 from verl.data.schema import COLUMNS, with_columns
 from verl.errors import UserError
-from verl.rollout.base import SamplingParams
+from verl.rollout.contract.base import SamplingParams
 
 VOCABULARY, ROWS, LENGTH = 50, 8, 32
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16

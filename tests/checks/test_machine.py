@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from verl.checks import machine
-from verl.checks.machine import HostMemory, host_memory
+from verl import machine
+from verl.machine import HostMemory, host_memory
 
 GB = 10**9
 

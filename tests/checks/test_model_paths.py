@@ -8,8 +8,8 @@ import struct
 
 import pytest
 
-from verl.checks.findings import Findings
 from verl.checks.models import check_model, check_tokenizer, looks_local, parameter_counts
+from verl.findings import Findings
 
 KEY = "actor_rollout_ref.model.path"
 

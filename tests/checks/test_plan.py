@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.checks.plan import Split, plan_run
-from verl.config.load import load
-from verl.trainer.ppo.advantages import ESTIMATORS
+from verl.algorithms.advantages import ESTIMATORS
+from verl.config.loading.load import load
+from verl.plan import Split, plan_run
 
 BASE = {
     "actor_rollout_ref.model.path": "some/model",

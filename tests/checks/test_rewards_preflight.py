@@ -7,8 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from verl.checks.findings import Findings
 from verl.checks.rewards import check_reward_function
+from verl.findings import Findings
 from verl.reward.scorers import ARGUMENTS
 
 

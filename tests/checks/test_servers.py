@@ -83,7 +83,7 @@ def test_engines_of_servers_need_no_package_here_and_no_devices(problems):
 
 def test_the_plan_says_where_the_engine_is(checked):
     from verl.checks.dry_run import _setup
-    from verl.config.load import load
+    from verl.config.loading.load import load
 
     plan, _ = checked(*SERVER, f"{ROLLOUT}.server_urls={NEAR}", f"{ROLLOUT}.tensor_model_parallel_size=3")
     config = load([*SERVER, f"{ROLLOUT}.server_urls={NEAR}", "actor_rollout_ref.model.path=m"]).config

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from verl.checks.preflight import check
-from verl.config.load import load
+from verl.config.loading.load import load
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -301,7 +301,7 @@ def test_what_vllm_cannot_do_is_said_before_it_starts(checked):
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
 def test_an_engine_that_is_not_installed_is_named_with_the_commands_that_install_it(checked, monkeypatch, engine):
-    monkeypatch.setattr("verl.rollout.adapter.installed", lambda distribution: False)
+    monkeypatch.setattr("verl.rollout.processes.adapter.installed", lambda distribution: False)
     _, findings = checked(f"actor_rollout_ref.rollout.name={engine}")
     (fix,) = [problem.fix for problem in findings.problems if problem.key.endswith("rollout.name")]
     assert f'pip install -e ".[{engine}]"' in fix

@@ -19,11 +19,11 @@ import ray
 from helpers import ROOT
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from verl.checks.machine import host_memory
 from verl.cluster.ray import placement
 from verl.cluster.ray.placement import asked_of_nodes, check_resources, place, remove
 from verl.cluster.ray.start import RaySettings, connected
 from verl.errors import UserError
+from verl.machine import host_memory
 
 # A driver: it is part of a cluster, as the settings say, while it runs the lines that it is given.
 DRIVER = """

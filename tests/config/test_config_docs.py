@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from verl.config import SFTConfig, load
-from verl.config.docs import config_page
-from verl.config.help import MODULES
-from verl.config.schema import keys_of
+from verl.config.loading.docs import config_page
+from verl.config.loading.help import MODULES
+from verl.config.loading.schema import keys_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 

@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from verl.config import Config, load, report, resolved_yaml
-from verl.config.schema import get, keys_of, put
+from verl.config.loading.schema import get, keys_of, put
 
 BASE = """
 actor_rollout_ref:

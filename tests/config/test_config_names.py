@@ -2,7 +2,7 @@
 
 import pytest
 
-from verl.config.aliases import RENAMED, WITHOUT_EFFECT
+from verl.config.loading.aliases import RENAMED, WITHOUT_EFFECT
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_two_names_of_one_key_may_agree_but_not_differ(load_valid, problems_of):
 
 def test_every_old_name_leads_to_a_key_or_a_group(load_valid):
     from verl.config import Config, SFTConfig
-    from verl.config.schema import keys_of, sections_of
+    from verl.config.loading.schema import keys_of, sections_of
 
     names = {name for schema in (Config, SFTConfig) for name in [*keys_of(schema), *sections_of(schema)]}
     assert set(RENAMED.values()) <= names

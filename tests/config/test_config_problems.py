@@ -3,8 +3,8 @@
 import pytest
 
 from verl.config import Config, load, report
-from verl.config.names import nearest
-from verl.config.schema import MISSING, keys_of
+from verl.config.loading.names import nearest
+from verl.config.loading.schema import MISSING, keys_of
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,17 @@ from helpers import with_tests_folder
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from verl.rollout.adapter import Adapter, EngineSettings, installed
-from verl.rollout.base import Result, RolloutEngine
-from verl.rollout.client import ClientEngine
-from verl.rollout.hf import HFEngine
-from verl.rollout.own_process import OwnProcess
+from verl.rollout.client.engine import ClientEngine
+from verl.rollout.contract.base import Result, RolloutEngine
+from verl.rollout.embedded.engine import HFEngine
+from verl.rollout.engines.sglang.arguments import SGLANG
+from verl.rollout.engines.vllm.arguments import VLLM
+from verl.rollout.processes.adapter import Adapter, EngineSettings, installed
+from verl.rollout.processes.subprocess_backend import SubprocessBackend
 from verl.rollout.replicas.embedded import EmbeddedBackend
 from verl.rollout.replicas.host import EngineHost, Place
-from verl.rollout.replicas.layout import Replica
+from verl.rollout.replicas.layout import ReplicaRanks
 from verl.rollout.replicas.remote import RemoteBackend
-from verl.rollout.sglang.arguments import SGLANG
-from verl.rollout.vllm.arguments import VLLM
 
 VOCABULARY, EOS, CONTEXT = 100, 1, 160
 
@@ -131,7 +131,7 @@ class HFOnARankKit(HFKit):
     def build(self, max_num_seqs: int = 8, tokenizer: bool = True) -> ClientEngine:
         place = Place(None, None, "127.0.0.1:1")
         engine = super().build(max_num_seqs, tokenizer)
-        host = EngineHost(0, Replica(0, 0, 1, 1), lambda: place, lambda places: EmbeddedBackend(engine))
+        host = EngineHost(0, ReplicaRanks(0, 0, 1, 1), lambda: place, lambda places: EmbeddedBackend(engine))
         facts = host.start([place])
 
         def ask(method: str, *args: Any, timeout: float | None = None) -> Any:
@@ -159,7 +159,7 @@ class HFOnARankKit(HFKit):
             host.close()
 
 
-class Shared(OwnProcess):
+class Shared(SubprocessBackend):
     """One engine for all tests of a session: a test that closes its engine leaves the process alone."""
 
     under_test: ClientEngine | None = None

@@ -1,4 +1,4 @@
-"""The contract of ``verl.rollout.base``, stated once and held by every engine in conftest's ``KITS``.
+"""The contract of ``verl.rollout.contract.base``, stated once and held by every engine in conftest's ``KITS``.
 
 A test's docstring is its row in docs/engines.md: the part of the table, and what holds.
 """
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from verl.errors import UserError
-from verl.rollout.base import IllegalState, Request, Result, RolloutEngine, SamplingParams, Unsupported
+from verl.rollout.contract.base import IllegalState, Request, Result, RolloutEngine, SamplingParams, Unsupported
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21], [30, 31, 32, 33]]
 

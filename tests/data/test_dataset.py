@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.config.models import DataConfig
+from verl.config.sections.models import DataConfig
 from verl.data.dataset import load_prompts, truncated
 from verl.data.schema import PROMPT_COLUMNS, ragged
 from verl.data.tokenizer import encode_chat

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from verl.config.models import DataConfig
+from verl.config.sections.models import DataConfig
 from verl.data.dataset import load_prompts
 
 ROOT = Path(__file__).parents[2]

@@ -89,7 +89,7 @@ def reported(small, tmp_path_factory) -> set[str]:
     found: set[str] = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("verl.engine.engine.peak_flops", lambda device, dtype: 1e12)  # as of a GPU that is known
-        patch.setattr("verl.engine.device_memory.Peak.bytes", 1 << 30)
+        patch.setattr("verl.memory.device_memory.Peak.bytes", 1 << 30)
         for name, more in runs.items():
             assert main(arguments(small, folder / name, **{**keys, **more})) == 0
             found |= {metric for step in metrics_of(folder / name) for metric in step}

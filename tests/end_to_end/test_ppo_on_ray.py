@@ -18,7 +18,7 @@ from forks import run_forked
 from helpers import ROOT, arguments, command, metrics_of, start, wait_for_steps
 from safetensors.torch import load_file
 
-from verl.checks.machine import HostMemory
+from verl.machine import HostMemory
 from verl.trainer.main_ppo import main
 
 # What a step's tokens decide, whoever computes it.

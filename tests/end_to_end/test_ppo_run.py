@@ -8,10 +8,10 @@ import yaml
 from forks import run_forked
 from helpers import arguments, metrics_of, repeatable
 
-from verl.checks.machine import HostMemory
-from verl.config.parts import ModelConfig
+from verl.config.sections.parts import ModelConfig
 from verl.engine.model import model_size
-from verl.rollout.sampling import draw
+from verl.machine import HostMemory
+from verl.rollout.embedded.sampling import draw
 from verl.tracking.dumps import read_rows
 from verl.trainer.main_ppo import main
 
@@ -99,7 +99,7 @@ def test_an_engine_at_another_temperature_stops_the_run(small, tmp_path, capsys,
             log_probs = scaled.gather(-1, tokens[:, None])[:, 0]
         return tokens, log_probs
 
-    monkeypatch.setattr("verl.rollout.decoder.draw", draw_wrong)
+    monkeypatch.setattr("verl.rollout.embedded.decoder.draw", draw_wrong)
     keys = {"actor_rollout_ref__rollout__temperature": 0.6, "trainer__val_before_train": False}
     assert main(arguments(small, tmp_path, **keys)) == 1
     said_to_user = capsys.readouterr().err

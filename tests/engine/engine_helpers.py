@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 import transformers
 
-from verl.config.parts import FSDPConfig, ModelConfig, OptimConfig
+from verl.config.sections.parts import FSDPConfig, ModelConfig, OptimConfig
 from verl.data.ragged import Ragged
 from verl.engine import Batching, TrainEngine
 

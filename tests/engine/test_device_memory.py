@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from verl.engine import device_memory
-from verl.engine.device_memory import Peak, peaks
+from verl.memory import device_memory
+from verl.memory.device_memory import Peak, peaks
 
 GPU = torch.device("cuda")
 

@@ -9,12 +9,12 @@ import torch
 from engine_helpers import ALL, build, largest_difference, make_table, weights_of
 from forks import run_ranks
 
-from verl.config.models import ActorConfig, PolicyLossConfig
+from verl.algorithms.loss_modes import LOSS_MODES, resolve
+from verl.algorithms.losses import loss_columns, policy_loss
+from verl.config.sections.models import ActorConfig, PolicyLossConfig
 from verl.data.ragged import Ragged
 from verl.data.schema import ragged, with_columns
 from verl.engine import Batching
-from verl.trainer.ppo.loss_modes import LOSS_MODES, resolve
-from verl.trainer.ppo.losses import loss_columns, policy_loss
 
 ROWS = 9
 EPS = 1e-5  # see test_engine_updates

@@ -15,7 +15,7 @@ from forks import run_ranks
 from verl.engine import Batching, CheckpointError, checkpoint
 from verl.engine.compile import CompiledLayers
 from verl.errors import UserError
-from verl.rollout.fsdp import UnshardedForward
+from verl.rollout.embedded.unsharded_forward import UnshardedForward
 
 ROWS = 9
 EPS = 1e-5  # see test_engine_updates

@@ -12,9 +12,9 @@ import transformers
 from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, policy_loss, state_of, weights_of
 from safetensors.torch import load_file
 
-from verl.checks.machine import HostMemory
 from verl.engine import Batching, CheckpointError, offload
 from verl.errors import UserError
+from verl.machine import HostMemory
 
 
 def updates(engine, count, kind="policy"):

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import Chunk, WeightConverter, revert_weight_conversion
 
-from verl.config.parts import ModelConfig
+from verl.config.sections.parts import ModelConfig
 from verl.engine import checkpoint_names
 from verl.engine.checkpoint_names import CheckpointNames
 from verl.engine.export import export_checkpoint

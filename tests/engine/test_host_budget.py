@@ -9,12 +9,12 @@ import torch
 from engine_helpers import build
 from forks import run_ranks
 
-from verl.checks import host_budget
-from verl.checks.host_budget import Devices, Held, Model, budget_of
-from verl.checks.plan import ModelSize
-from verl.config.parts import FSDPConfig, ModelConfig
+from verl.config.sections.parts import FSDPConfig, ModelConfig
 from verl.engine import TrainEngine, checkpoint, offload
 from verl.engine.model import model_size
+from verl.memory import host_budget
+from verl.memory.host_budget import Devices, Held, Model, budget_of
+from verl.plan import ModelSize
 
 
 def offloaded(path: str, kind: str, trained: bool, dtype: str, **settings) -> TrainEngine:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuda_helpers import BATCHING, loss, save_model, table
 
-from verl.config.parts import FSDPConfig, ModelConfig, OptimConfig
+from verl.config.sections.parts import FSDPConfig, ModelConfig, OptimConfig
 from verl.engine import Batching, TrainEngine
 from verl.engine.token_statistics import token_statistics
 

@@ -54,7 +54,7 @@ def test_an_offloaded_engine_leaves_the_gpu_empty_and_comes_back_the_same(small)
 
 
 def _config(small):
-    from verl.config.load import load
+    from verl.config.loading.load import load
 
     loaded = load(arguments(small, small / "run"))
     assert loaded.config is not None, loaded.problems

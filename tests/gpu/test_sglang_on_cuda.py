@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import OFFLOAD, ROOT, arguments, command, make_model, metrics_of
 
-from verl.rollout.sglang.arguments import SGLANG
+from verl.rollout.engines.sglang.arguments import SGLANG
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -10,9 +10,9 @@ from forks import run_ranks
 from helpers import OFFLOAD, arguments, metrics_of, start
 from safetensors.torch import load_file
 
-from verl.config.parts import FSDPConfig, ModelConfig, OptimConfig
+from verl.config.sections.parts import FSDPConfig, ModelConfig, OptimConfig
 from verl.engine import TrainEngine
-from verl.rollout.sglang.arguments import SGLANG
+from verl.rollout.engines.sglang.arguments import SGLANG
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from verl.config.models import CustomRewardFunctionConfig, RewardConfig
+from verl.config.sections.models import CustomRewardFunctionConfig, RewardConfig
 from verl.data.schema import with_columns
 from verl.reward.manager import RewardManager
 

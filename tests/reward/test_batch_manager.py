@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from verl.config.models import CustomRewardFunctionConfig, RewardConfig
+from verl.config.sections.models import CustomRewardFunctionConfig, RewardConfig
 from verl.errors import UserError
 from verl.reward.manager import RewardManager
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from verl.config.models import RewardConfig
+from verl.config.sections.models import RewardConfig
 from verl.reward.code_tests import find_code, same_output, same_value
 from verl.reward.scorers import ScorerSpec, make_scorer, settings_of
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 from judge_server import JudgeServer, completion, serving
 
-from verl.config.models import CustomRewardFunctionConfig, JudgeConfig, RewardConfig
+from verl.config.sections.models import CustomRewardFunctionConfig, JudgeConfig, RewardConfig
 from verl.errors import UserError
 from verl.reward.judge import TEMPLATE, fill, missing
 from verl.reward.judge_client import Judge

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from verl.config.models import CustomRewardFunctionConfig, RewardConfig
+from verl.config.sections.models import CustomRewardFunctionConfig, RewardConfig
 from verl.data.schema import COLUMNS
 from verl.errors import UserError
 from verl.reward.manager import RewardManager

@@ -9,8 +9,8 @@ import pytest
 from helpers import make_model
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from verl.config.models import RewardModelConfig
-from verl.config.reward import RewardModelModelConfig
+from verl.config.sections.models import RewardModelConfig
+from verl.config.sections.reward import RewardModelModelConfig
 from verl.data.ragged import Ragged
 from verl.errors import UserError
 from verl.reward.model_inputs import RewardModelInputs

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.reward.overlong import overlong_penalties
+from verl.algorithms.overlong import overlong_penalties
 
 
 def settings(**chosen):

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from helpers import ROOT
 
-from verl.config.reward import SandboxLimitsConfig
+from verl.config.sections.reward import SandboxLimitsConfig
 from verl.reward.sandbox import Limits, Sandbox, SandboxError, interpreter_paths, missing
 
 LIMITS = Limits(**SandboxLimitsConfig().model_dump())
@@ -163,7 +163,7 @@ for number in range(3, 100):
 
 def test_the_sandbox_ends_with_the_process_that_made_it():
     code = (
-        "from verl.config.reward import SandboxLimitsConfig\n"
+        "from verl.config.sections.reward import SandboxLimitsConfig\n"
         "from verl.reward.sandbox import *\n"
         "place = Sandbox(Limits(**SandboxLimitsConfig(wall_seconds=1000, cpu_seconds=1000).model_dump()))\n"
         "print(place._process.pid, flush=True)\n"

@@ -14,7 +14,7 @@ import pytest
 from verl.data.schema import with_columns
 from verl.reward.manager import hidden_time
 from verl.reward.pool import Outcome
-from verl.rollout.base import Capabilities, Request, Result, SamplingParams
+from verl.rollout.contract.base import Capabilities, Request, Result, SamplingParams
 from verl.tracking import StageTimer
 from verl.trainer.ppo.trainer import PPOTrainer
 

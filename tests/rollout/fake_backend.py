@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from verl.errors import UserError
-from verl.rollout.backend import Draw, Drawn, EngineDied, Listener, WeightStream
-from verl.rollout.base import Capabilities, FinishReason, MemoryTag
+from verl.rollout.client.backend import Draw, Drawn, EngineDied, Listener, WeightStream
+from verl.rollout.contract.base import Capabilities, FinishReason, MemoryTag
 
 EOS = 1
 

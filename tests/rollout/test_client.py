@@ -12,10 +12,10 @@ import torch
 from fake_backend import EOS, FakeBackend, response, token_at
 
 from verl.errors import UserError
-from verl.rollout import client
-from verl.rollout.backend import Drawn, EngineDied
-from verl.rollout.base import IllegalState, Request, Result, SamplingParams, Unsupported
-from verl.rollout.client import ClientEngine
+from verl.rollout.client import engine as client
+from verl.rollout.client.backend import Drawn, EngineDied
+from verl.rollout.client.engine import ClientEngine
+from verl.rollout.contract.base import IllegalState, Request, Result, SamplingParams, Unsupported
 
 WEIGHTS = [("weight", torch.zeros(2))]
 

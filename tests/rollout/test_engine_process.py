@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from verl.errors import LAST_LINES, UserError
-from verl.rollout.backend import EngineDied
-from verl.rollout.base import Unsupported
-from verl.rollout.process import EngineProcess
+from verl.rollout.client.backend import EngineDied
+from verl.rollout.contract.base import Unsupported
+from verl.rollout.processes.engine_process import EngineProcess
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[2]
 SERVER = '''
 import asyncio, os, signal, subprocess, sys, time
 from verl.errors import UserError
-from verl.rollout.base import Unsupported
-from verl.rollout.serve import Orders
+from verl.rollout.contract.base import Unsupported
+from verl.rollout.processes.order_loop import Orders
 
 class Odd(UserError):
     """Pickles, and cannot be read back."""
@@ -362,7 +362,7 @@ def test_starting_and_closing_many_times_leaves_no_file_open(start, folder):
 TRAINER = """
     import os, signal, sys, time
     from pathlib import Path
-    from verl.rollout.process import EngineProcess
+    from verl.rollout.processes.engine_process import EngineProcess
 
     engine = EngineProcess(
         "small_server", name="engine", log=Path(sys.argv[1]), environment=os.environ, on_report=print, on_death=print,

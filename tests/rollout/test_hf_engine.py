@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models
 from torch import nn
 
 from verl.errors import UserError
-from verl.rollout.base import Request, Result, SamplingParams
-from verl.rollout.hf import HFEngine
+from verl.rollout.contract.base import Request, Result, SamplingParams
+from verl.rollout.embedded.engine import HFEngine
 
 SHAPE = {
     "vocab_size": 100,

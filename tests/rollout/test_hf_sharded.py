@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from verl.rollout.base import IllegalState, Request, SamplingParams
-from verl.rollout.hf import HFEngine
+from verl.rollout.contract.base import IllegalState, Request, SamplingParams
+from verl.rollout.embedded.engine import HFEngine
 
 
 class Policy(nn.Module):

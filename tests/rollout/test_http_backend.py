@@ -15,11 +15,11 @@ from fake_sglang import FakeSGLang, hang, reset, send, token_at
 from safetensors.torch import load_file
 
 from verl.errors import UserError
-from verl.rollout.backend import EngineDied
-from verl.rollout.base import IllegalState, PromptWindow, Request, Result, SamplingParams, Unsupported
-from verl.rollout.client import ClientEngine
-from verl.rollout.router import Member, Router
-from verl.rollout.sglang.http import SGLangServer, Times
+from verl.rollout.client.backend import EngineDied
+from verl.rollout.client.engine import ClientEngine
+from verl.rollout.contract.base import IllegalState, PromptWindow, Request, Result, SamplingParams, Unsupported
+from verl.rollout.engines.sglang.http_backend import SGLangServer, Times
+from verl.rollout.router.router import Replica, Router
 from verl.rollout.weights.disk import WeightFolder
 
 EOS = 1
@@ -646,7 +646,7 @@ def test_one_of_two_servers_dies_and_comes_back(start, connect, tmp_path, by):
     of_name = {f"s{index}": server for index, server in enumerate(servers)}
     notes: list[str] = []
     router = Router(
-        [Member(name, connect(server, folder=folder, no_weights="none")) for name, server in of_name.items()],
+        [Replica(name, connect(server, folder=folder, no_weights="none")) for name, server in of_name.items()],
         revive=lambda name: connect(of_name[name], folder=folder, no_weights="none"),
         save=folder.write if folder else None,
         forget=folder.forget if folder else lambda saved: None,

@@ -25,19 +25,19 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from verl.errors import UserError, portable
-from verl.rollout.backend import Backend, Draw, Drawn, EngineDied
-from verl.rollout.base import Capabilities, Request, Result, SamplingParams
-from verl.rollout.client import ClientEngine
-from verl.rollout.hf import HFEngine
-from verl.rollout.orders import deal
+from verl.rollout.client.backend import Backend, Draw, Drawn, EngineDied
+from verl.rollout.client.engine import ClientEngine
+from verl.rollout.contract.base import Capabilities, Request, Result, SamplingParams
+from verl.rollout.embedded.engine import HFEngine
+from verl.rollout.embedded.sampling import row_keys
 from verl.rollout.replicas import remote
 from verl.rollout.replicas.embedded import EmbeddedBackend, seed_from
 from verl.rollout.replicas.host import EngineHost, Place, Reports
-from verl.rollout.replicas.layout import Replica, replicas_of
+from verl.rollout.replicas.layout import ReplicaRanks, replicas_of
 from verl.rollout.replicas.remote import RemoteBackend
 from verl.rollout.replicas.weights import WeightsOnRanks
-from verl.rollout.router import Member, Router
-from verl.rollout.sampling import row_keys
+from verl.rollout.router.concurrent import deal
+from verl.rollout.router.router import Replica, Router
 from verl.rollout.weights.checksums import Piece, piece_of
 from verl.rollout.weights.receiver import NamedTensors, serve_session
 from verl.rollout.weights.sender import Session, WeightSender
@@ -187,7 +187,7 @@ class Job:
         places = self.call("place").result()
         facts = self.call("start", places).result()
         self.router = Router(
-            [Member(replica.name, self.client(replica, facts)) for replica in self.replicas],
+            [Replica(replica.name, self.client(replica, facts)) for replica in self.replicas],
             revive=self._again,
             revivals=restarts,
             save=lambda stream, version: stream,
@@ -230,7 +230,7 @@ class Job:
         except Exception as error:
             raise as_sent(portable(error)) from error
 
-    def client(self, replica: Replica, facts: Sequence[dict[str, Any]]) -> ClientEngine:
+    def client(self, replica: ReplicaRanks, facts: Sequence[dict[str, Any]]) -> ClientEngine:
         """facts: by rank, of its start."""
         numbers = {rank: facts[rank]["number"] for rank in replica.hosts}
         backend = RemoteBackend(
@@ -631,7 +631,7 @@ def test_an_engine_is_started_in_a_thread_that_stays():
         return FakeBackend()
 
     place = Place(None, None, "127.0.0.1:1")
-    host = EngineHost(0, Replica(0, 0, 1, 1), lambda: place, start)
+    host = EngineHost(0, ReplicaRanks(0, 0, 1, 1), lambda: place, start)
     for _ in range(2):
         caller = threading.Thread(target=host.start, args=([place],))
         caller.start()
@@ -651,7 +651,7 @@ def test_a_start_that_fails_leaves_no_engine_and_the_next_may_work():
         return engine
 
     place = Place(None, None, "127.0.0.1:1")
-    host = EngineHost(0, Replica(0, 0, 1, 1), lambda: place, start)
+    host = EngineHost(0, ReplicaRanks(0, 0, 1, 1), lambda: place, start)
     first = engines[0]
     assert host.start([place])["number"] == 1
     with pytest.raises(UserError, match="no room"):
@@ -744,7 +744,7 @@ class Ask:
 def build(ask: Ask, end_tokens: Sequence[int] = (EOS,), holds_weights: bool = True) -> RemoteBackend:
     capabilities = Capabilities(own_process=True, holds_weights=holds_weights)
     facts = {"number": 1, "capabilities": capabilities, "keeps_weights": False, "end_tokens": list(end_tokens)}
-    return RemoteBackend(Replica(0, 0, 1, 1), ask, facts, {0: 1}, ask.stop)
+    return RemoteBackend(ReplicaRanks(0, 0, 1, 1), ask, facts, {0: 1}, ask.stop)
 
 
 @pytest.fixture

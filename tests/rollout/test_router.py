@@ -15,10 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verl.errors import UserError
-from verl.rollout.backend import EngineDied
-from verl.rollout.base import Capabilities, IllegalState, MemoryTag, PromptWindow, Request, Result, SamplingParams
-from verl.rollout.router import KEEP_TOGETHER, Member, Router
-from verl.rollout.states import EngineState
+from verl.rollout.client.backend import EngineDied
+from verl.rollout.contract.base import (
+    Capabilities,
+    IllegalState,
+    MemoryTag,
+    PromptWindow,
+    Request,
+    Result,
+    SamplingParams,
+)
+from verl.rollout.contract.states import EngineState
+from verl.rollout.router.router import KEEP_TOGETHER, Replica, Router
 
 pytestmark = pytest.mark.timeout(120)  # of a deadlock
 
@@ -114,7 +122,7 @@ class Scripted:
 
 
 def route(engines: Sequence[Scripted], **options) -> Router:
-    return Router([Member(f"engine {engine.number}", engine) for engine in engines], **options)
+    return Router([Replica(f"engine {engine.number}", engine) for engine in engines], **options)
 
 
 def request(id: int | str, prompt: Sequence[int] = (5,), tokens: int = 9) -> Request:
@@ -610,7 +618,7 @@ def test_an_engine_that_is_refused_is_given_up_at_once():
 
 def test_an_updates_seconds_are_those_of_the_slowest_member_in_use():
     engines = [Scripted(0), Scripted(2), Scripted(1), Scripted(3, dies_after=0)]
-    router = Router([Member(f"engine {engine.number}", engine) for engine in engines])
+    router = Router([Replica(f"engine {engine.number}", engine) for engine in engines])
     update(router, 1.0, version=1)
     assert router.update_seconds == {"gather": 3.0, "wait": 1.0}
     engines[3].dead = True

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from verl.rollout.base import SamplingParams
-from verl.rollout.sampling import SamplingRows, draw, exponential_noise, filter_floor, row_keys
+from verl.rollout.contract.base import SamplingParams
+from verl.rollout.embedded.sampling import SamplingRows, draw, exponential_noise, filter_floor, row_keys
 
 
 def noise(seeds: np.ndarray, positions: np.ndarray, vocabulary: int) -> np.ndarray:

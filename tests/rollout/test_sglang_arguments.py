@@ -2,8 +2,8 @@
 
 import pytest
 
-from verl.rollout.adapter import EngineSettings
-from verl.rollout.sglang.arguments import arguments_of, cuda_graphs
+from verl.rollout.engines.sglang.arguments import arguments_of, cuda_graphs
+from verl.rollout.processes.adapter import EngineSettings
 
 H100 = 81_559  # MiB
 NO_PREFILL = {"cuda_graph_backend_prefill": "disabled"}

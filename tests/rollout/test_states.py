@@ -9,8 +9,8 @@ import pytest
 import torch
 from fake_backend import EOS, FakeBackend
 
-from verl.rollout.base import IllegalState, Request, SamplingParams, Unsupported
-from verl.rollout.client import ClientEngine
+from verl.rollout.client.engine import ClientEngine
+from verl.rollout.contract.base import IllegalState, Request, SamplingParams, Unsupported
 
 BOTH = ["weights", "kv_cache"]
 WEIGHTS = [("weight", torch.zeros(2))]

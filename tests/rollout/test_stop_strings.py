@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from verl.rollout.stops import StopWatch
+from verl.rollout.contract.stops import StopWatch
 
 PIECES = ["a", "b", "ab", "\n", "\n\n", " ", " a", "Q", "Question", ":", " Q", "é", "日", "本", "🙂", ".", "</s>"]
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from verl.algorithms.advantages import ESTIMATORS, AdvantageInputs, resolve
 from verl.data.ragged import Ragged
 from verl.errors import UserError
-from verl.trainer.ppo.advantages import ESTIMATORS, AdvantageInputs, resolve
 
 finite = st.floats(-5, 5, width=32)
 unit = st.floats(0, 1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.trainer.ppo.batches import balanced_partition, mini_batches
+from verl.algorithms.batches import balanced_partition, mini_batches
 
 groups = st.lists(st.integers(0, 6), min_size=1, max_size=30).map(np.array)
 

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.config.actor import ActorConfig
-from verl.config.algorithm import RolloutCorrectionConfig
+from verl.algorithms.corrections import importance_weights
+from verl.algorithms.losses import aggregation_weights, policy_loss, value_loss
+from verl.algorithms.policy_losses import vanilla
+from verl.config.sections.actor import ActorConfig
+from verl.config.sections.algorithm import RolloutCorrectionConfig
 from verl.data.ragged import Ragged
-from verl.trainer.ppo.corrections import importance_weights
-from verl.trainer.ppo.losses import aggregation_weights, policy_loss, value_loss
-from verl.trainer.ppo.policy_losses import vanilla
 
 LOSS = ActorConfig(
     clip_ratio_low=0.2,

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from verl.algorithms.kl import AdaptiveKL, FixedKL, apply_kl_penalty, kl_control, kl_estimate, place_scores
 from verl.data.ragged import Ragged
-from verl.trainer.ppo.kl import AdaptiveKL, FixedKL, apply_kl_penalty, kl_control, kl_estimate, place_scores
 
 NAIVE = {
     "k1": lambda p, q: p - q,

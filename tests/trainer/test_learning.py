@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from verl.config.models import ActorConfig
+from verl.algorithms.advantages import ESTIMATORS, AdvantageInputs, resolve
+from verl.algorithms.batches import mini_batches
+from verl.algorithms.kl import apply_kl_penalty, place_scores
+from verl.algorithms.loss_modes import LOSS_MODES
+from verl.algorithms.losses import aggregation_weights, policy_loss, value_loss
+from verl.config.sections.models import ActorConfig
 from verl.data.ragged import Ragged
-from verl.trainer.ppo.advantages import ESTIMATORS, AdvantageInputs, resolve
-from verl.trainer.ppo.batches import mini_batches
-from verl.trainer.ppo.kl import apply_kl_penalty, place_scores
-from verl.trainer.ppo.loss_modes import LOSS_MODES
-from verl.trainer.ppo.losses import aggregation_weights, policy_loss, value_loss
 
 VOCABULARY, PROMPTS, SAMPLES = 5, 8, 8
 SETTINGS = ActorConfig(clip_ratio_low=0.2, clip_ratio_high=0.2)

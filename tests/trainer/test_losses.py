@@ -10,15 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.config.models import ActorConfig
-from verl.data.ragged import Ragged
-from verl.trainer.ppo.losses import (
+from verl.algorithms.losses import (
     AGGREGATION_MODES,
     aggregation_weights,
     policy_loss,
     value_loss,
 )
-from verl.trainer.ppo.policy_losses import vanilla
+from verl.algorithms.policy_losses import vanilla
+from verl.config.sections.models import ActorConfig
+from verl.data.ragged import Ragged
 from verl.trainer.sft.loss import nll_loss
 
 PPO = ActorConfig(

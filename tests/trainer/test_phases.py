@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from verl.rollout.base import Capabilities, MemoryTag
-from verl.rollout.client import ClientEngine
+from verl.rollout.client.engine import ClientEngine
+from verl.rollout.contract.base import Capabilities, MemoryTag
 from verl.trainer.ppo.phases import Phases, put_to_sleep
 from verl.trainer.ppo.trainer import PPOTrainer
 
@@ -22,7 +22,7 @@ BOTH: list[MemoryTag] = ["weights", "kv_cache"]
 
 
 class Backend:
-    """See ``verl.rollout.backend.Backend``."""
+    """See ``verl.rollout.client.backend.Backend``."""
 
     def __init__(self, log: list[str], sleep: Sequence[MemoryTag], borrows: bool = False):
         self.capabilities, self.log = Capabilities(sleep=frozenset(sleep), holds_weights=not borrows), log

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.config.models import ActorConfig, PolicyLossConfig
+from verl.algorithms.covariance import covariances
+from verl.algorithms.loss_modes import LOSS_MODES, resolve, selected_tokens
+from verl.algorithms.losses import aggregation_weights, loss_columns, policy_loss
+from verl.config.sections.models import ActorConfig, PolicyLossConfig
 from verl.data.ragged import Ragged
 from verl.data.schema import with_columns
 from verl.errors import UserError
-from verl.trainer.ppo.covariance import covariances
-from verl.trainer.ppo.loss_modes import LOSS_MODES, resolve, selected_tokens
-from verl.trainer.ppo.losses import aggregation_weights, loss_columns, policy_loss
 
 SETTINGS = ActorConfig(
     clip_ratio_low=0.2,

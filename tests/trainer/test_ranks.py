@@ -20,20 +20,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl.checks.gpu_memory import DISABLE, GPUReading
-from verl.checks.plan import RunPlan, plan_run
-from verl.config.load import load
-from verl.config.models import Config
+from verl.config.loading.load import load
+from verl.config.sections.models import Config
 from verl.data.ragged import Ragged
 from verl.data.schema import with_columns
 from verl.errors import UserError
-from verl.rollout.adapter import Adapter
-from verl.rollout.backend import Draw, EngineDied
-from verl.rollout.base import Capabilities, Request, SamplingParams
-from verl.rollout.hf import HFEngine
+from verl.memory.gpu_balance import DISABLE, GPUReading
+from verl.plan import RunPlan, plan_run
+from verl.rollout.client.backend import Draw, EngineDied
+from verl.rollout.contract.base import Capabilities, Request, SamplingParams
+from verl.rollout.embedded.engine import HFEngine
+from verl.rollout.engines.sglang.arguments import environment_of
+from verl.rollout.processes.adapter import Adapter
 from verl.rollout.replicas.host import EngineHost, Outcome
 from verl.rollout.replicas.layout import replicas_of
-from verl.rollout.sglang.arguments import environment_of
 from verl.trainer.ppo import ranks
 from verl.trainer.ppo.metrics import StageCost, sequence_lengths
 from verl.trainer.ppo.ranks import HOST, WORKER, make_host, token_shares
@@ -66,7 +66,7 @@ def planned(model: Path, device: str = "cuda", **keys: object) -> tuple[Config, 
 
 
 class Started:
-    """Stands for ``OwnProcess``: keeps what it was started with."""
+    """Stands for ``SubprocessBackend``: keeps what it was started with."""
 
     capabilities, keeps_weights, end_tokens = Capabilities(own_process=True), False, frozenset({1})
     all_of: list[Started]
@@ -103,7 +103,7 @@ class Started:
 def started(monkeypatch) -> list[Started]:
     """All that were, in order."""
     Started.all_of = []
-    monkeypatch.setattr(ranks, "OwnProcess", Started)
+    monkeypatch.setattr(ranks, "SubprocessBackend", Started)
     monkeypatch.setattr(ranks, "read_gpus", lambda indices, chosen: [])
     ports = itertools.count(20000)  # real ones may come twice
     monkeypatch.setattr(ranks, "free_port", lambda address: next(ports))
@@ -185,7 +185,7 @@ def made(small, started, tmp_path) -> Iterator[Callable[..., Ranks]]:
 def test_each_process_is_given_the_gpus_and_the_senders_of_its_node(made, started, tensor_parallel, gpus):
     job = made(gpus, actor_rollout_ref__rollout__tensor_model_parallel_size=tensor_parallel)
     places = job.call("place").result()
-    assert len({place.sender.address for place in places}) == len({place.meeting for place in places}) == 8
+    assert len({place.sender.address for place in places}) == len({place.rendezvous for place in places}) == 8
     facts = [host.start(places) for host in job.hosts]
     replicas = replicas_of(8, 4, tensor_parallel)
     holders = [(replica, node, rank) for replica in replicas for node, rank in enumerate(replica.hosts)]
@@ -197,7 +197,7 @@ def test_each_process_is_given_the_gpus_and_the_senders_of_its_node(made, starte
         assert part.gpus == tuple(names)
         assert environment_of(process.settings, {}, part)["CUDA_VISIBLE_DEVICES"] == ",".join(names)
         assert (part.node_rank, part.nnodes) == (node, len(replica.hosts))
-        assert part.meeting == places[replica.first].meeting
+        assert part.rendezvous == places[replica.first].rendezvous
         assert (part.address, part.interface) == ("127.0.0.1", "lo")
         assert process.sender.endpoint == places[rank].sender
         senders = {replica.ranks.index(other): places[other].sender for other in on_node}
@@ -214,7 +214,7 @@ def test_a_process_that_is_started_again_writes_to_a_log_of_its_own_and_meets_el
         for host in job.hosts:
             host.start(places)
     assert len({process.log for process in started}) == 6
-    assert len({process.part.meeting for process in started}) == 3
+    assert len({process.part.rendezvous for process in started}) == 3
     assert [process.closed for process in started] == [True] * 4 + [False] * 2
     assert len({process.sender.endpoint.address for process in started}) == 2  # of the ranks, whatever starts
 
@@ -342,7 +342,7 @@ def test_a_driver_starts_all_replicas_and_one_again_on_its_own_ranks(driven, sta
     asked = [each for each in job.asked if each[1] != "reports"]
     assert asked == [(4, "place"), (5, "place"), (4, "start")]
     assert started[4].part.gpus == stopped.part.gpus == ("0", "1")
-    assert started[4].part.meeting != stopped.part.meeting
+    assert started[4].part.rendezvous != stopped.part.rendezvous
     assert engine.backend.facts["number"] == 2
     asyncio.run(engine.close())
     assert started[4].closed

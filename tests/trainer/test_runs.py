@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from verl.config.load import load
+from verl.config.loading.load import load
 from verl.trainer.checkpoints import Checkpoint
 from verl.trainer.runs import closing_words
 

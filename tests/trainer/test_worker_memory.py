@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from verl.engine.device_memory import SPARE, Peak
+from verl.memory.device_memory import SPARE, Peak
 from verl.trainer.ppo.worker import PPOWorker
 
 WEIGHTS = 1000  # parameters of the actor

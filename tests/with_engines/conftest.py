@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from verl.rollout.adapter import Adapter
-from verl.rollout.adapters import ADAPTERS
+from verl.rollout.engines.registry import ADAPTERS
+from verl.rollout.processes.adapter import Adapter
 
 
 @pytest.fixture(params=[name for name, adapter in ADAPTERS.items() if adapter.installed])

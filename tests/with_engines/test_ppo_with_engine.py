@@ -11,7 +11,7 @@ import psutil
 import pytest
 from helpers import ROOT, arguments, command, descendant, metrics_of, start, wait_for_steps
 
-from verl.rollout.adapter import Adapter
+from verl.rollout.processes.adapter import Adapter
 
 # What processes of an engine's workers are called.
 WORKERS = {"sglang": "scheduler", "vllm": "VLLM::EngineCore"}

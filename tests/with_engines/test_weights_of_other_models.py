@@ -11,10 +11,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from verl.engine.checkpoint_names import CheckpointNames
 from verl.errors import UserError
-from verl.rollout.adapter import EngineSettings
-from verl.rollout.base import Request, SamplingParams
-from verl.rollout.client import ClientEngine
-from verl.rollout.own_process import OwnProcess
+from verl.rollout.client.engine import ClientEngine
+from verl.rollout.contract.base import Request, SamplingParams
+from verl.rollout.processes.adapter import EngineSettings
+from verl.rollout.processes.subprocess_backend import SubprocessBackend
 
 SMALL = {
     "vocab_size": 100,
@@ -57,7 +57,7 @@ def test_every_tensor_is_compared_by_its_name_and_one_that_differs_is_named(
     settings = EngineSettings(
         str(tmp_path / "model"), "cpu", "float32", max_model_len=64, max_num_seqs=4, tensor_parallel=tensor_parallel
     )
-    backend = OwnProcess(engine, settings, log=tmp_path / "engine.log", bucket_bytes=30_000)
+    backend = SubprocessBackend(engine, settings, log=tmp_path / "engine.log", bucket_bytes=30_000)
     try:
         client = ClientEngine(backend, eos_token_ids=[1], max_model_len=64, vocab_size=100, no_weights="none yet")
         names = CheckpointNames(model)
@@ -93,14 +93,14 @@ def test_a_model_that_vllm_packs_as_it_loads_it_is_refused_by_name(engine, tmp_p
     experts().save_pretrained(tmp_path / "model")
     settings = EngineSettings(str(tmp_path / "model"), "cpu", "float32", max_model_len=64, max_num_seqs=4)
     with pytest.raises(UserError, match="packs experts"):
-        OwnProcess(engine, settings, log=tmp_path / "engine.log", bucket_bytes=30_000)
+        SubprocessBackend(engine, settings, log=tmp_path / "engine.log", bucket_bytes=30_000)
 
 
 def test_an_argument_that_the_engine_does_not_have_is_refused_with_the_nearest(engine, tmp_path: Path):
     name, wrong = {"sglang": ("page_size", "pge_size"), "vllm": ("block_size", "blok_size")}[engine.name]
     settings = EngineSettings(str(tmp_path), "cpu", "float32", max_model_len=64, extra={wrong: 16})
     with pytest.raises(UserError, match=rf"{engine.name}\.{wrong}: .* no such argument; the nearest is {name}"):
-        OwnProcess(engine, settings, log=tmp_path / "engine.log")
+        SubprocessBackend(engine, settings, log=tmp_path / "engine.log")
 
 
 def _same_tensor(named: str, module_name: str) -> bool:

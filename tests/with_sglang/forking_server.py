@@ -4,7 +4,7 @@ import runpy
 
 from sglang.srt.entrypoints import engine
 
-from verl.rollout.sglang.server import forking
+from verl.rollout.engines.sglang.engine_process import forking
 
 if __name__ == "__main__":
     engine.Engine = forking(engine.Engine)

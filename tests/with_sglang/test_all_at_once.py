@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from logged import sglang
 
-from verl.rollout.base import Request, SamplingParams
-from verl.rollout.sglang.arguments import SGLANG
+from verl.rollout.contract.base import Request, SamplingParams
+from verl.rollout.engines.sglang.arguments import SGLANG
 
 pytestmark = [pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed"), pytest.mark.slow]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from verl.checks.gpu_memory import NO_CHECK, environment_for_engine
+from verl.memory.gpu_balance import NO_CHECK, environment_for_engine
 
 
 def installed_version() -> tuple[int, ...] | None:
@@ -37,7 +37,7 @@ GENERATED = "generated:"
 ENGINE = """
 import sys
 from sglang.srt.entrypoints.engine import Engine
-from verl.rollout.sglang.server import forking
+from verl.rollout.engines.sglang.engine_process import forking
 
 def main():
     engine = forking(Engine)(

@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from verl.rollout.sglang.arguments import SGLANG
+from verl.rollout.engines.sglang.arguments import SGLANG
 
 pytestmark = pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed (make sglang-cpu)")
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT, arguments, command, metrics_of, start
 from live_server import Server
 
-from verl.rollout.sglang.arguments import SGLANG
+from verl.rollout.engines.sglang.arguments import SGLANG
 
 pytestmark = pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed (make sglang-cpu)")
 
@@ -23,14 +23,14 @@ def test_sglang_is_put_to_sleep_and_woken_in_an_order_that_it_stands(small, tmp_
     script.write_text(
         "import dataclasses, sys\n"
         "import torch\n"
-        "from verl.rollout.own_process import OwnProcess\n"
+        "from verl.rollout.processes.subprocess_backend import SubprocessBackend\n"
         "from verl.trainer.main_ppo import main\n"
-        "start = OwnProcess.__init__\n"
+        "start = SubprocessBackend.__init__\n"
         "def sleeping(self, *args, **kwargs):\n"
         "    start(self, *args, **kwargs)\n"
         "    tags = frozenset({'weights', 'kv_cache'})\n"
         "    self.capabilities = dataclasses.replace(self.capabilities, sleep=tags)\n"
-        "OwnProcess.__init__ = sleeping\n"
+        "SubprocessBackend.__init__ = sleeping\n"
         "torch.cuda.mem_get_info = lambda device: (1 << 40, 1 << 40)\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(main())\n"

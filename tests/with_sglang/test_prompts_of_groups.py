@@ -11,8 +11,8 @@ import pytest
 from logged import sglang
 
 from verl.agent.single_turn import episodes_of, roll_out
-from verl.rollout.base import SamplingParams
-from verl.rollout.sglang.arguments import SGLANG
+from verl.rollout.contract.base import SamplingParams
+from verl.rollout.engines.sglang.arguments import SGLANG
 
 pytestmark = [pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed"), pytest.mark.slow]
 

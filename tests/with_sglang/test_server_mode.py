@@ -15,14 +15,14 @@ import torch
 from live_server import Server
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from verl.config.load import load
-from verl.config.models import Config
+from verl.config.loading.load import load
+from verl.config.sections.models import Config
 from verl.errors import UserError
-from verl.rollout.base import IllegalState, Request, Result, SamplingParams
-from verl.rollout.router import Router
-from verl.rollout.sglang.arguments import SGLANG
-from verl.rollout.sglang.draws import Times
-from verl.rollout.sglang.servers import build_server_rollout
+from verl.rollout.contract.base import IllegalState, Request, Result, SamplingParams
+from verl.rollout.engines.sglang.arguments import SGLANG
+from verl.rollout.engines.sglang.http_requests import Times
+from verl.rollout.engines.sglang.server_replicas import build_server_rollout
+from verl.rollout.router.router import Router
 
 pytestmark = pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed (make sglang-cpu)")
 
@@ -90,7 +90,7 @@ def connect(servers, model, tmp_path) -> Iterator[Callable[..., Router]]:
         router = build_server_rollout(
             config, None, [EOS], CONTEXT, VOCABULARY, dtype=None, bucket_bytes=50_000, note=note, times=times
         )
-        router._roster.retry_every = retry_every
+        router._pool.retry_every = retry_every
         routers.append(router)
         return router
 

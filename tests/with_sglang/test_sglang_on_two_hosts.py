@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT, arguments, metrics_of
 from hosts import RAY, can_make_hosts, ray_on, two_hosts
 
-from verl.rollout.sglang.arguments import SGLANG
+from verl.rollout.engines.sglang.arguments import SGLANG
 
 pytestmark = [
     pytest.mark.skipif(not SGLANG.installed, reason="SGLang is not installed (make sglang-cpu)"),

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from verl.data.ragged import Ragged
 from verl.data.schema import with_columns
-from verl.rollout.base import PromptWindow, Request, Result, RolloutEngine, SamplingParams
+from verl.rollout.contract.base import PromptWindow, Request, Result, RolloutEngine, SamplingParams
 
 
 def episode_seed(*parts: object) -> int:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from verl.checks.findings import Findings
-from verl.checks.host_budget import budget_of_run
+from verl.algorithms.advantages import ESTIMATORS
 from verl.checks.host_memory import budget_table
-from verl.checks.plan import RunPlan, Split, UpdatePlan
 from verl.checks.preflight import check
-from verl.config.problems import report
-from verl.trainer.ppo.advantages import ESTIMATORS
+from verl.config.loading.problems import report
+from verl.findings import Findings
+from verl.memory.host_budget import budget_of_run
+from verl.plan import RunPlan, Split, UpdatePlan
 
 if TYPE_CHECKING:
-    from verl.config.load import Loaded
-    from verl.config.models import Config
+    from verl.config.loading.load import Loaded
+    from verl.config.sections.models import Config
 
 UNKNOWN = "unknown until the data can be read"
 Section = list[tuple[str, str]]

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verl.checks.files import check_output_folder, check_parquet
-from verl.checks.findings import Findings
 from verl.checks.preflight import unexplained
 from verl.checks.rewards import check_reward_function, check_scoring
+from verl.findings import Findings
 from verl.reward.scorers import ARGUMENTS, SCORERS
 
 if TYPE_CHECKING:
-    from verl.config.load import Loaded
-    from verl.config.models import EvalConfig
+    from verl.config.loading.load import Loaded
+    from verl.config.sections.models import EvalConfig
 
 
 OF_SCORERS = ("reward.data_sources", *(f"reward.{name}." for name in SCORERS))

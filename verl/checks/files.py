@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl.checks.findings import Findings
+from verl.findings import Findings
+from verl.units import gigabytes, some
 
 
 def check_parquet(findings: Findings, key: str, files: str | Sequence[str], columns: dict[str, str]) -> int | None:
@@ -121,15 +122,6 @@ def check_output_folder(findings: Findings, key: str, folder: str, needed: int |
             f"checkpoints take about {gigabytes(needed)} and the disk has {gigabytes(free)} free",
             "free some space, keep fewer (trainer.max_ckpt_to_keep), or name a folder on another disk",
         )
-
-
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.0f} MB"
-
-
-def some(names: Sequence[str], limit: int = 8) -> str:
-    shown = ", ".join(names[:limit])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
 def _first_line(error: Exception) -> str:

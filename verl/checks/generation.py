@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verl.checks.files import check_output_folder, check_parquet, paths
-from verl.checks.findings import Findings
 from verl.checks.images import check_image_key, check_images
 from verl.checks.inert import find_inert
-from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import check_model, check_tokenizer_of
-from verl.checks.plan import RunPlan, ceil_div, plan_run
 from verl.checks.preflight import check_devices, check_engine, unexplained
 from verl.checks.servers import check_servers
 from verl.checks.settings import check_context, check_lengths
+from verl.findings import Findings
+from verl.machine import installed_gpus, resolve_device, torch_is_cpu_build
+from verl.plan import RunPlan, ceil_div, plan_run
 
 if TYPE_CHECKING:
-    from verl.config.load import Loaded
-    from verl.config.models import GenerationConfig
+    from verl.config.loading.load import Loaded
+    from verl.config.sections.models import GenerationConfig
 
 SUFFIXES = (".parquet", ".jsonl")
 PREFIX = "actor_rollout_ref."

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verl.checks.files import gigabytes
-from verl.checks.findings import Findings
-from verl.checks.host_budget import HostBudget
-from verl.checks.machine import HostMemory, host_memory
 from verl.errors import UserError
+from verl.findings import Findings
+from verl.machine import HostMemory, host_memory
+from verl.memory.host_budget import HostBudget
+from verl.units import gigabytes
 
 LITTLE = 10**9  # bytes, which every machine has
 CLOSE = 0.85  # of what is available: processes themselves, engines and samples are in no budget

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.checks.files import paths
-from verl.checks.findings import Findings
+from verl.findings import Findings
 
 if TYPE_CHECKING:
-    from verl.config.generation import GenerationDataConfig
-    from verl.config.models import DataConfig, SFTDataConfig
+    from verl.config.sections.generation import GenerationDataConfig
+    from verl.config.sections.models import DataConfig, SFTDataConfig
 
 BATCH = 256  # rows read at a time: they may hold the pictures themselves
 

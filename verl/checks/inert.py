@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from verl.checks.plan import RunPlan
+from verl.algorithms.advantages import ESTIMATORS
+from verl.algorithms.loss_modes import KEY as LOSS_MODE
+from verl.algorithms.loss_modes import LOSS_MODES
 from verl.checks.settings import ACTOR, REF, ROLLOUT, SPLIT_KEYS, splits
-from verl.config.problems import shown
+from verl.config.loading.problems import shown
+from verl.plan import RunPlan
 from verl.reward.scorers import SCORERS
-from verl.trainer.ppo.advantages import ESTIMATORS
-from verl.trainer.ppo.loss_modes import KEY as LOSS_MODE
-from verl.trainer.ppo.loss_modes import LOSS_MODES
 
 if TYPE_CHECKING:
-    from verl.config.models import Config, OptimConfig
+    from verl.config.sections.models import Config, OptimConfig
 
 
 @dataclass(frozen=True)

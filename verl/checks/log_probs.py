@@ -26,8 +26,8 @@ from verl.data.schema import ragged
 from verl.errors import UserError
 
 if TYPE_CHECKING:
-    from verl.config.models import Config
-    from verl.rollout.base import SamplingParams
+    from verl.config.sections.models import Config
+    from verl.rollout.contract.base import SamplingParams
 
 PROMPTS, TOKENS = 8, 32  # responses drawn, and their longest
 

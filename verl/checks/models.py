@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl.checks.files import existing_ancestor, some
-from verl.checks.findings import Findings
+from verl.checks.files import existing_ancestor
+from verl.findings import Findings
+from verl.units import some
 
 if TYPE_CHECKING:
-    from verl.config.parts import PolicyModelConfig
+    from verl.config.sections.parts import PolicyModelConfig
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

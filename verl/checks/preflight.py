@@ -11,28 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verl.checks.files import check_output_folder, check_parquet, paths
-from verl.checks.findings import Findings
-from verl.checks.host_budget import budget_of_run
 from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
 from verl.checks.inert import find_inert
-from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import ModelFacts, check_model, check_tokenizer_of, check_tokenizer_path
-from verl.checks.plan import ModelSize, RunPlan, plan_run
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.checks.servers import check_servers
 from verl.checks.settings import ROLLOUT, check_context, check_settings
+from verl.findings import Findings
+from verl.machine import installed_gpus, resolve_device, torch_is_cpu_build
+from verl.memory.host_budget import budget_of_run
+from verl.plan import ModelSize, RunPlan, plan_run
 from verl.reward.batch import ARGUMENTS as OF_A_BATCH
 from verl.reward.scorers import ARGUMENTS
-from verl.rollout.adapter import Adapter
-from verl.rollout.adapters import ADAPTERS
+from verl.rollout.engines.registry import ADAPTERS
+from verl.rollout.processes.adapter import Adapter
 from verl.tracking import LOGGERS, how_to_install, missing_package
 
 if TYPE_CHECKING:
-    from verl.config.load import Loaded
-    from verl.config.models import Config
-    from verl.config.problems import Problem
-    from verl.config.reward import RewardModelModelConfig
+    from verl.config.loading.load import Loaded
+    from verl.config.loading.problems import Problem
+    from verl.config.sections.models import Config
+    from verl.config.sections.reward import RewardModelModelConfig
 
 ENGINES = ("hf", *ADAPTERS)
 

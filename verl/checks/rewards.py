@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl.checks.findings import Findings
+from verl.findings import Findings
 from verl.reward.scorers import HOW_TO_NAME_ONE, SCORERS, scorer_of, settings_of
 
 if TYPE_CHECKING:
-    from verl.config.models import RewardConfig
+    from verl.config.sections.models import RewardConfig
 
 
 def check_reward_function(findings: Findings, path: str, name: str, arguments: Sequence[str]) -> None:

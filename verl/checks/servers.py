@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from verl.checks.findings import Findings
 from verl.checks.settings import ROLLOUT
+from verl.findings import Findings
 
 if TYPE_CHECKING:
-    from verl.config.models import Config
+    from verl.config.sections.models import Config
 
 EXAMPLE = "http://10.0.0.5:30000"
 

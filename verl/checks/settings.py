@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from verl.checks.findings import Findings
-from verl.checks.plan import RunPlan, Split, needs_critic
+from verl.algorithms import loss_modes
+from verl.algorithms.advantages import resolve
 from verl.errors import UserError
-from verl.trainer.ppo import loss_modes
-from verl.trainer.ppo.advantages import resolve
+from verl.findings import Findings
+from verl.plan import RunPlan, Split, needs_critic
 
 if TYPE_CHECKING:
-    from verl.config.models import Config
+    from verl.config.sections.models import Config
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"

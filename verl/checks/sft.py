@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from verl.checks.files import check_output_folder, check_parquet, paths
-from verl.checks.findings import Findings
-from verl.checks.host_budget import HostBudget, budget_of_sft
 from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
-from verl.checks.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.checks.models import ModelFacts, check_model, check_tokenizer_of
-from verl.checks.plan import ModelSize
 from verl.checks.preflight import check_loggers, unexplained
+from verl.findings import Findings
+from verl.machine import installed_gpus, resolve_device, torch_is_cpu_build
+from verl.memory.host_budget import HostBudget, budget_of_sft
+from verl.plan import ModelSize
 
 if TYPE_CHECKING:
-    from verl.config.load import Loaded
-    from verl.config.models import SFTConfig
+    from verl.config.loading.load import Loaded
+    from verl.config.sections.models import SFTConfig
 
 
 def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:

@@ -3,10 +3,10 @@
 Imports without torch.
 """
 
-from verl.config.dump import resolved_yaml
-from verl.config.load import Loaded, load
-from verl.config.models import Config, EvalConfig, GenerationConfig, SFTConfig
-from verl.config.problems import Problem, report
+from verl.config.loading.dump import resolved_yaml
+from verl.config.loading.load import Loaded, load
+from verl.config.loading.problems import Problem, report
+from verl.config.sections.models import Config, EvalConfig, GenerationConfig, SFTConfig
 
 __all__ = [
     "Config",

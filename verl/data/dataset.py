@@ -18,8 +18,8 @@ from verl.data.tokenizer import encode_chats
 from verl.errors import UserError
 
 if TYPE_CHECKING:
-    from verl.config.generation import GenerationDataConfig
-    from verl.config.models import DataConfig
+    from verl.config.sections.generation import GenerationDataConfig
+    from verl.config.sections.models import DataConfig
 
 log = logging.getLogger(__name__)
 BATCH = 1024  # chats tokenised at a time

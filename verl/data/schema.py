@@ -46,15 +46,15 @@ STAGE_COLUMNS: dict[str, pa.DataType] = {
     "reward_extra": pa.string(),  # JSON object: other numbers a scorer returned
     "greedy_reward": pa.float64(),  # of the greedy response to the same prompt
     "old_log_probs": FLOATS,
-    "rollout_is_weights": FLOATS,  # see verl.trainer.ppo.corrections
+    "rollout_is_weights": FLOATS,  # see verl.algorithms.corrections
     "entropy": FLOATS,
     "ref_log_probs": FLOATS,
     "values": FLOATS,
     "token_rewards": FLOATS,  # score on the last token, in-reward KL taken off
     "advantages": FLOATS,
     "returns": FLOATS,
-    "loss_weights": FLOATS,  # see verl.trainer.ppo.losses.aggregation_weights
-    "selected": FLAGS,  # see verl.trainer.ppo.loss_modes.selected_tokens
+    "loss_weights": FLOATS,  # see verl.algorithms.losses.aggregation_weights
+    "selected": FLAGS,  # see verl.algorithms.loss_modes.selected_tokens
 }
 
 COLUMNS = {**TRAJECTORY_COLUMNS, **STAGE_COLUMNS}

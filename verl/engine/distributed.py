@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from verl.errors import UserError
 
 if TYPE_CHECKING:
-    from verl.config.parts import FSDPConfig
+    from verl.config.sections.parts import FSDPConfig
 
 T = TypeVar("T")
 

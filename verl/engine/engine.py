@@ -20,7 +20,6 @@ from verl.engine import checkpoint, offload
 from verl.engine.attention import packed_attention, why_padded
 from verl.engine.checkpoint_names import CheckpointNames, share_conversions
 from verl.engine.compile import PLAIN, CompiledLayers
-from verl.engine.device_memory import SPARE, Peak
 from verl.engine.distributed import (
     max_over_ranks,
     on_first_rank,
@@ -37,9 +36,10 @@ from verl.engine.model import Kind, empty_model, read_config, read_model, wrap, 
 from verl.engine.optim import Optimizer
 from verl.engine.packing import Batching, MicroBatch, Packer
 from verl.engine.precision import Masters, compute_dtype
+from verl.memory.device_memory import SPARE, Peak
 
 if TYPE_CHECKING:
-    from verl.config.parts import FSDPConfig, ModelConfig, OptimConfig
+    from verl.config.sections.parts import FSDPConfig, ModelConfig, OptimConfig
 
 Tensors = dict[str, torch.Tensor]
 LossFunction = Callable[[Tensors, Tensors], tuple[torch.Tensor, Tensors]]

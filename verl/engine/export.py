@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from verl.config.parts import ModelConfig
+from verl.config.sections.parts import ModelConfig
 from verl.engine import checkpoint
 from verl.engine.model import read_config, read_model, write_model
 from verl.errors import UserError

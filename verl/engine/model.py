@@ -17,12 +17,12 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from verl.checks.plan import ModelSize
 from verl.engine.token_statistics import token_statistics
 from verl.errors import UserError
+from verl.plan import ModelSize
 
 if TYPE_CHECKING:
-    from verl.config.parts import ModelConfig
+    from verl.config.sections.parts import ModelConfig
 
 Kind = Literal["policy", "value", "reward"]
 Outputs = dict[str, torch.Tensor]

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from verl.checks.files import gigabytes
-from verl.checks.machine import host_memory
 from verl.errors import UserError
+from verl.machine import host_memory
+from verl.units import gigabytes
 
 ALIGNMENT = 64  # bytes
 PIECE = 1 << 30  # of pinned memory, or one larger tensor

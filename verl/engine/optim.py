@@ -15,7 +15,7 @@ from verl.engine.offload import Copies, give_storage, local, through_device
 from verl.engine.precision import Masters
 
 if TYPE_CHECKING:
-    from verl.config.parts import OptimConfig
+    from verl.config.sections.parts import OptimConfig
 
 BUCKET = 1 << 30  # bytes of state that pass through the device together
 

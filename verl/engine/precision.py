@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from verl.checks.machine import resolve_dtype
+from verl.machine import resolve_dtype
 
 if TYPE_CHECKING:
-    from verl.config.base import DType
+    from verl.config.sections.base import DType
 
 
 def compute_dtype(name: DType, device: torch.device) -> torch.dtype:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from verl.reward import sandbox
-from verl.reward.lack import Lack
+from verl.reward.dependencies import MissingDependency
 from verl.reward.sandbox import Limits, Sandbox
 
 BLOCK = re.compile(r"^[ \t]*```(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
@@ -59,7 +59,7 @@ print("\\n" + task["mark"] + json.dumps(value))
 Test = Callable[[Sandbox, str], str]
 
 
-def missing(*, limits: Mapping[str, int], **_: Any) -> Lack | None:
+def missing(*, limits: Mapping[str, int], **_: Any) -> MissingDependency | None:
     return sandbox.missing(Limits(**limits))
 
 

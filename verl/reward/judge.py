@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from verl.reward.lack import Lack
+from verl.reward.dependencies import MissingDependency
 
 TEMPLATE = """\
 Judge how well the response answers the prompt. Say briefly why, then write on the last line "Score: " and a number from
@@ -30,24 +30,30 @@ Judge how well the response answers the prompt. Say briefly why, then write on t
 PLACES = re.compile(r"\{(prompt|response|ground_truth)\}")
 
 
-def missing(**settings: Any) -> Lack | None:
+def missing(**settings: Any) -> MissingDependency | None:
     """What the judge's settings (reward.judge) lack to be asked."""
     for name in ("url", "model"):
         if not settings[name]:
-            return Lack("a judge scores a data source of this run", f"set reward.judge.{name}")
+            return MissingDependency("a judge scores a data source of this run", f"set reward.judge.{name}")
     variable = settings["api_key_env"]
     if variable and not os.environ.get(variable):
-        return Lack(f"reward.judge.api_key_env={variable}, and no such variable is set", f"export {variable}=...")
+        return MissingDependency(
+            f"reward.judge.api_key_env={variable}, and no such variable is set", f"export {variable}=..."
+        )
     try:
         groups = re.compile(settings["pattern"]).groups
     except re.error as error:
-        return Lack(f"reward.judge.pattern is no regular expression ({error})", "mend it")
+        return MissingDependency(f"reward.judge.pattern is no regular expression ({error})", "mend it")
     if groups != 1:
-        return Lack(f"reward.judge.pattern has {groups} groups", "put the number, and only it, in parentheses")
+        return MissingDependency(
+            f"reward.judge.pattern has {groups} groups", "put the number, and only it, in parentheses"
+        )
     if settings["lowest"] >= settings["highest"]:
-        return Lack(f"no number is from reward.judge.lowest={settings['lowest']:g} to highest", "raise highest")
+        return MissingDependency(
+            f"no number is from reward.judge.lowest={settings['lowest']:g} to highest", "raise highest"
+        )
     if settings["template"] and "{response}" not in settings["template"]:
-        return Lack("reward.judge.template does not hold the response", "put {response} into it")
+        return MissingDependency("reward.judge.template does not hold the response", "put {response} into it")
     return None
 
 

@@ -27,7 +27,7 @@ from verl.reward.judge import TEMPLATE, fill
 from verl.reward.pool import Outcome
 
 if TYPE_CHECKING:
-    from verl.config.models import JudgeConfig
+    from verl.config.sections.models import JudgeConfig
 
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that may be better the next time
 LONGEST_WAIT = 60.0  # seconds between two tries

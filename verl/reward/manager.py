@@ -22,7 +22,7 @@ from verl.reward.pool import Outcome, WorkerPool
 from verl.reward.scorers import ScorerSpec, check_scorers, make_scorer, scorer_of, scorers_of, settings_of
 
 if TYPE_CHECKING:
-    from verl.config.models import CustomRewardFunctionConfig, RewardConfig
+    from verl.config.sections.models import CustomRewardFunctionConfig, RewardConfig
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from verl.data.tokenizer import decode, load_tokenizer
 from verl.errors import UserError
 
 if TYPE_CHECKING:
-    from verl.config.models import RewardModelConfig
+    from verl.config.sections.models import RewardModelConfig
 
 KEY = "reward_model.model"
 

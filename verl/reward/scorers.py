@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from verl.errors import UserError
 from verl.reward import code_tests, exact_match, gsm8k, json_match, judge, math_dapo, multiple_choice, symbolic_math
-from verl.reward.lack import Lack
+from verl.reward.dependencies import MissingDependency
 from verl.reward.pool import traceback_tail
 
 if TYPE_CHECKING:
-    from verl.config.models import RewardConfig
+    from verl.config.sections.models import RewardConfig
 
 # compute_score(data_source=, solution_str=, ground_truth=, extra_info=, **kwargs) -> a number, or a dict with "score"
 Scorer = Callable[..., Any]
@@ -34,7 +34,7 @@ class BuiltIn:
     missing(**settings): what is lacking to run it here, or None."""
 
     compute_score: Scorer | None
-    missing: Callable[..., Lack | None] = lambda **settings: None
+    missing: Callable[..., MissingDependency | None] = lambda **settings: None
 
 
 # The name of a scorer is also that of its settings: reward.gsm8k.

@@ -7,12 +7,12 @@ import logging
 from typing import Any
 
 from verl.reward.boxed import last_boxed
-from verl.reward.lack import Lack
+from verl.reward.dependencies import MissingDependency
 
 
-def missing(**_: Any) -> Lack | None:
+def missing(**_: Any) -> MissingDependency | None:
     if importlib.util.find_spec("math_verify") is None:
-        return Lack("the scorer math needs the package math-verify", 'run pip install -e ".[math]"')
+        return MissingDependency("the scorer math needs the package math-verify", 'run pip install -e ".[math]"')
     return None
 
 

@@ -23,8 +23,8 @@ def enter(
     imports torch; plan_text(config), of a dry run, does not. argv: None for the command line.
     """
     from verl.checks.dry_run import print_dry_run
-    from verl.config.load import load
-    from verl.config.problems import report
+    from verl.config.loading.load import load
+    from verl.config.loading.problems import report
 
     try:
         loaded = load(sys.argv[1:] if argv is None else argv, schema)

@@ -14,7 +14,7 @@ from verl.trainer.entry import enter
 def main(argv: list[str] | None = None) -> int:
     """The exit code, see ``enter``."""
     from verl.checks.evaluation import check, plan_text
-    from verl.config.models import EvalConfig
+    from verl.config.sections.models import EvalConfig
 
     def run(*found: Any) -> int:
         from verl.trainer.evaluation.run import run

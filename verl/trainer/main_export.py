@@ -13,7 +13,7 @@ from verl.errors import UserError
 from verl.trainer.environment import share_cores
 
 if TYPE_CHECKING:
-    from verl.config.models import ModelConfig
+    from verl.config.sections.models import ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -103,8 +103,8 @@ def find(path: Path, role: str | None) -> Source:
 
 def model_of(source: Source) -> Trained:
     """As the run's config.yaml says."""
-    from verl.config.load import load
-    from verl.config.models import Config, Root, SFTConfig
+    from verl.config.loading.load import load
+    from verl.config.sections.models import Config, Root, SFTConfig
 
     places = [folder / "config.yaml" for folder in source.step.absolute().parents[:2]]  # also of one that was set aside
     file = next((place for place in places if place.is_file()), None)

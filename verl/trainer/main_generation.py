@@ -14,7 +14,7 @@ from verl.trainer.entry import enter
 def main(argv: list[str] | None = None) -> int:
     """The exit code, see ``enter``; 130 when it was interrupted and the same command goes on."""
     from verl.checks.generation import check, plan_text
-    from verl.config.models import GenerationConfig
+    from verl.config.sections.models import GenerationConfig
 
     def run(*found: Any) -> int:
         from verl.trainer.generation.run import run

@@ -15,9 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0 when all went well, 2 when the settings are wrong, 1 for other errors that the user can mend."""
     from verl.checks.dry_run import print_plan
     from verl.checks.preflight import check
-    from verl.config.load import load
-    from verl.config.models import Config
-    from verl.config.problems import report
+    from verl.config.loading.load import load
+    from verl.config.loading.problems import report
+    from verl.config.sections.models import Config
 
     try:
         loaded = load(sys.argv[1:] if argv is None else argv, Config)

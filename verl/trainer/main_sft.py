@@ -14,7 +14,7 @@ from verl.trainer.entry import enter
 def main(argv: list[str] | None = None) -> int:
     """The exit code, see ``enter``."""
     from verl.checks.sft import check, plan_text
-    from verl.config.models import SFTConfig
+    from verl.config.sections.models import SFTConfig
 
     def run(*found: Any) -> int:
         from verl.trainer.sft.run import run

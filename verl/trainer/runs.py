@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from verl.checks.findings import Findings
-from verl.config.dump import resolved_yaml
-from verl.config.models import Config, SFTConfig
-from verl.config.trainer import RunConfig
+from verl.config.loading.dump import resolved_yaml
+from verl.config.sections.models import Config, SFTConfig
+from verl.config.sections.trainer import RunConfig
 from verl.errors import UserError
+from verl.findings import Findings
 from verl.tracking import RunInfo
 from verl.tracking.files import written_whole
 from verl.tracking.report import write_report

@@ -116,7 +116,7 @@ class RayRanks:
         reads: Reads | None = None,
         **kwargs: Any,
     ) -> RayWorkerGroup:
-        """A group of the objects that ``factory`` ("module:function") makes of (Here, *args) on each rank."""
+        """A group of the objects that ``factory`` ("module:function") makes of (RankContext, *args) on each rank."""
         group = RayWorkerGroup(self, name, shares or even_shares, reads or {})
         made = [actor.make for actor in self.actors]
         self.together(f"make {name}", lambda: [make.remote(name, factory, args, kwargs) for make in made]).result()

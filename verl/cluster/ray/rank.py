@@ -38,7 +38,7 @@ FRAMES = 14  # of a stack, the innermost
 
 
 @dataclass
-class Here:
+class RankContext:
     """Where an object of a rank lives.
 
     address: of the node. gpu: of those of the node, as CUDA_VISIBLE_DEVICES names it; None without one.
@@ -72,7 +72,7 @@ class Rank:
         _print_to(Path(log))
         faulthandler.enable()
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        self._here = Here(rank, world_size, ray.util.get_node_ip_address(), gpus[0] if gpus else None)
+        self._context = RankContext(rank, world_size, ray.util.get_node_ip_address(), gpus[0] if gpus else None)
         if gpus:  # Ray has set it, unless it was told not to
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]
         self._listener: socket.socket | None = None
@@ -82,17 +82,17 @@ class Rank:
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and port where the ranks may meet, if this is the first of them. Nobody else's address listens."""
-        self._listener = listener(self._here.address)
-        return self._here.address, self._listener.getsockname()[1]
+        self._listener = listener(self._context.address)
+        return self._context.address, self._listener.getsockname()[1]
 
     def join(self, address: str, port: int, device: Literal["cpu", "cuda"], timeout: float) -> int:
         """Be one of the ranks that meet there; timeout: seconds, of any collective. Gives the process id."""
-        interface = interface_of(self._here.address)
+        interface = interface_of(self._context.address)
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, interface)
         import torch.distributed as dist
 
-        here, patience = self._here, timedelta(seconds=timeout)
+        here, patience = self._context, timedelta(seconds=timeout)
         fd = self._listener.detach() if self._listener else None
         store = dist.TCPStore(address, port, here.world_size, here.rank == 0, patience, master_listen_fd=fd)
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
@@ -108,12 +108,14 @@ class Rank:
 
         def build() -> None:
             module, _, attribute = factory.partition(":")
-            self._here.objects[name] = getattr(importlib.import_module(module), attribute)(self._here, *args, **kwargs)
+            self._context.objects[name] = getattr(importlib.import_module(module), attribute)(
+                self._context, *args, **kwargs
+            )
 
         return self._carry_out(f"make {name}", build)
 
     def run(self, name: str, method: str, args: tuple, kwargs: dict[str, Any]) -> Answer:
-        return self._carry_out(method, lambda: getattr(self._here.objects[name], method)(*args, **kwargs))
+        return self._carry_out(method, lambda: getattr(self._context.objects[name], method)(*args, **kwargs))
 
     def run_rows(self, name: str, method: str, rows: Rows, first: int, count: int, kwargs: dict[str, Any]) -> Answer:
         """A method that takes rows: ``count`` of these, from ``first`` on. If it answers with rows, the columns that it
@@ -121,7 +123,7 @@ class Rank:
 
         def run() -> Any:
             given = unpacked(rows).slice(first, count)
-            found = getattr(self._here.objects[name], method)(given, **kwargs)
+            found = getattr(self._context.objects[name], method)(given, **kwargs)
             if not isinstance(found, pa.Table):
                 return found
             return packed(found.select([column for column in found.column_names if column not in given.column_names]))
@@ -141,7 +143,7 @@ class Rank:
 
     @ray.method(concurrency_group="aside")
     def ask(self, name: str, method: str, args: tuple) -> Answer:
-        return _answer(lambda: getattr(self._here.objects[name], method)(*args))
+        return _answer(lambda: getattr(self._context.objects[name], method)(*args))
 
     # ---- watch
 

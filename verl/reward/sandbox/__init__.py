@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from verl.reward.lack import Lack
+from verl.reward.dependencies import MissingDependency
 
 INSIDE = Path(__file__).with_name("inside.py")
 NOBODY = 65534  # whom programs run as, seen from outside, when this process is root's
@@ -178,18 +178,22 @@ FIX = (
 )
 
 
-def missing(limits: Limits) -> Lack | None:
+def missing(limits: Limits) -> MissingDependency | None:
     """Why programs cannot be sandboxed here; None when every wall holds."""
     if sys.platform != "linux":
-        return Lack(f"programs can be sandboxed on Linux only, and this is {sys.platform}", FIX)
+        return MissingDependency(f"programs can be sandboxed on Linux only, and this is {sys.platform}", FIX)
     try:
         with Sandbox(limits) as place:
             ending = place.run(PROBE)
     except (SandboxError, OSError) as error:
-        return Lack(f"programs cannot be sandboxed on this machine ({error})", FIX)
+        return MissingDependency(f"programs cannot be sandboxed on this machine ({error})", FIX)
     found = ending.stdout.split("\n")[:-1]
     if ending.exit != 0 or found[-1:] != ["end"]:
-        return Lack(f"programs cannot be sandboxed on this machine ({ending.reason or 'the trial was cut short'})", FIX)
+        return MissingDependency(
+            f"programs cannot be sandboxed on this machine ({ending.reason or 'the trial was cut short'})", FIX
+        )
     if len(found) > 1:
-        return Lack(f"the sandbox does not hold on this machine ({', '.join(sorted(set(found[:-1])))})", FIX)
+        return MissingDependency(
+            f"the sandbox does not hold on this machine ({', '.join(sorted(set(found[:-1])))})", FIX
+        )
     return None

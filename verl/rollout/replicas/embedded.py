@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from verl.rollout.backend import Draw, Drawn, Listener, WeightStream
-from verl.rollout.base import Capabilities, MemoryTag, Request, Result
-from verl.rollout.hf import HFEngine
-from verl.rollout.sampling import row_keys
+from verl.rollout.client.backend import Draw, Drawn, Listener, WeightStream
+from verl.rollout.contract.base import Capabilities, MemoryTag, Request, Result
+from verl.rollout.embedded.engine import HFEngine
+from verl.rollout.embedded.sampling import row_keys
 
 
 class EmbeddedBackend:
-    """See ``verl.rollout.backend.Backend``. The engine is used in one thread only, wherever the orders come from."""
+    """See ``verl.rollout.client.backend.Backend``. The engine is used in one thread only."""
 
     keeps_weights = True
 
@@ -136,7 +136,7 @@ def seed_from(seed: int, position: int) -> int:
 
 
 def _unmix64(x: int) -> int:
-    """The inverse of splitmix64's output function, which ``verl.rollout.sampling`` mixes with."""
+    """The inverse of splitmix64's output function, which ``verl.rollout.embedded.sampling`` mixes with."""
     for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9)):
         x = (x ^ x >> shift ^ x >> 2 * shift) * pow(factor, -1, 2**64) % 2**64
     return ((x ^ x >> 30 ^ x >> 60) - 0x9E3779B97F4A7C15) % 2**64

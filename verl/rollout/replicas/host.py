@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from verl.errors import UserError, portable
-from verl.rollout.backend import Backend, Draw, Drawn, EngineDied
-from verl.rollout.replicas.layout import Replica
+from verl.rollout.client.backend import Backend, Draw, Drawn, EngineDied
+from verl.rollout.replicas.layout import ReplicaRanks
 from verl.rollout.weights.checksums import Piece, differences
 from verl.rollout.weights.sender import Endpoint, ReceiverLost, Session, WeightSender
 
@@ -27,12 +27,12 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 class Place:
     """What the others of a replica have to know of a rank.
 
-    sender: of weights to the worker on its device. meeting: "host:port" that is free on its node.
+    sender: of weights to the worker on its device. rendezvous: "host:port" that is free on its node.
     """
 
     sender: Endpoint | None
     gpu: str | None
-    meeting: str
+    rendezvous: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class EngineHost:
     def __init__(
         self,
         rank: int,
-        replica: Replica,
+        replica: ReplicaRanks,
         place: Callable[[], Place],
         start: Starter,
         *,

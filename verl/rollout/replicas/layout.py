@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Replica:
+class ReplicaRanks:
     """A tensor-parallel group on ``size`` consecutive ranks from ``first`` on, ``per_node`` of them on each node."""
 
     index: int
@@ -37,10 +37,10 @@ class Replica:
         )
 
 
-def replicas_of(world_size: int, devices_per_node: int, tensor_parallel: int) -> list[Replica]:
+def replicas_of(world_size: int, devices_per_node: int, tensor_parallel: int) -> list[ReplicaRanks]:
     """tensor_parallel divides devices_per_node or is a multiple of it, and divides world_size."""
     per_node = min(tensor_parallel, devices_per_node)
     return [
-        Replica(index, index * tensor_parallel, tensor_parallel, per_node)
+        ReplicaRanks(index, index * tensor_parallel, tensor_parallel, per_node)
         for index in range(world_size // tensor_parallel)
     ]

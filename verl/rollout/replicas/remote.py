@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from verl.errors import UserError
-from verl.rollout.backend import Draw, EngineDied, Listener, WeightStream
-from verl.rollout.base import MemoryTag
-from verl.rollout.replicas.layout import Replica
+from verl.rollout.client.backend import Draw, EngineDied, Listener, WeightStream
+from verl.rollout.contract.base import MemoryTag
+from verl.rollout.replicas.layout import ReplicaRanks
 from verl.rollout.replicas.weights import RankReader, WeightsOnRanks
 
 REPORT_WAIT = 10.0  # seconds after which a question for reports comes back empty
@@ -22,15 +22,17 @@ Ask = Callable[..., Any]
 
 
 class RemoteBackend:
-    """See ``verl.rollout.backend.Backend``. ask: (method, *args, timeout=) of the ``EngineHost`` on the replica's first
-    rank; UserErrors other than the engine's death mean that the rank is gone. facts: that the engine's start gave.
-    stop: ends the engine on all ranks that hold a process of it.
+    """See ``verl.rollout.client.backend.Backend``.
+
+    ask: (method, *args, timeout=) of the ``EngineHost`` on the replica's first rank. UserErrors other than the
+        engine's death mean that the rank is gone.
+    facts: that the engine's start returned. stop: ends the engine on all ranks that hold a process of it.
 
     Draws and recalls that come while others are on their way go together.
     """
 
     def __init__(
-        self, replica: Replica, ask: Ask, facts: dict[str, Any], pids: dict[int, int], stop: Callable[[], None]
+        self, replica: ReplicaRanks, ask: Ask, facts: dict[str, Any], pids: dict[int, int], stop: Callable[[], None]
     ):
         self.replica, self.facts, self.pids = replica, facts, pids
         self.capabilities, self.keeps_weights = facts["capabilities"], facts["keeps_weights"]

@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from verl.errors import UserError
-from verl.rollout.backend import EngineDied
+from verl.rollout.client.backend import EngineDied
 from verl.rollout.replicas.host import Outcome
-from verl.rollout.replicas.layout import Replica
+from verl.rollout.replicas.layout import ReplicaRanks
 
 Answer = TypeVar("Answer")
 Pids = dict[int, int]  # of an engine's processes, by the rank that holds each
@@ -30,7 +30,7 @@ class Hosts(Protocol):
 class WeightsOnRanks:
     """Stands for the stream: it is not read on the driver, and serves any number of times."""
 
-    def __init__(self, hosts: Hosts, replicas: list[Replica]):
+    def __init__(self, hosts: Hosts, replicas: list[ReplicaRanks]):
         self._hosts, self._replicas = hosts, replicas
 
     def update(self, asked: dict[int, Pids], version: int) -> dict[int, Exception | Mapping[str, float]]:
@@ -61,7 +61,7 @@ class WeightsOnRanks:
 
 
 class RankFan:
-    """As ``verl.rollout.fan.Fan``: ``feed`` in one thread, ``run`` in one for each of ``readers``."""
+    """As ``verl.rollout.weights.fan.Fan``: ``feed`` in one thread, ``run`` in one for each of ``readers``."""
 
     def __init__(self, readers: int, weights: WeightsOnRanks):
         self._readers, self._weights = readers, weights

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from verl.errors import UserError
-from verl.rollout.backend import WeightStream
+from verl.rollout.client.backend import WeightStream
 
 SHARD_BYTES = 2 << 30
 INDEX = "model.safetensors.index.json"

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from verl.errors import UserError
-from verl.rollout.backend import WeightStream
+from verl.rollout.client.backend import WeightStream
 from verl.rollout.weights.buckets import Place, SharedBuffer, dtype_name, padded, share_cuda
 from verl.rollout.weights.checksums import Piece
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from verl.checks.findings import Findings
-from verl.config.load import Loaded
-from verl.config.models import EvalConfig
+from verl.config.loading.load import Loaded
+from verl.config.sections.models import EvalConfig
+from verl.findings import Findings
 from verl.reward.manager import RewardManager
 from verl.tracking import RunInfo, Trackers, build_trackers
 from verl.tracking.files import written_whole

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from verl.checks.plan import RunPlan
-from verl.config.models import Config
+from verl.config.sections.models import Config
 from verl.engine import TrainEngine
-from verl.rollout.base import RolloutEngine
+from verl.plan import RunPlan
+from verl.rollout.contract.base import RolloutEngine
 from verl.tracking import Progress
 from verl.trainer.ppo.engines import embedded_engine, start_engine
 from verl.trainer.ppo.worker import PPOWorker
 
 if TYPE_CHECKING:
-    from verl.cluster.ray.rank import Here
+    from verl.cluster.ray.rank import RankContext
 
 
 class Started(NamedTuple):
@@ -38,7 +38,7 @@ class Reader(PPOWorker):
         )
 
 
-def make_reader(here: Here, config: Config, plan: RunPlan) -> Reader:
+def make_reader(context: RankContext, config: Config, plan: RunPlan) -> Reader:
     """For a rank: see ``verl.cluster.ray.rank.Rank.make``."""
     return Reader(config, plan)
 
@@ -51,7 +51,7 @@ def start(
     folder: Path,
     progress: Progress,
 ) -> Started:
-    """In this process, or on servers or in a process started here. stack: closes it. folder: for its output."""
+    """In this process, or on servers or in a process started context. stack: closes it. folder: for its output."""
     started = start_engine(config, plan, tokenizer, folder, progress.note, no_weights=None)
     if started:
         stack.callback(lambda: asyncio.run(started.close()))

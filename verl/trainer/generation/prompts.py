@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from verl.config.generation import GenerationDataConfig
+from verl.config.sections.generation import GenerationDataConfig
 from verl.data.dataset import encode_prompts
 from verl.data.parquet import chats_of, references_of
 from verl.data.ragged import Ragged

@@ -13,15 +13,15 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from verl.agent.single_turn import episodes_of, roll_out
-from verl.checks.findings import Findings
 from verl.checks.generation import plan_of
-from verl.checks.plan import ceil_div
-from verl.config.load import Loaded
-from verl.config.models import GenerationConfig
+from verl.config.loading.load import Loaded
+from verl.config.sections.models import GenerationConfig
 from verl.data.schema import ragged
 from verl.data.tokenizer import decode, load_tokenizer
 from verl.errors import UserError
-from verl.rollout.base import Result, RolloutEngine, SamplingParams
+from verl.findings import Findings
+from verl.plan import ceil_div
+from verl.rollout.contract.base import Result, RolloutEngine, SamplingParams
 from verl.tracking import RunInfo, StageTimer, Trackers, build_trackers
 from verl.trainer.generation.engine import start, start_on_ray
 from verl.trainer.generation.output import Output

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from verl.checks.gpu_memory import environment_for_engine
-from verl.checks.plan import RunPlan
 from verl.data.tokenizer import end_token_ids
 from verl.engine.model import read_config
 from verl.engine.precision import compute_dtype
-from verl.rollout.adapter import EngineSettings
-from verl.rollout.adapters import ADAPTERS
-from verl.rollout.backend import Backend
-from verl.rollout.base import RolloutEngine
-from verl.rollout.client import NO_WEIGHTS, ClientEngine
-from verl.rollout.hf import HFEngine
-from verl.rollout.own_process import OwnProcess
-from verl.rollout.sglang.servers import build_server_rollout
+from verl.memory.gpu_balance import environment_for_engine
+from verl.plan import RunPlan
+from verl.rollout.client.backend import Backend
+from verl.rollout.client.engine import NO_WEIGHTS, ClientEngine
+from verl.rollout.contract.base import RolloutEngine
+from verl.rollout.embedded.engine import HFEngine
+from verl.rollout.engines.registry import ADAPTERS
+from verl.rollout.engines.sglang.server_replicas import build_server_rollout
+from verl.rollout.processes.adapter import EngineSettings
+from verl.rollout.processes.subprocess_backend import SubprocessBackend
 
 if TYPE_CHECKING:
-    from verl.config.models import Config, ModelConfig
+    from verl.config.sections.models import Config, ModelConfig
     from verl.trainer.ppo.worker import PPOWorker
 
 Say = Callable[[str], None]
@@ -76,7 +76,7 @@ def _start_process(
     log = folder / "rollout" / f"{adapter.name}.log"
     note(f"starting {adapter.title} (its output: {log})")
     megabytes = config.actor_rollout_ref.rollout.update_weights_bucket_megabytes
-    backend = OwnProcess(
+    backend = SubprocessBackend(
         adapter,
         engine_settings(config, plan),
         log=log,

@@ -14,9 +14,9 @@ import psutil
 import pyarrow as pa
 import torch
 
+from verl.algorithms.kl import LOG_RATIO_LIMIT
 from verl.data.schema import ragged
-from verl.engine.device_memory import peaks
-from verl.trainer.ppo.kl import LOG_RATIO_LIMIT
+from verl.memory.device_memory import peaks
 
 Metrics = dict[str, float]
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from verl.checks.machine import HostMemory, host_memory
-from verl.checks.plan import RunPlan
 from verl.cluster.ray.group import RayRanks, RayWorkerGroup
 from verl.cluster.ray.placement import Seat, asked_of_nodes, check_resources, place, remove
 from verl.cluster.ray.start import RaySettings, connected
-from verl.config.models import Config
+from verl.config.sections.models import Config
 from verl.errors import UserError
-from verl.rollout.client import NO_WEIGHTS
-from verl.rollout.router import Router
+from verl.machine import HostMemory, host_memory
+from verl.plan import RunPlan
+from verl.rollout.client.engine import NO_WEIGHTS
+from verl.rollout.router.router import Router
 from verl.tracking import Progress, Trackers
 from verl.trainer.ppo.phases import put_to_sleep
 from verl.trainer.ppo.ranks import WORKER, token_shares

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from verl.rollout.base import MemoryTag, RolloutEngine
+from verl.rollout.contract.base import MemoryTag, RolloutEngine
 
 
 def put_to_sleep(rollout: RolloutEngine) -> None:

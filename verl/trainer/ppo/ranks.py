@@ -11,39 +11,39 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from verl.checks.gpu_memory import check_balance, disabled_by_user, environment_for_engine, read_gpus
-from verl.checks.plan import RunPlan
+from verl.algorithms.batches import balanced_partition
 from verl.cluster.network import free_port, host_port, interface_of
 from verl.cluster.ray.group import Shares, even_shares
-from verl.config.models import Config
+from verl.config.sections.models import Config
 from verl.data.tokenizer import load_tokenizer
-from verl.rollout.adapter import Part
-from verl.rollout.adapters import ADAPTERS
-from verl.rollout.backend import Backend
-from verl.rollout.own_process import OwnProcess, weight_sender
+from verl.memory.gpu_balance import check_balance, disabled_by_user, environment_for_engine, read_gpus
+from verl.plan import RunPlan
+from verl.rollout.client.backend import Backend
+from verl.rollout.engines.registry import ADAPTERS
+from verl.rollout.processes.adapter import NodeShare
+from verl.rollout.processes.subprocess_backend import SubprocessBackend, weight_sender
 from verl.rollout.replicas.embedded import EmbeddedBackend
 from verl.rollout.replicas.host import EngineHost, Place
 from verl.rollout.replicas.layout import replicas_of
-from verl.trainer.ppo.batches import balanced_partition
 from verl.trainer.ppo.engines import embedded_engine, engine_settings
 from verl.trainer.ppo.metrics import sequence_lengths
 from verl.trainer.ppo.worker import PPOWorker
 
 if TYPE_CHECKING:
-    from verl.cluster.ray.rank import Here
+    from verl.cluster.ray.rank import RankContext
 
 WORKER, HOST = "worker", "host"  # names of a rank's objects
 
 
-def make_worker(here: Here, config: Config, plan: RunPlan) -> PPOWorker:
+def make_worker(context: RankContext, config: Config, plan: RunPlan) -> PPOWorker:
     return PPOWorker(config, plan)
 
 
-def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHost:
+def make_host(context: RankContext, config: Config, plan: RunPlan, logs: Path) -> EngineHost:
     """logs: folder of the engines' output, on each node."""
     replicas = replicas_of(plan.world_size, plan.devices_per_node, plan.tensor_parallel)
-    (replica,) = [replica for replica in replicas if here.rank in replica.ranks]
-    interface = interface_of(here.address)
+    (replica,) = [replica for replica in replicas if context.rank in replica.ranks]
+    interface = interface_of(context.address)
     megabytes = config.actor_rollout_ref.rollout.update_weights_bucket_megabytes
 
     if plan.engine == "hf":
@@ -53,8 +53,8 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
         sender = weight_sender(settings, 1, megabytes << 20)
 
     def place() -> Place:
-        meeting = host_port(here.address, free_port(here.address))
-        return Place(sender.endpoint if sender else None, here.gpu, meeting)
+        rendezvous = host_port(context.address, free_port(context.address))
+        return Place(sender.endpoint if sender else None, context.gpu, rendezvous)
 
     starts, warnings = itertools.count(1), list[str]()
 
@@ -64,8 +64,8 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
         if plan.engine == "hf":
             model = config.actor_rollout_ref.model
             tokenizer = load_tokenizer(model.tokenizer_path, model.trust_remote_code)
-            return EmbeddedBackend(embedded_engine(config, plan, here.objects[WORKER], tokenizer))
-        node = replica.hosts.index(here.rank)
+            return EmbeddedBackend(embedded_engine(config, plan, context.objects[WORKER], tokenizer))
+        node = replica.hosts.index(context.rank)
         first = node * replica.per_node  # tensor-parallel rank
         of_node = range(first, first + replica.per_node)
         gpus = tuple(gpu for rank in of_node if (gpu := places[rank].gpu) is not None)
@@ -76,24 +76,24 @@ def make_host(here: Here, config: Config, plan: RunPlan, logs: Path) -> EngineHo
         name = f"{plan.engine}-{replica.index}"
         name += f"-node-{node}" if len(replica.hosts) > 1 else ""
         name += f"-start-{number}" if number > 1 else ""  # what the one before had to say stays
-        return OwnProcess(
+        return SubprocessBackend(
             adapter,
             settings,
             log=logs / f"{name}.log",
             environment=environment_for_engine(os.environ),
-            part=Part(node, len(replica.hosts), places[0].meeting, here.address, interface, gpus or None),
+            part=NodeShare(node, len(replica.hosts), places[0].rendezvous, context.address, interface, gpus or None),
             sender=sender,
             senders={rank: end for rank in of_node if (end := places[rank].sender) is not None},
         )
 
     return EngineHost(
-        here.rank,
+        context.rank,
         replica,
         place,
         start,
         sender=sender,
-        weights=lambda: here.objects[WORKER].weights(),
-        loaded=lambda: here.objects[WORKER].borrowed("actor"),
+        weights=lambda: context.objects[WORKER].weights(),
+        loaded=lambda: context.objects[WORKER].borrowed("actor"),
         warnings=warnings,
     )
 

@@ -9,17 +9,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from verl.checks.plan import RunPlan
 from verl.cluster.ray.group import RayRanks
-from verl.config.models import Config
+from verl.config.sections.models import Config
 from verl.errors import UserError
-from verl.rollout.backend import EngineDied
-from verl.rollout.client import NO_WEIGHTS, ClientEngine
-from verl.rollout.own_process import START_TIMEOUT
-from verl.rollout.replicas.layout import Replica, replicas_of
+from verl.plan import RunPlan
+from verl.rollout.client.backend import EngineDied
+from verl.rollout.client.engine import NO_WEIGHTS, ClientEngine
+from verl.rollout.processes.subprocess_backend import START_TIMEOUT
+from verl.rollout.replicas.layout import ReplicaRanks, replicas_of
 from verl.rollout.replicas.remote import RemoteBackend
 from verl.rollout.replicas.weights import WeightsOnRanks
-from verl.rollout.router import Member, Router
+from verl.rollout.router.router import Replica, Router
 from verl.trainer.ppo.engines import client_of
 from verl.trainer.ppo.ranks import HOST
 
@@ -59,7 +59,7 @@ class Replicas:
             copies = f", {len(self._replicas)} replicas of it" if len(self._replicas) > 1 else ""
             self._note(f"{told}{copies}")
         members = [
-            Member(replica.name, self._client(replica, {rank: facts[rank] for rank in replica.hosts}))
+            Replica(replica.name, self._client(replica, {rank: facts[rank] for rank in replica.hosts}))
             for replica in self._replicas
         ]
         return Router(
@@ -87,7 +87,7 @@ class Replicas:
             starts = {rank: pool.submit(start, rank) for rank in replica.hosts}
         return self._client(replica, {rank: start.result() for rank, start in starts.items()})
 
-    def _client(self, replica: Replica, facts: dict[int, dict[str, Any]]) -> ClientEngine:
+    def _client(self, replica: ReplicaRanks, facts: dict[int, dict[str, Any]]) -> ClientEngine:
         """facts: of the start, by rank that holds a process."""
         for of_rank in facts.values():
             for warning in of_rank["warnings"]:

@@ -10,17 +10,17 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from verl.checks.findings import Findings
-from verl.checks.host_budget import budget_of_run
 from verl.checks.host_memory import require_host_memory
-from verl.checks.machine import HostMemory, host_memory
-from verl.checks.plan import ModelSize, RunPlan, plan_run
 from verl.cluster.local import LocalWorkerGroup
-from verl.config.load import Loaded
-from verl.config.models import Config
+from verl.config.loading.load import Loaded
+from verl.config.sections.models import Config
 from verl.data.dataset import load_prompts
 from verl.data.tokenizer import load_tokenizer
 from verl.engine.model import model_size, read_config
+from verl.findings import Findings
+from verl.machine import HostMemory, host_memory
+from verl.memory.host_budget import budget_of_run
+from verl.plan import ModelSize, RunPlan, plan_run
 from verl.reward.manager import RewardManager
 from verl.reward.model_inputs import RewardModelInputs
 from verl.tracking import Trackers, build_trackers

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from verl.config.models import EngineConfig, RolloutConfig
-from verl.rollout.base import SamplingParams
+from verl.config.sections.models import EngineConfig, RolloutConfig
+from verl.rollout.contract.base import SamplingParams
 
 
 def training_sampling(rollout: EngineConfig, max_new_tokens: int) -> SamplingParams:

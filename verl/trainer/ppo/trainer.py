@@ -16,31 +16,31 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from verl.agent.single_turn import episodes_of, greedy_episodes_of, roll_out
+from verl.algorithms.advantages import AdvantageInputs, resolve
+from verl.algorithms.batches import mini_batches
+from verl.algorithms.corrections import importance_weights
+from verl.algorithms.kl import kl_control
+from verl.algorithms.losses import loss_columns
+from verl.algorithms.rewards import response_rewards, token_rewards
 from verl.checks import log_probs
-from verl.checks.plan import RunPlan, UpdatePlan
 from verl.cluster.base import WorkerGroup
-from verl.config.models import ActorConfig, Config, CriticConfig
+from verl.config.sections.models import ActorConfig, Config, CriticConfig
 from verl.data.loader import PromptLoader
 from verl.data.schema import ragged, rows_of, with_columns
 from verl.errors import UserError
+from verl.plan import RunPlan, UpdatePlan
 from verl.reward.manager import RewardManager
 from verl.reward.model_inputs import RewardModelInputs
 from verl.reward.pool import Outcome
-from verl.rollout.backend import WeightStream
-from verl.rollout.base import Result, RolloutEngine, SamplingParams
+from verl.rollout.client.backend import WeightStream
+from verl.rollout.contract.base import Result, RolloutEngine, SamplingParams
 from verl.tracking import StageTimer, Trackers
 from verl.tracking.dumps import generation_rows
 from verl.tracking.progress import Stage
 from verl.trainer.checkpoints import Checkpoint, Checkpoints, SaveError
 from verl.trainer.ppo import metrics as measure
-from verl.trainer.ppo.advantages import AdvantageInputs, resolve
-from verl.trainer.ppo.batches import mini_batches
-from verl.trainer.ppo.corrections import importance_weights
 from verl.trainer.ppo.dynamic_sampling import fill_step
-from verl.trainer.ppo.kl import kl_control
-from verl.trainer.ppo.losses import loss_columns
 from verl.trainer.ppo.phases import Phases
-from verl.trainer.ppo.rewards import response_rewards, token_rewards
 from verl.trainer.ppo.sampling import greedy, training_sampling, validation_sampling
 from verl.trainer.ppo.validation_metrics import validation_metrics
 from verl.trainer.ppo.weight_updates import WeightUpdates

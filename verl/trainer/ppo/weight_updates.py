@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 from verl.errors import UserError
-from verl.rollout.backend import WeightStream
-from verl.rollout.base import RolloutEngine
+from verl.rollout.client.backend import WeightStream
+from verl.rollout.contract.base import RolloutEngine
 from verl.tracking import StageTimer
 from verl.trainer.ppo.phases import Phases
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from verl.checks.host_budget import fsdp_settings
-from verl.checks.plan import RunPlan, Split
-from verl.config.models import ActorConfig, Config, CriticConfig, ModelConfig
+from verl.algorithms.loss_modes import resolve
+from verl.algorithms.losses import policy_loss, value_loss
+from verl.config.sections.models import ActorConfig, Config, CriticConfig, ModelConfig
 from verl.data.schema import with_columns
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import Batching, TrainEngine
-from verl.engine.device_memory import SPARE, Peak
 from verl.engine.model import Kind
-from verl.rollout.base import MemoryTag
-from verl.trainer.ppo.loss_modes import resolve
-from verl.trainer.ppo.losses import policy_loss, value_loss
+from verl.memory.device_memory import SPARE, Peak
+from verl.memory.host_budget import fsdp_settings
+from verl.plan import RunPlan, Split
+from verl.rollout.contract.base import MemoryTag
 from verl.trainer.ppo.metrics import StageCost, memory_metrics
 
 # The columns that a method reads of its rows, where the table has them.

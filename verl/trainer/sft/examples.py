@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from verl.config.models import SFTDataConfig
+from verl.config.sections.models import SFTDataConfig
 from verl.data.ragged import Ragged
 from verl.data.schema import FLAGS, IDS
 from verl.data.tokenizer import encode_chats

@@ -7,16 +7,16 @@ from contextlib import ExitStack
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from verl.checks.findings import Findings
-from verl.checks.host_budget import budget_of_sft
 from verl.checks.host_memory import require_host_memory
-from verl.checks.machine import host_memory
 from verl.checks.sft import device_of
-from verl.config.load import Loaded
-from verl.config.models import SFTConfig
+from verl.config.loading.load import Loaded
+from verl.config.sections.models import SFTConfig
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import TrainEngine
 from verl.engine.model import model_size
+from verl.findings import Findings
+from verl.machine import host_memory
+from verl.memory.host_budget import budget_of_sft
 from verl.tracking import build_trackers
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.interrupt import STOPPING, StopRequest

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from verl.checks.plan import is_due
-from verl.config.models import SFTConfig
+from verl.config.sections.models import SFTConfig
 from verl.data.loader import PromptLoader
 from verl.data.ragged import Ragged
 from verl.data.schema import ragged, with_columns
 from verl.engine import Batching, TrainEngine
+from verl.plan import is_due
 from verl.tracking import StageTimer, Trackers
 from verl.trainer.checkpoints import Checkpoint, Checkpoints, SaveError
 from verl.trainer.sft.loss import nll_loss

@@ -1,6 +1,0 @@
-"""The engines that run in a process of their own, by the name that ``rollout.name`` gives them."""
-
-from verl.rollout.sglang.arguments import SGLANG
-from verl.rollout.vllm.arguments import VLLM
-
-ADAPTERS = {adapter.name: adapter for adapter in (SGLANG, VLLM)}

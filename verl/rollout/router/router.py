@@ -1,0 +1,353 @@
+"""Several rollout engines as one: requests are spread over them, and a dead one's are drawn again by the others, or by
+itself once it is back (``verl.rollout.router.replica_pool``).
+
+    generate ──> flights ──board──> the member with the prompt's other requests, or the idlest ──> result
+                    ^                                    │
+                    └────────── EngineDied ──────────────┘
+
+    weights, sleep, wake, health ──> all members, a thread each; given again to one that is back, where all died of it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from verl.rollout.client.backend import EngineDied, WeightStream
+from verl.rollout.contract.base import (
+    Capabilities,
+    IllegalState,
+    MemoryTag,
+    PromptWindow,
+    Request,
+    Result,
+    RolloutEngine,
+)
+from verl.rollout.contract.requests import check_ids
+from verl.rollout.router.concurrent import deal, in_threads
+from verl.rollout.router.replica_pool import Answers, Engines, Replica, ReplicaPool, State
+from verl.rollout.weights.fan import OwnFan
+
+RETRY_EVERY = 10.0  # seconds between attempts at a dead member
+# A prompt's requests stay together as long as their member has at most this many of them more than the idlest.
+KEEP_TOGETHER = 8
+CHECKED = -1  # stands for the version of weights that are saved to be compared
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A request under way. prompt: hashable. member: that draws it now."""
+
+    request: Request
+    prompt: bytes
+    tokens: int
+    aborted: bool = False
+    member: Replica | None = None
+
+
+@dataclass
+class _Home:
+    """Where a prompt's requests go, while there are any."""
+
+    member: Replica
+    flights: int = 0
+
+
+class Router:
+    """See ``verl.rollout.contract.base.RolloutEngine``.
+
+    revive: builds a fresh engine for the member of this name, whose last one has been closed; called in a thread of the
+        member's own. Raises EngineDied where there is none (yet), and another UserError where what is there cannot be
+        used.
+    revivals: how many times in all one member may be brought back, failed attempts included. As long as one may,
+        requests and orders that find no member in use wait for it; a refusal (UserError) is final. None: any number of
+        times, and nobody waits.
+    save: stores a stream and returns it as one that can be read many times; None: members share the one stream.
+    forget: called with what ``save`` returned once newer weights are everywhere. note: takes what the user should know.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Replica],
+        *,
+        revive: Callable[[str], RolloutEngine] | None = None,
+        revivals: int | None = None,
+        save: Callable[[WeightStream, int], WeightStream] | None = None,
+        forget: Callable[[WeightStream], None] = lambda saved: None,
+        note: Callable[[str], None] = lambda text: None,
+        retry_every: float = RETRY_EVERY,
+    ):
+        if not members:
+            raise ValueError("a router needs at least one member")
+        self.capabilities = _common([member.engine.capabilities for member in members])
+        self._pool = ReplicaPool(members, revive=revive, revivals=revivals, retry_every=retry_every, note=note)
+        self.members = self._pool.members
+        self._save, self._forget = save, forget
+        self._lock = self._pool.lock  # of all that follows, too
+        self._flights: dict[str, _Flight] = {}
+        self._homes: dict[bytes, _Home] = {}
+        self._closed = False
+
+    # ---- requests
+
+    async def generate(self, requests: Sequence[Request]) -> list[Result]:
+        with self._lock:
+            self._check("generate")
+            ids = [request.id for request in requests]
+            check_ids(ids, self._flights)
+            flights = {request.id: _flight(request) for request in requests}
+            self._flights.update(flights)
+        tasks = [asyncio.create_task(self._draw(flight)) for flight in flights.values()]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # one that cannot be served ends the others of its call
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            with self._lock:
+                for id in flights:
+                    del self._flights[id]
+
+    async def _draw(self, flight: _Flight) -> Result:
+        while True:
+            news = self._pool.news  # before any look: it is done by whatever changes after that
+            if flight.aborted:
+                return Result(flight.request.id, [], [], "abort")
+            if (boarded := self._board(flight)) is None:
+                await asyncio.wrap_future(news)
+                continue
+            member, engine = boarded
+            try:
+                (result,) = await engine.generate([flight.request])
+                taken_out = member.engine is not engine or member.state != "used"
+                if flight.aborted or not (taken_out and result.finish_reason == "abort"):
+                    return result  # otherwise it was closed as dead, and nobody asked for the request's end
+            except EngineDied as error:
+                self._pool.lost(member, engine, error)
+            finally:
+                self._leave(flight)
+
+    def _board(self, flight: _Flight) -> tuple[Replica, RolloutEngine] | None:
+        """Give the request to its prompt's member, or to the one with the fewest tokens in flight. None: nobody can
+        take it now."""
+        with self._lock:
+            if flight.aborted or not (used := self._pool.find("used").values()):
+                return None
+            idlest = min(used, key=lambda member: member.tokens)
+            home = self._homes.setdefault(flight.prompt, _Home(idlest))
+            if home.member.state != "used":
+                home.member = idlest
+            ahead = home.member.tokens - idlest.tokens
+            member = home.member if ahead <= KEEP_TOGETHER * flight.tokens else idlest
+            home.flights += 1
+            member.tokens += flight.tokens
+            flight.member = member
+            return member, member.engine
+
+    def _leave(self, flight: _Flight) -> None:
+        with self._lock:
+            assert flight.member is not None
+            flight.member.tokens -= flight.tokens
+            flight.member = None
+            home = self._homes[flight.prompt]
+            home.flights -= 1
+            if not home.flights:
+                del self._homes[flight.prompt]
+
+    async def abort(self, ids: Sequence[str] | None = None) -> None:
+        with self._lock:
+            chosen = [self._flights[id] for id in (self._flights if ids is None else ids) if id in self._flights]
+            for flight in chosen:
+                flight.aborted = True
+            self._pool.changed()  # for those that wait
+            engines = {flight.member.engine: flight.member for flight in chosen if flight.member}
+        names = [flight.request.id for flight in chosen]
+        await self._tell(engines, lambda engine: engine.abort(names))
+
+    async def pause(self) -> None:
+        with self._lock:
+            self._check("pause")
+            if self._pool.paused:
+                raise IllegalState("pause: the engine is already paused")
+            self._pool.paused = True
+            engines = self._pool.find("used")
+        await self._tell(engines, lambda engine: engine.pause())
+
+    async def resume(self) -> None:
+        with self._lock:
+            self._check("resume")
+            if not self._pool.paused:
+                raise IllegalState("resume: the engine is not paused")
+            self._pool.paused = False
+            engines = self._pool.find("used")
+        try:
+            await self._tell(engines, lambda engine: engine.resume())
+        except IllegalState:
+            self._pool.paused = True
+            raise
+
+    # ---- weights and memory: orders that block, each member's in a thread of its own
+
+    async def update_weights(self, stream: WeightStream, version: int) -> None:
+        """Unsynced members take part, and are used from then on. Returns once a member holds these weights."""
+        before, stored = self._pool.saved, cache(lambda: self._stored(stream, version))
+
+        def give(engines: Engines) -> Answers:
+            taken = self._deal(stored(), engines, lambda engine, weights: engine.update_weights(weights, version))
+            for member in taken:
+                if member.state == "unsynced":
+                    self._pool.join(member)
+            return {member: None for member in taken if member.state == "used"}
+
+        self._until_answered("update_weights", give, "used", "unsynced", twice=self._save is not None)
+        if before:
+            self._forget(before[0])
+
+    @property
+    def update_seconds(self) -> Mapping[str, float]:
+        """Of the member for which they are most."""
+        with self._lock:
+            found = [member.engine.update_seconds for member in self.members if member.state == "used"]
+        return max(found, key=lambda seconds: sum(seconds.values()), default={})
+
+    def _stored(self, stream: WeightStream, version: int) -> WeightStream:
+        if self._save is None:
+            return stream
+        self._pool.saved = None  # if writing fails, the old ones are nobody's any more
+        stream = self._save(stream, version)
+        self._pool.saved = stream, version
+        return stream
+
+    async def check_weights(self, stream: WeightStream) -> list[str]:
+        """Members that came back while others slept get their weights now, at the latest."""
+        stored = cache(lambda: stream if self._save is None else self._save(stream, CHECKED))
+
+        def compare(engines: Engines) -> Answers:
+            self._pool.catch_up(engines.values())
+            used = {engine: member for engine, member in engines.items() if member.state == "used"}
+            return self._deal(stored(), used, lambda engine, weights: engine.check_weights(weights))
+
+        states = self._pool.obeying if self._pool.saved else ("used",)
+        found = self._until_answered("check_weights", compare, *states, twice=self._save is not None)
+        if self._save is not None:
+            self._forget(stored())
+        return [f"{member.name}: {line}" for member, lines in found.items() for line in lines]
+
+    async def sleep(self, tags: Sequence[MemoryTag]) -> None:
+        def order(engines: Engines) -> Answers:
+            if answers := self._in_threads(engines, lambda engine: engine.sleep(tags)):
+                self._pool.asleep |= set(tags)
+            return answers
+
+        with self._pool.none_built():  # one that is starting is to sleep, too
+            self._until_answered("sleep", order, *self._pool.obeying)
+
+    async def wake(self, tags: Sequence[MemoryTag]) -> None:
+        """One that came back while it was the only one gets the saved weights as soon as nothing sleeps."""
+
+        def order(engines: Engines) -> Answers:
+            if answers := self._in_threads(engines, lambda engine: engine.wake(tags)):
+                self._pool.asleep -= set(tags)
+                if not self._pool.asleep and not self._pool.any_used():
+                    self._pool.catch_up(answers)
+            return answers
+
+        self._until_answered("wake", order, *self._pool.obeying, idle=False)
+
+    async def health(self) -> None:
+        """Those that do not answer are taken out. Raises when none is left."""
+
+        def order(engines: Engines) -> Answers:
+            return self._in_threads(engines, lambda engine: engine.health())
+
+        self._until_answered("health", order, *self._pool.obeying, idle=False)
+
+    async def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        with contextlib.suppress(EngineDied):
+            await self.abort()
+        self._pool.stop()
+        with contextlib.suppress(EngineDied):
+            self._in_threads({member.engine: member for member in self.members}, lambda engine: engine.close())
+        if self._pool.saved:
+            self._forget(self._pool.saved[0])
+
+    # ---- orders to members
+
+    def _until_answered(
+        self,
+        name: str,
+        order: Callable[[Engines], Answers],
+        *states: State,
+        idle: bool = True,
+        twice: bool = True,
+    ) -> Answers:
+        """Give the order to the members in these states; where all die of it, or were dead, to those that come back.
+
+        twice: whether it can be given again. idle: whether it needs idle or paused members."""
+        while True:
+            self._check(name, idle)
+            self._pool.wait_for(*states)
+            with self._pool.syncing:
+                engines = self._pool.find(*states)
+                if engines and (answers := order(engines)):
+                    return answers
+            if engines and not twice:
+                raise self._pool.none_left()
+
+    async def _tell(self, engines: Engines, order: Callable[[RolloutEngine], Awaitable[None]]) -> None:
+        outcomes = await asyncio.gather(*(order(engine) for engine in engines), return_exceptions=True)
+        self._pool.settle(engines, outcomes)
+
+    def _in_threads(self, engines: Engines, order: Callable[[RolloutEngine], Awaitable[Any]]) -> Answers:
+        return self._pool.settle(engines, in_threads(engines, order))
+
+    def _deal(
+        self, stream: WeightStream, engines: Engines, order: Callable[[RolloutEngine, WeightStream], Awaitable[Any]]
+    ) -> Answers:
+        if self._save is not None and not isinstance(stream, OwnFan):  # it can be read many times
+            return self._in_threads(engines, lambda engine: order(engine, stream))
+        return self._pool.settle(engines, deal(stream, engines, order))
+
+    def _check(self, order: str, idle: bool = False) -> None:
+        """Raises IllegalState. idle: whether the order needs that."""
+        if self._closed:
+            raise IllegalState(f"{order}: the engine is closed")
+        if idle and self._flights and not self._pool.paused:
+            raise IllegalState(f"{order}: {len(self._flights)} requests are being generated; pause or abort them first")
+
+
+def _flight(request: Request) -> _Flight:
+    prompt = np.asarray(request.prompt_ids, np.int64).tobytes()
+    return _Flight(request, prompt, len(request.prompt_ids) + request.sampling.max_new_tokens)
+
+
+def _common(all_of: Sequence[Capabilities]) -> Capabilities:
+    """What every one of them can do."""
+    return Capabilities(
+        sleep=frozenset.intersection(*(each.sleep for each in all_of)),
+        own_process=all(each.own_process for each in all_of),
+        holds_weights=any(each.holds_weights for each in all_of),
+        images=all(each.images for each in all_of),
+        stop_strings=all(each.stop_strings for each in all_of),
+        min_new_tokens=all(each.min_new_tokens for each in all_of),
+        seeded=all(each.seeded for each in all_of),
+        window=_sum([each.window for each in all_of]),
+    )
+
+
+def _sum(windows: Sequence[PromptWindow | None]) -> PromptWindow | None:
+    """Prompts are spread over all of them."""
+    known = [window for window in windows if window is not None]
+    if len(known) < len(windows):
+        return None
+    return PromptWindow(sum(each.tokens for each in known), sum(each.prompts for each in known))
