@@ -30,7 +30,7 @@ def test_run_gives_the_result_and_raises_what_the_coroutine_raised(loop):
         raise ValueError("no such thing")
 
     assert loop.run(value(3)) == 3
-    with pytest.raises(ValueError, match="^no such thing$"):
+    with pytest.raises(ValueError, match=r"^no such thing$"):
         loop.run(fail())
     assert loop.run(value(4)) == 4
 

@@ -1,4 +1,4 @@
-"""The event loop of a run: one thread and one loop for the life of a rollout engine, so that work on it outlives a stage.
+"""The event loop of a run: one thread and one loop for the life of a rollout engine. Work on it outlives a stage.
 
 trainer ── run(coroutine) ──> loop ──> engine      (blocks until the result)
         ── submit(coroutine) ─>                    (a future)
