@@ -13,7 +13,15 @@ from verl.rollout.contract.base import Result
 from verl.trainer.main_ppo import main
 from verl.trainer.ppo import trainer
 
-FROM_ENGINE = ("response_ids", "response_mask", "rollout_log_probs", "finish_reason", "weight_version")
+FROM_ENGINE = (
+    "response_ids",
+    "response_mask",
+    "rollout_log_probs",
+    "finish_reason",
+    "first_version",
+    "last_version",
+    "versions",
+)
 
 draw = trainer.roll_out
 numbers = itertools.count()

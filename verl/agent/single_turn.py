@@ -96,5 +96,15 @@ def with_results(episodes: pa.Table, results: list[Result]) -> pa.Table:
         response_mask=ids.like(np.ones(len(ids.values), "int8")),
         rollout_log_probs=Ragged.from_rows([result.log_probs for result in results], "float32"),
         finish_reason=[result.finish_reason for result in results],
-        weight_version=[result.weight_versions[-1][0] if result.weight_versions else 0 for result in results],
+        first_version=[result.weight_versions[0][0] if result.weight_versions else 0 for result in results],
+        last_version=[result.weight_versions[-1][0] if result.weight_versions else 0 for result in results],
+        versions=Ragged.from_rows([token_versions(result) for result in results], "int64"),
     )
+
+
+def token_versions(result: Result) -> np.ndarray:
+    """int64, shape (T,): the version of the weights that generated each token."""
+    count = len(result.response_ids)
+    versions = [version for version, _ in result.weight_versions] or [0]
+    starts = [start for _, start in result.weight_versions] or [0]
+    return np.repeat(np.array(versions, "int64"), np.diff([*starts, count]))

@@ -15,8 +15,10 @@ import pyarrow as pa
 import torch
 
 from verl.algorithms.kl import LOG_RATIO_LIMIT
+from verl.cluster.base import WorkerGroup
 from verl.data.schema import ragged
 from verl.memory.device_memory import peaks
+from verl.plan import RunPlan
 
 Metrics = dict[str, float]
 
@@ -25,6 +27,19 @@ BLOCK = 1 << 17  # tokens
 # What each timed stage works on: the response's tokens, or prompt and response.
 STAGES_PER_RESPONSE_TOKEN = ("gen",)
 STAGES_PER_TOKEN = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
+
+
+def step_metrics(table: pa.Table, plan: RunPlan, workers: WorkerGroup, seconds: dict[str, float], step: int) -> Metrics:
+    """All metrics of a finished step but those that its stages reported. seconds: wall time by stage."""
+    return {
+        "training/global_step": step,
+        **data_metrics(table, max_prompt_length=plan.max_prompt_length),
+        **rollout_mismatch_metrics(table),
+        **reward_model_metrics(table),
+        **seqlen_metrics(sequence_lengths(table), workers.shares(table)),
+        **timing_metrics(seconds, table, num_devices=plan.world_size),
+        **most_of(workers.call("memory_metrics").result()),
+    }
 
 
 def data_metrics(table: pa.Table, *, max_prompt_length: int) -> Metrics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 from collections.abc import Sequence
@@ -19,12 +18,13 @@ from verl.errors import UserError
 from verl.machine import HostMemory, host_memory
 from verl.plan import RunPlan
 from verl.rollout.client.engine import NO_WEIGHTS
+from verl.rollout.loop import EventLoop
 from verl.rollout.router.router import Router
-from verl.tracking import Progress, Trackers
+from verl.tracking import Progress
 from verl.trainer.ppo.phases import put_to_sleep
 from verl.trainer.ppo.ranks import WORKER, token_shares
 from verl.trainer.ppo.replicas import Replicas
-from verl.trainer.ppo.trainer import Trained
+from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.worker import READS
 
 PLACE_TIMEOUT, ANSWER_TIMEOUT = 60.0, 300.0  # seconds
@@ -51,23 +51,24 @@ def host_memories(seats: Sequence[Seat]) -> list[tuple[str, HostMemory]]:
 
 def build_on_ray(
     stack: ExitStack,
+    loop: EventLoop,
     config: Config,
     plan: RunPlan,
     tokenizer: PreTrainedTokenizerBase,
     seats: Sequence[Seat],
     folder: Path,
-    trackers: Trackers,
-) -> Trained:
-    """``stack`` closes what is started here; an error that it meets becomes the ranks' own, if they have failed."""
-    ranks, replicas = start_ranks(stack, config, plan, tokenizer, seats, folder, trackers.progress)
+    progress: Progress,
+) -> Runtime:
+    """``stack`` closes what is started here. If the ranks have failed, it turns any error into theirs."""
+    ranks, replicas = start_ranks(stack, config, plan, tokenizer, seats, folder, progress)
     if plan.engine == "hf":  # it borrows the actor's module
         workers = _make_workers(ranks, config, plan)
-        rollout = start_replicas(stack, replicas)
+        rollout = start_replicas(stack, replicas, loop)
     else:
-        rollout = start_replicas(stack, replicas)
+        rollout = start_replicas(stack, replicas, loop)
         workers = _make_workers(ranks, config, plan)
     stack.push(ranks.end)
-    return Trained(workers, lambda: replicas.weights, rollout, abandon=ranks.close)
+    return Runtime(loop, workers, rollout, lambda: replicas.weights, progress, abandon=ranks.close)
 
 
 def start_ranks(
@@ -111,11 +112,11 @@ def start_ranks(
     return ranks, replicas
 
 
-def start_replicas(stack: ExitStack, replicas: Replicas) -> Router:
-    """Asleep, as far as they can."""
+def start_replicas(stack: ExitStack, replicas: Replicas, loop: EventLoop) -> Router:
+    """Replicas that sleep, if they can sleep."""
     rollout = replicas.start()
-    stack.callback(lambda: asyncio.run(rollout.close()))
-    put_to_sleep(rollout)
+    stack.callback(lambda: loop.run(rollout.close()))
+    put_to_sleep(rollout, loop)
     return rollout
 
 
