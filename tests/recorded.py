@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from verl.rollout.contract.base import Result
 from verl.trainer.main_ppo import main
-from verl.trainer.ppo import trainer
+from verl.trainer.ppo import responder
 
 FROM_ENGINE = (
     "response_ids",
@@ -23,7 +23,7 @@ FROM_ENGINE = (
     "versions",
 )
 
-draw = trainer.roll_out
+draw = responder.roll_out
 numbers = itertools.count()
 
 
@@ -51,5 +51,5 @@ async def replay(engine, episodes, sampling, on_finish=lambda index, result: Non
 if __name__ == "__main__":
     what, folder = sys.argv[1], Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
-    trainer.roll_out = {"record": record, "replay": replay}[what]
+    responder.roll_out = {"record": record, "replay": replay}[what]
     sys.exit(main(sys.argv[3:]))
