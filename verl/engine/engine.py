@@ -342,6 +342,11 @@ class TrainEngine:
         if not self.params_loaded:
             raise OffloadedError("the parameters are on the host: call onload(params=True) first")
 
+    def not_finite(self) -> str:
+        """The name of a parameter with a number that is not finite, in this rank's shard; "" if there is none."""
+        names = (name for name, param in self.module.named_parameters() if not torch.isfinite(local(param)).all())
+        return next(names, "")
+
     # ---- checkpoints
 
     def save(self, path: str | os.PathLike) -> None:

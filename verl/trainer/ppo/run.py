@@ -41,6 +41,7 @@ from verl.trainer.ppo.trainer import PPOTrainer
 from verl.trainer.ppo.validation import Validation
 from verl.trainer.ppo.weight_sync import WeightSync
 from verl.trainer.ppo.worker import PPOWorker, model_of
+from verl.trainer.run_lock import RunLock
 from verl.trainer.runs import close_run, finishes, folder_of, run_folder, run_info, say, where_to_start
 
 
@@ -57,6 +58,19 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
     models = sizes_of_models(config, plan.roles)
     plan = plan_run(config, device=plan.device, train_rows=train_prompts.num_rows, val_rows=val_rows, models=models)
 
+    with RunLock(folder_of(config.trainer), "trainer.default_local_dir"):
+        return run_in_folder(config, loaded.set_keys, plan, tokenizer, train_prompts, val_prompts)
+
+
+def run_in_folder(
+    config: Config,
+    set_keys: Iterable[str],
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    train_prompts: pa.Table,
+    val_prompts: pa.Table | None,
+) -> int:
+    """The exit code. The folder of the run is this process's alone."""
     checkpoints = Checkpoints(folder_of(config.trainer), config.trainer.max_ckpt_to_keep)
     start = where_to_start(config.trainer, checkpoints, plan.last_step)
     if start and start.step >= plan.last_step:
@@ -69,7 +83,7 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
             seats = on_ray.seats_of_ranks(stack, config, plan)
             machines = on_ray.host_memories(seats)
         check_host_memory(config, plan, machines)
-        folder = run_folder(config, loaded.set_keys)
+        folder = run_folder(config, set_keys)
         trackers = stack.enter_context(
             build_trackers(config.trainer.logger, run_info(config, folder, plan.last_step, start))
         )
@@ -105,7 +119,14 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
         if start:
             trackers.progress.note(f"going on from {start.folder}")
         finished = finishes(trainer.fit, runtime.abandon)
-    return close_run(config.trainer, checkpoints, trainer.step, finished, validation=samples.validation_folder)
+    return close_run(
+        config.trainer,
+        checkpoints,
+        trainer.step,
+        finished,
+        validation=samples.validation_folder,
+        skipped=trainer.updates.skipped,
+    )
 
 
 def read_prompts(config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase) -> tuple[pa.Table, pa.Table | None]:
@@ -205,7 +226,7 @@ def build_trainer(
     weight_sync = WeightSync(stages, config.trainer.check_weights)
     responder = Responder(stages, weight_sync, rewards, reward_inputs)
     feed = SynchronousFeed(config, plan, train_prompts, stages, responder)
-    state = RunState(checkpoints, stages, feed, kl)
+    state = RunState(checkpoints, stages, feed, kl, has_critic=plan.critic is not None)
 
     def check(log: StepLog) -> str:
         return check_log_probs(config, plan, train_prompts, stages, log)

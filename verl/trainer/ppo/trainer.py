@@ -20,7 +20,7 @@ from verl.trainer.ppo.run_state import RunState
 from verl.trainer.ppo.samples import Samples
 from verl.trainer.ppo.stages import Stages
 from verl.trainer.ppo.step_log import StepLog
-from verl.trainer.ppo.updates import Updates
+from verl.trainer.ppo.updates import Diverged, Updates
 from verl.trainer.ppo.validation import Validation
 from verl.trainer.ppo.weight_sync import WeightSync
 
@@ -69,7 +69,7 @@ class PPOTrainer:
             self.report(table, log)  # before saving, so that a run resumed from the checkpoint has this step's metrics
             stopping = self.stop()
             if self.plan.saves(self.step) or self.state.unsaved or (stopping and self.plan.save_freq > 0):
-                self.save(log)
+                self.save(table, log)
         if self.state.unsaved:
             raise self.state.unsaved
         return self.step == self.plan.last_step
@@ -81,8 +81,11 @@ class PPOTrainer:
         table = self.ref_log_probs(table, log)
         table = self.values(table, log)
         table = self.advantages(table, log)
-        self.updates.critic(table, self.step, log)
-        self.updates.actor(table, self.step, log)
+        try:
+            self.updates.critic(table, self.step, log)
+            self.updates.actor(table, self.step, log)
+        except Diverged as error:
+            raise Diverged(f"{error} {self.state.where_to_resume()}.") from error
         self.update_rollout_weights(log)
         return table
 
@@ -146,6 +149,6 @@ class PPOTrainer:
         self.trackers.log(log.metrics, self.step)
         self.samples.write_training(table, self.step)
 
-    def save(self, log: StepLog) -> None:
-        self.state.save(self.step, log)
+    def save(self, table: pa.Table, log: StepLog) -> None:
+        self.state.save(self.step, table, log, sound=not self.updates.last_skipped)
         self.trackers.log({"timing_s/save_checkpoint": log.timer.seconds["save_checkpoint"]}, self.step)

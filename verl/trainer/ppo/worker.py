@@ -119,6 +119,10 @@ class PPOWorker:
             if not was_here:
                 self._offload(role)
 
+    def not_finite(self, role: str) -> str:
+        """The name of a parameter of the role that holds a number that is not finite; "" if there is none."""
+        return self.engines[role].not_finite()
+
     def free_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Give what the allocator holds unused back to the device, for what the rollout engine is about to wake. Its
         weights alone may well fit beside that, and what is on its way to the host then need not be there first."""
