@@ -38,7 +38,10 @@ from verl.trainer.ppo import ranks
 from verl.trainer.ppo.metrics import StageCost, sequence_lengths
 from verl.trainer.ppo.ranks import HOST, WORKER, make_host, token_shares
 from verl.trainer.ppo.replicas import Replicas
-from verl.trainer.ppo.trainer import PPOTrainer
+from verl.trainer.ppo.runtime import Runtime
+from verl.trainer.ppo.stages import Stages
+from verl.trainer.ppo.step_log import StepLog
+from verl.trainer.ppo.updates import Updates
 
 pytestmark = pytest.mark.timeout(120)  # of a deadlock
 
@@ -454,14 +457,9 @@ def test_the_rows_of_an_optimizer_step_do_not_depend_on_how_ranks_share_them(sma
     taken = {}
     for balance in (False, True):
         workers = Recording(plan.world_size, balance)
-        parts = SimpleNamespace(
-            workers=workers,
-            train_prompts=pa.table({"row": range(16)}),
-            weights=lambda: (),
-            rollout=SimpleNamespace(capabilities=Capabilities()),
-            trackers=SimpleNamespace(progress=Progress()),
-        )
-        PPOTrainer(config, plan, parts).update_actor(table)
+        rollout = SimpleNamespace(capabilities=Capabilities())
+        runtime = Runtime(None, workers, rollout, lambda: (), SimpleNamespace(stage=Progress().stage))  # type: ignore[arg-type]
+        Updates(config, plan, Stages(runtime)).actor(table, 1, StepLog())
         taken[balance] = workers.steps
         assert workers.unloaded == [("actor", True)]  # but for its parameters, which go to the rollout engine next
     assert len(taken[False]) == len(taken[True]) == 8

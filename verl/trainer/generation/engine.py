@@ -14,6 +14,7 @@ from verl.config.sections.models import Config
 from verl.engine import TrainEngine
 from verl.plan import RunPlan
 from verl.rollout.contract.base import RolloutEngine
+from verl.rollout.loop import EventLoop
 from verl.tracking import Progress
 from verl.trainer.ppo.engines import embedded_engine, start_engine
 from verl.trainer.ppo.worker import PPOWorker
@@ -51,7 +52,7 @@ def start(
     folder: Path,
     progress: Progress,
 ) -> Started:
-    """In this process, or on servers or in a process started context. stack: closes it. folder: for its output."""
+    """In this process, or on servers or in a process started here. stack: closes it. folder: for its output."""
     started = start_engine(config, plan, tokenizer, folder, progress.note, no_weights=None)
     if started:
         stack.callback(lambda: asyncio.run(started.close()))
@@ -77,8 +78,10 @@ def start_on_ray(
     ranks, replicas = on_ray.start_ranks(stack, config, plan, tokenizer, seats, folder, progress, no_weights=None)
     if plan.engine == "hf":
         ranks.make(WORKER, "verl.trainer.generation.engine:make_reader", config, plan)
-    rollout = on_ray.start_replicas(stack, replicas)
+    loop = EventLoop()
+    stack.callback(loop.close)
+    rollout = on_ray.start_replicas(stack, replicas, loop)
     if tags := sorted(rollout.capabilities.sleep):
-        asyncio.run(rollout.wake(tags))
+        loop.run(rollout.wake(tags))
     stack.push(ranks.end)
     return Started(rollout, abandon=ranks.close)

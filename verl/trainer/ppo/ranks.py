@@ -1,4 +1,4 @@
-"""What a rank of a PPO job holds when ranks are processes of their own: see ``verl.cluster.ray.rank.Rank.make``."""
+"""The objects that a rank holds when ranks are processes: factories for ``verl.cluster.ray.rank.Rank.make``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make_worker(context: RankContext, config: Config, plan: RunPlan) -> PPOWorke
 
 
 def make_host(context: RankContext, config: Config, plan: RunPlan, logs: Path) -> EngineHost:
-    """logs: folder of the engines' output, on each node."""
+    """This rank's share of a rollout replica. logs: folder for the engines' output, on each node."""
     replicas = replicas_of(plan.world_size, plan.devices_per_node, plan.tensor_parallel)
     (replica,) = [replica for replica in replicas if context.rank in replica.ranks]
     interface = interface_of(context.address)
@@ -75,7 +75,7 @@ def make_host(context: RankContext, config: Config, plan: RunPlan, logs: Path) -
                 warnings.append(warning)
         name = f"{plan.engine}-{replica.index}"
         name += f"-node-{node}" if len(replica.hosts) > 1 else ""
-        name += f"-start-{number}" if number > 1 else ""  # what the one before had to say stays
+        name += f"-start-{number}" if number > 1 else ""  # the log of the earlier start is kept
         return SubprocessBackend(
             adapter,
             settings,
@@ -99,8 +99,8 @@ def make_host(context: RankContext, config: Config, plan: RunPlan, logs: Path) -
 
 
 def token_shares(balance: bool) -> Shares:
-    """How ranks share rows: in order, or so that their tokens even out. Which rows make an optimizer step is settled
-    before."""
+    """How ranks share the rows of a table: so that their tokens are balanced, or in order. Does not change which rows
+    make an optimizer step."""
 
     def balanced(table: pa.Table, ranks: int) -> list[np.ndarray]:
         return balanced_partition(sequence_lengths(table), ranks)
