@@ -344,8 +344,8 @@ class TrainEngine:
 
     def not_finite(self) -> str:
         """The name of a parameter with a number that is not finite, in this rank's shard; "" if there is none."""
-        names = (name for name, param in self.module.named_parameters() if not torch.isfinite(offload.local(param)).all())
-        return next(names, "")
+        shards = ((name, offload.local(param)) for name, param in self.module.named_parameters())
+        return next((name for name, shard in shards if not torch.isfinite(shard).all()), "")
 
     # ---- checkpoints
 
