@@ -27,7 +27,7 @@ from verl.data.schema import with_columns
 from verl.errors import UserError
 from verl.memory.gpu_balance import DISABLE, GPUReading
 from verl.plan import RunPlan, plan_run
-from verl.rollout.client.backend import Draw, EngineDied
+from verl.rollout.client.backend import EngineDied, GenerateRequest
 from verl.rollout.contract.base import Capabilities, Request, SamplingParams
 from verl.rollout.embedded.engine import HFEngine
 from verl.rollout.engines.sglang.arguments import environment_of
@@ -79,7 +79,7 @@ class Started:
         self.log, self.environment, self.part = options["log"], options["environment"], options["part"]
         self.sender, self.senders = options["sender"], options["senders"]
         self.process = SimpleNamespace(pid=os.getpid())
-        self.drawn: list[Draw] = []
+        self.generated: list[GenerateRequest] = []
         self.closed = False
         self.all_of.append(self)
 
@@ -89,8 +89,8 @@ class Started:
     def listen(self, listener: Any) -> None:
         self.listener = listener
 
-    def draw(self, draws: Sequence[Draw]) -> None:
-        self.drawn += draws
+    def generate(self, requests: Sequence[GenerateRequest]) -> None:
+        self.generated += requests
 
     def update_weights(self, stream: Any, version: int) -> None:
         self.update_seconds: dict[str, float] = {}
@@ -285,7 +285,7 @@ def test_a_host_that_was_made_before_its_worker_sends_that_ones_weights(made):
     assert [here.objects[WORKER].sent for here in job.heres] == [2] * 8  # all take part, for whoever needs them
 
 
-def test_an_embedded_engine_draws_with_the_actor_of_its_rank(small, made):
+def test_an_embedded_engine_generates_with_the_actor_of_its_rank(small, made):
     job = made(
         [None], device="cpu", trainer__nnodes=1, trainer__n_gpus_per_node=1, actor_rollout_ref__rollout__name="hf"
     )
@@ -298,11 +298,11 @@ def test_an_embedded_engine_draws_with_the_actor_of_its_rank(small, made):
     facts = host.start([place])
     assert not facts["capabilities"].holds_weights
     sampling = SamplingParams(max_new_tokens=9, seed=5)
-    host.draw_and_recall(facts["number"], [[Draw("a", [5, 6], 9, sampling, frozenset({1}), False)]])
-    ((_, (drawn,)),) = host.reports(facts["number"], 20)
+    host.generate_and_abort(facts["number"], [[GenerateRequest("a", [5, 6], 9, sampling, frozenset({1}), False)]])
+    ((_, (generated,)),) = host.reports(facts["number"], 20)
     itself = HFEngine(model, eos_token_ids=[1], max_model_len=20)
     (expected,) = asyncio.run(itself.generate([Request("a", [5, 6], sampling)]))
-    assert drawn.ids == expected.response_ids
+    assert generated.ids == expected.response_ids
 
 
 # --- the driver's side -----------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def test_when_the_ranks_are_gone_nobody_waits_for_their_engines_and_nothing_is_a
         call = asyncio.create_task(
             router.generate([Request(str(i), [5, 6], SamplingParams(max_new_tokens=4)) for i in range(8)])
         )
-        while sum(len(process.drawn) for process in started) < 8:
+        while sum(len(process.generated) for process in started) < 8:
             await asyncio.sleep(0.01)
         job.failure = UserError("rank 3 is gone")
         await asyncio.to_thread(replicas.fail, job.failure)
@@ -451,9 +451,9 @@ def test_the_rows_of_an_optimizer_step_do_not_depend_on_how_ranks_share_them(sma
         actor_rollout_ref__actor__ppo_epochs=2,
         actor_rollout_ref__actor__shuffle=True,
     )
-    drawn = np.random.default_rng(0).integers(1, 13, (2, 32))
-    table = table_of(*drawn.tolist())
-    table = with_columns(table, advantages=Ragged.from_rows([[0.0] * length for length in drawn[1]], np.float32))
+    generated = np.random.default_rng(0).integers(1, 13, (2, 32))
+    table = table_of(*generated.tolist())
+    table = with_columns(table, advantages=Ragged.from_rows([[0.0] * length for length in generated[1]], np.float32))
     taken = {}
     for balance in (False, True):
         workers = Recording(plan.world_size, balance)

@@ -41,7 +41,7 @@ CHECKED = -1  # stands for the version of weights that are saved to be compared
 
 
 @dataclass(eq=False)
-class _Flight:
+class PendingRequest:
     """A request under way. prompt: hashable. member: that draws it now."""
 
     request: Request
@@ -52,11 +52,11 @@ class _Flight:
 
 
 @dataclass
-class _Home:
+class PrefixAffinity:
     """Where a prompt's requests go, while there are any."""
 
     member: Replica
-    flights: int = 0
+    all_pending: int = 0
 
 
 class Router:
@@ -90,8 +90,8 @@ class Router:
         self.members = self._pool.members
         self._save, self._forget = save, forget
         self._lock = self._pool.lock  # of all that follows, too
-        self._flights: dict[str, _Flight] = {}
-        self._homes: dict[bytes, _Home] = {}
+        self._pending: dict[str, PendingRequest] = {}
+        self._affinities: dict[bytes, PrefixAffinity] = {}
         self._closed = False
 
     # ---- requests
@@ -100,10 +100,10 @@ class Router:
         with self._lock:
             self._check("generate")
             ids = [request.id for request in requests]
-            check_ids(ids, self._flights)
-            flights = {request.id: _flight(request) for request in requests}
-            self._flights.update(flights)
-        tasks = [asyncio.create_task(self._draw(flight)) for flight in flights.values()]
+            check_ids(ids, self._pending)
+            all_pending = {request.id: _pending_request(request) for request in requests}
+            self._pending.update(all_pending)
+        tasks = [asyncio.create_task(self._generate(pending)) for pending in all_pending.values()]
         try:
             return await asyncio.gather(*tasks)
         finally:  # one that cannot be served ends the others of its call
@@ -111,63 +111,63 @@ class Router:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             with self._lock:
-                for id in flights:
-                    del self._flights[id]
+                for id in all_pending:
+                    del self._pending[id]
 
-    async def _draw(self, flight: _Flight) -> Result:
+    async def _generate(self, pending: PendingRequest) -> Result:
         while True:
             news = self._pool.news  # before any look: it is done by whatever changes after that
-            if flight.aborted:
-                return Result(flight.request.id, [], [], "abort")
-            if (boarded := self._board(flight)) is None:
+            if pending.aborted:
+                return Result(pending.request.id, [], [], "abort")
+            if (assigned := self._assign(pending)) is None:
                 await asyncio.wrap_future(news)
                 continue
-            member, engine = boarded
+            member, engine = assigned
             try:
-                (result,) = await engine.generate([flight.request])
+                (result,) = await engine.generate([pending.request])
                 taken_out = member.engine is not engine or member.state != "used"
-                if flight.aborted or not (taken_out and result.finish_reason == "abort"):
+                if pending.aborted or not (taken_out and result.finish_reason == "abort"):
                     return result  # otherwise it was closed as dead, and nobody asked for the request's end
             except EngineDied as error:
                 self._pool.lost(member, engine, error)
             finally:
-                self._leave(flight)
+                self._leave(pending)
 
-    def _board(self, flight: _Flight) -> tuple[Replica, RolloutEngine] | None:
+    def _assign(self, pending: PendingRequest) -> tuple[Replica, RolloutEngine] | None:
         """Give the request to its prompt's member, or to the one with the fewest tokens in flight. None: nobody can
         take it now."""
         with self._lock:
-            if flight.aborted or not (used := self._pool.find("used").values()):
+            if pending.aborted or not (used := self._pool.find("used").values()):
                 return None
             idlest = min(used, key=lambda member: member.tokens)
-            home = self._homes.setdefault(flight.prompt, _Home(idlest))
-            if home.member.state != "used":
-                home.member = idlest
-            ahead = home.member.tokens - idlest.tokens
-            member = home.member if ahead <= KEEP_TOGETHER * flight.tokens else idlest
-            home.flights += 1
-            member.tokens += flight.tokens
-            flight.member = member
+            affinity = self._affinities.setdefault(pending.prompt, PrefixAffinity(idlest))
+            if affinity.member.state != "used":
+                affinity.member = idlest
+            ahead = affinity.member.tokens - idlest.tokens
+            member = affinity.member if ahead <= KEEP_TOGETHER * pending.tokens else idlest
+            affinity.all_pending += 1
+            member.tokens += pending.tokens
+            pending.member = member
             return member, member.engine
 
-    def _leave(self, flight: _Flight) -> None:
+    def _leave(self, pending: PendingRequest) -> None:
         with self._lock:
-            assert flight.member is not None
-            flight.member.tokens -= flight.tokens
-            flight.member = None
-            home = self._homes[flight.prompt]
-            home.flights -= 1
-            if not home.flights:
-                del self._homes[flight.prompt]
+            assert pending.member is not None
+            pending.member.tokens -= pending.tokens
+            pending.member = None
+            affinity = self._affinities[pending.prompt]
+            affinity.all_pending -= 1
+            if not affinity.all_pending:
+                del self._affinities[pending.prompt]
 
     async def abort(self, ids: Sequence[str] | None = None) -> None:
         with self._lock:
-            chosen = [self._flights[id] for id in (self._flights if ids is None else ids) if id in self._flights]
-            for flight in chosen:
-                flight.aborted = True
+            chosen = [self._pending[id] for id in (self._pending if ids is None else ids) if id in self._pending]
+            for pending in chosen:
+                pending.aborted = True
             self._pool.changed()  # for those that wait
-            engines = {flight.member.engine: flight.member for flight in chosen if flight.member}
-        names = [flight.request.id for flight in chosen]
+            engines = {pending.member.engine: pending.member for pending in chosen if pending.member}
+        names = [pending.request.id for pending in chosen]
         await self._tell(engines, lambda engine: engine.abort(names))
 
     async def pause(self) -> None:
@@ -322,13 +322,13 @@ class Router:
         """Raises IllegalState. idle: whether the order needs that."""
         if self._closed:
             raise IllegalState(f"{order}: the engine is closed")
-        if idle and self._flights and not self._pool.paused:
-            raise IllegalState(f"{order}: {len(self._flights)} requests are being generated; pause or abort them first")
+        if idle and self._pending and not self._pool.paused:
+            raise IllegalState(f"{order}: {len(self._pending)} requests are being generated; pause or abort them first")
 
 
-def _flight(request: Request) -> _Flight:
+def _pending_request(request: Request) -> PendingRequest:
     prompt = np.asarray(request.prompt_ids, np.int64).tobytes()
-    return _Flight(request, prompt, len(request.prompt_ids) + request.sampling.max_new_tokens)
+    return PendingRequest(request, prompt, len(request.prompt_ids) + request.sampling.max_new_tokens)
 
 
 def _common(all_of: Sequence[Capabilities]) -> Capabilities:
