@@ -222,7 +222,8 @@ def run(
     sync = WeightSync(stages, "first")
     feed = Feed(stages, sync, device, generations)
 
-    def save(step: int, log: StepLog) -> None:
+    def save(step: int, table: None, log: StepLog, *, sound: bool) -> None:
+        assert sound
         stages.phases.update()
         stages.runtime.workers.call("save", "folder").result()
         log.timer.seconds["save_checkpoint"] = 0.0
@@ -241,7 +242,7 @@ def run(
         kl_control=None,
         trackers=SimpleNamespace(log=lambda metrics, step: None),
     )
-    trainer.updates = SimpleNamespace(actor=trainer.update, critic=trainer.nothing)
+    trainer.updates = SimpleNamespace(actor=trainer.update, critic=trainer.nothing, last_skipped=set())
     assert trainer.fit()
     assert device.trained == 2 * steps
     return device

@@ -16,11 +16,11 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from verl.rollout.contract.base import MemoryTag, Request, Result
 from verl.rollout.contract.requests import check_ids, check_request
 from verl.rollout.contract.sequence import TokenSequence
 from verl.rollout.contract.states import EngineState
+
+Answer = TypeVar("Answer")
 
 CLOSE_TIMEOUT = 20.0  # seconds
 NO_WEIGHTS = "it has not been given the actor's weights yet"
@@ -103,7 +105,11 @@ class ClientEngine:
             results.cancel()
 
     def _look(self) -> None:
-        with contextlib.suppress(EngineDied), self._order("health"):
+        with contextlib.suppress(EngineDied):
+            self._check_health()
+
+    def _check_health(self) -> None:
+        with self._order("health"):
             self.backend.health()
 
     async def abort(self, ids: Sequence[str] | None = None) -> None:
@@ -134,40 +140,48 @@ class ClientEngine:
     # ---- weights and memory. The backend is idle in all of them: nothing is in flight, or all of it was recalled
 
     async def update_weights(self, stream: WeightStream, version: int) -> None:
-        with self._order("update_weights"):
-            self._state.check_update("update_weights", len(self._rows), len(self._running))
+        """The transfer runs in a thread: other coroutines of the event loop advance meanwhile."""
+
+        def update() -> None:
             self._drop_cache()
             self._state.no_weights = "its last weight update did not end well"
             self.backend.update_weights(stream, version)
             self._state.no_weights, self.version = None, version
+
+        await self._in_thread("update_weights", self._check_update, update)
+
+    def _check_update(self, order: str) -> None:
+        self._state.check_update(order, len(self._rows), len(self._running))
 
     @property
     def update_seconds(self) -> Mapping[str, float]:
         return self.backend.update_seconds
 
     async def check_weights(self, stream: WeightStream) -> list[str]:
-        with self._order("check_weights"):
-            self._state.check_update("check_weights", len(self._rows), len(self._running))
-            return self.backend.check_weights(stream)
+        return await self._in_thread("check_weights", self._check_update, lambda: self.backend.check_weights(stream))
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
-        with self._order("sleep"):
-            self._state.check_sleep(tags, len(self._rows), len(self._running))
+        def sleep() -> None:
             if tags:
                 self._drop_cache()
                 self.backend.sleep(tags)
                 self._state.slept(tags)
 
+        def check(order: str) -> None:
+            self._state.check_sleep(tags, len(self._rows), len(self._running))
+
+        await self._in_thread("sleep", check, sleep)
+
     async def wake(self, tags: Sequence[MemoryTag]) -> None:
-        with self._order("wake"):
-            self._state.check_wake(tags)
+        def wake() -> None:
             if tags:
                 self.backend.wake(tags)
                 self._state.woke(tags)
 
+        await self._in_thread("wake", lambda order: self._state.check_wake(tags), wake)
+
     async def health(self) -> None:
-        with self._order("health"):
-            self.backend.health()
+        await asyncio.to_thread(self._check_health)
 
     async def close(self) -> None:
         """An engine that hangs is given CLOSE_TIMEOUT to hand out what it has drawn."""
@@ -285,6 +299,22 @@ class ClientEngine:
     def _drop_cache(self) -> None:
         if "kv_cache" in self._state.awake:
             self.backend.drop_cache()
+
+    async def _in_thread(self, order: str, check: Callable[[str], None], work: Callable[[], Answer]) -> Answer:
+        """``work()`` in a thread, after ``check(order)``. Until it returns, other orders that need the engine for
+        themselves raise IllegalState, also if the caller is cancelled before."""
+        with self._lock, self._order(order):
+            check(order)
+            self._state.busy = order
+
+        def run() -> Answer:
+            try:
+                with self._order(order):
+                    return work()
+            finally:
+                self._state.busy = None
+
+        return await asyncio.to_thread(run)
 
     @contextmanager
     def _order(self, order: str) -> Iterator[None]:

@@ -14,8 +14,8 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ from verl.rollout.contract.requests import check_ids
 from verl.rollout.router.concurrent import deal, in_threads
 from verl.rollout.router.replica_pool import Answers, Engines, Replica, ReplicaPool, State
 from verl.rollout.weights.fan import OwnFan
+
+Answer = TypeVar("Answer")
 
 RETRY_EVERY = 10.0  # seconds between attempts at a dead member
 # A prompt's requests stay together as long as their member has at most this many of them more than the idlest.
@@ -93,12 +95,15 @@ class Router:
         self._pending: dict[str, PendingRequest] = {}
         self._affinities: dict[bytes, PrefixAffinity] = {}
         self._closed = False
+        self._busy: str | None = None  # the order that is under way and needs the replicas for itself
 
     # ---- requests
 
     async def generate(self, requests: Sequence[Request]) -> list[Result]:
         with self._lock:
             self._check("generate")
+            if not self._pool.paused:  # while paused, requests queue
+                self._check_free("generate")
             ids = [request.id for request in requests]
             check_ids(ids, self._pending)
             all_pending = {request.id: _pending_request(request) for request in requests}
@@ -173,6 +178,7 @@ class Router:
     async def pause(self) -> None:
         with self._lock:
             self._check("pause")
+            self._check_free("pause")
             if self._pool.paused:
                 raise IllegalState("pause: the engine is already paused")
             self._pool.paused = True
@@ -182,6 +188,7 @@ class Router:
     async def resume(self) -> None:
         with self._lock:
             self._check("resume")
+            self._check_free("resume")
             if not self._pool.paused:
                 raise IllegalState("resume: the engine is not paused")
             self._pool.paused = False
@@ -195,7 +202,11 @@ class Router:
     # ---- weights and memory: orders that block, each member's in a thread of its own
 
     async def update_weights(self, stream: WeightStream, version: int) -> None:
-        """Unsynced members take part, and are used from then on. Returns once a member holds these weights."""
+        """Sends the weights to all replicas, and returns once one of them holds these weights. Replicas with stale
+        weights are used from then on. Runs in a thread: other coroutines of the event loop advance meanwhile."""
+        await self._in_thread("update_weights", partial(self._update_weights, stream, version))
+
+    def _update_weights(self, stream: WeightStream, version: int) -> None:
         before, stored = self._pool.saved, cache(lambda: self._stored(stream, version))
 
         def give(engines: Engines) -> Answers:
@@ -225,7 +236,10 @@ class Router:
         return stream
 
     async def check_weights(self, stream: WeightStream) -> list[str]:
-        """Members that came back while others slept get their weights now, at the latest."""
+        """Replicas that were restarted while the others slept get their weights now, at the latest."""
+        return await self._in_thread("check_weights", partial(self._check_weights, stream))
+
+    def _check_weights(self, stream: WeightStream) -> list[str]:
         stored = cache(lambda: stream if self._save is None else self._save(stream, CHECKED))
 
         def compare(engines: Engines) -> Answers:
@@ -245,8 +259,11 @@ class Router:
                 self._pool.asleep |= set(tags)
             return answers
 
-        with self._pool.none_built():  # one that is starting is to sleep, too
-            self._until_answered("sleep", order, *self._pool.obeying)
+        def sleep() -> None:
+            with self._pool.none_built():  # a replica that is being restarted has to sleep, too
+                self._until_answered("sleep", order, *self._pool.obeying)
+
+        await self._in_thread("sleep", sleep)
 
     async def wake(self, tags: Sequence[MemoryTag]) -> None:
         """One that came back while it was the only one gets the saved weights as soon as nothing sleeps."""
@@ -258,7 +275,10 @@ class Router:
                     self._pool.catch_up(answers)
             return answers
 
-        self._until_answered("wake", order, *self._pool.obeying, idle=False)
+        def wake() -> None:
+            self._until_answered("wake", order, *self._pool.obeying, idle=False)
+
+        await self._in_thread("wake", wake, idle=False)
 
     async def health(self) -> None:
         """Those that do not answer are taken out. Raises when none is left."""
@@ -266,7 +286,10 @@ class Router:
         def order(engines: Engines) -> Answers:
             return self._in_threads(engines, lambda engine: engine.health())
 
-        self._until_answered("health", order, *self._pool.obeying, idle=False)
+        def health() -> None:
+            self._until_answered("health", order, *self._pool.obeying, idle=False)
+
+        await asyncio.to_thread(health)
 
     async def close(self) -> None:
         with self._lock:
@@ -282,6 +305,26 @@ class Router:
             self._forget(self._pool.saved[0])
 
     # ---- orders to members
+
+    async def _in_thread(self, name: str, work: Callable[[], Answer], idle: bool = True) -> Answer:
+        """``work()`` in a thread. Until it returns, other orders that need the replicas for themselves raise
+        IllegalState."""
+        with self._lock:
+            self._check(name, idle)
+            self._check_free(name)
+            self._busy = name
+
+        def run() -> Answer:
+            try:
+                return work()
+            finally:
+                self._busy = None
+
+        return await asyncio.to_thread(run)
+
+    def _check_free(self, order: str) -> None:
+        if self._busy:
+            raise IllegalState(f"{order}: {self._busy} is under way; wait until it has returned")
 
     def _until_answered(
         self,
