@@ -151,10 +151,11 @@ def loss_of(outputs, batch):
 
 def by_engine(model, fsdp, variant: str, options: argparse.Namespace):
     from verl.config.sections.parts import OptimConfig
-    from verl.engine import Batching, TrainEngine
+    from verl.engine import TrainEngine
+    from verl.plan import MicroBatching
 
     engine = TrainEngine(model, "policy", fsdp, optim_config=OptimConfig(lr=1e-6), device=options.device)
-    batching = Batching(max_tokens=options.micro)
+    batching = MicroBatching(max_tokens=options.micro)
     table = rows_of(engine.module, options)
 
     def update():
@@ -176,14 +177,15 @@ def by_hand(model, fsdp, variant: str, options: argparse.Namespace):
     from transformers import AutoModelForCausalLM
 
     from verl.engine.attention import packed_attention
-    from verl.engine.packing import Batching, Packer
+    from verl.engine.packing import Packer
     from verl.engine.token_statistics import token_statistics
+    from verl.plan import MicroBatching
 
     device = torch.device(options.device)
     hf = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16).to(device)
     packed = variant == "anchor" and options.device == "cuda"
     packer = Packer(rows_of(hf, options), device, packed=packed)
-    micros = [packer.micro_batch(rows) for rows in packer.micro_batches(Batching(max_tokens=options.micro))]
+    micros = [packer.micro_batch(rows) for rows in packer.micro_batches(MicroBatching(max_tokens=options.micro))]
     hf.gradient_checkpointing_enable({"use_reentrant": False})
 
     def log_probs(micro):

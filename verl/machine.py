@@ -1,31 +1,42 @@
-"""What this machine offers, told without importing torch."""
+"""The GPUs and the host memory of this machine, read without importing torch."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import psutil
+import pynvml
 
 if TYPE_CHECKING:
     from verl.config.sections.base import DType
 
 
+@contextmanager
+def nvidia_driver() -> Iterator[int]:
+    """Yields the number of GPUs that the NVIDIA driver lists; 0 without a driver, or if it does not answer.
+
+    NVML calls are allowed inside. NVML creates no CUDA context, so it takes no memory of a GPU.
+    """
+    with ExitStack() as stack:
+        try:
+            pynvml.nvmlInit()
+            stack.callback(pynvml.nvmlShutdown)
+            count = pynvml.nvmlDeviceGetCount()
+        except pynvml.NVMLError:
+            count = 0
+        yield count
+
+
 def installed_gpus() -> int:
-    """NVIDIA GPUs that this process may use, as the driver and CUDA_VISIBLE_DEVICES say."""
-    if not shutil.which("nvidia-smi"):
-        return 0
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    installed = sum(line.startswith("GPU ") for line in listing.splitlines())
+    """The number of NVIDIA GPUs that this process may use: those of the driver that CUDA_VISIBLE_DEVICES shows."""
+    with nvidia_driver() as installed:
+        pass
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return installed
@@ -37,14 +48,14 @@ def torch_is_cpu_build() -> bool:
 
 
 def resolve_device(asked: Literal["auto", "cpu", "cuda"], world_size: int, gpus: int) -> Literal["cpu", "cuda"]:
-    """The device kind, cpu or cuda. ``auto``: cuda where there is a GPU, and for a job of several devices anyway."""
+    """The device kind. ``auto`` is cuda if there is a GPU or if the job has several devices, else cpu."""
     if asked != "auto":
         return asked
     return "cuda" if gpus or world_size > 1 else "cpu"
 
 
 def resolve_dtype(asked: DType, device: str) -> Literal["float32", "bfloat16"]:
-    """Of the computation. device: its kind."""
+    """The dtype of the computation. ``auto`` is float32 on ``device`` cpu, else bfloat16."""
     if asked != "auto":
         return asked
     return "float32" if device == "cpu" else "bfloat16"
@@ -52,8 +63,12 @@ def resolve_dtype(asked: DType, device: str) -> Literal["float32", "bfloat16"]:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes: that this process may have without anybody's being swapped out, and in all. limited: by a cgroup (a
-    container's, or a job's), and not by the machine."""
+    """Host memory in bytes.
+
+    available: memory that this process can take without swapping.
+    total: all memory that it could ever have.
+    limited: whether a cgroup (of a container or a job) sets the limit, and not the machine.
+    """
 
     available: int
     total: int
@@ -61,9 +76,10 @@ class HostMemory:
 
 
 def host_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> HostMemory:
-    """What is free of the machine, or of the limit on this process, whichever is less.
+    """The memory that is free on the machine or under the limit of a cgroup of this process, whichever is less.
 
-    cgroups: where they are mounted. own: the file that names those of this process.
+    cgroups: the folder in which they are mounted.
+    own: the file that names the cgroups of this process.
     """
     machine = psutil.virtual_memory()
     found = HostMemory(machine.available, machine.total)
@@ -74,14 +90,14 @@ def host_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
 
 
 def _limits(cgroups: Path, own: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use of each cgroup that this process is in, up to the outermost. Files that the kernel caches are not
-    used: it drops them when memory is asked for."""
+    """Limit and use of each cgroup of this process, up to the outermost. The page cache does not count as use: the
+    kernel drops it when memory is needed."""
     for base, path in _memory_cgroups(cgroups, own):
         if base == cgroups:
             names, prefix = ("memory.max", "memory.current"), ""
         else:
             names, prefix = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
-        inside = base / path if (base / path).is_dir() else base  # a container sees its own as the outermost
+        inside = base / path if (base / path).is_dir() else base  # in a container, its own is the outermost
         for folder in (inside, *inside.parents):
             if not folder.is_relative_to(base):
                 break
@@ -89,13 +105,13 @@ def _limits(cgroups: Path, own: Path) -> Iterator[tuple[int, int]]:
                 limit, used = (int((folder / name).read_text()) for name in names)
                 fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 cached = sum(int(fields[f"{prefix}{kind}_file"]) for kind in ("inactive", "active"))
-            except (OSError, ValueError, KeyError):  # the outermost has no limit; "max" is none
+            except (OSError, ValueError, KeyError):  # the outermost has no files; "max" is no limit
                 continue
             yield limit, used - cached
 
 
 def _memory_cgroups(cgroups: Path, own: Path) -> Iterator[tuple[Path, str]]:
-    """Where they are, and this process's path from there: of version 2, and of version 1's memory controller."""
+    """(mount point, path below it) of the cgroups of this process: version 2, and version 1's memory controller."""
     try:
         lines = own.read_text().splitlines()
     except OSError:

@@ -18,33 +18,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Split:
-    """How one rank's rows are cut into micro-batches.
+class MicroBatching:
+    """How one rank's rows are cut into micro-batches. The plan of a run makes it, the engine cuts by it.
 
-    rows: sequences of one rank.
-    micro_batch_size: sequences of a micro-batch, at most ``rows``; None when cut by tokens.
-    max_tokens: tokens of a micro-batch (use_dynamic_bsz, or no size asked for); None when cut by sequences.
-    asked: the micro-batch size that the config names, before the cap; None when it names none.
+    micro_batch_size: sequences of a micro-batch at most; None is no limit.
+    max_tokens: tokens of a micro-batch at most, prompts and responses, and padding where there is any (sequences times
+        the longest one); None is no limit. A longer sequence is a micro-batch of its own. Padded sequences are cut
+        further where their padding costs more than another forward.
+    rows: sequences of one rank; 0 where the caller does not plan them.
+    configured: the micro-batch size of the config, before it is capped; None if the config has none.
     """
 
-    rows: int
-    micro_batch_size: int | None
-    max_tokens: int | None
-    asked: int | None
+    micro_batch_size: int | None = None
+    max_tokens: int | None = None
+    rows: int = 0
+    configured: int | None = None
 
     @classmethod
-    def of(cls, rows: int, asked: int | None, dynamic: bool, max_tokens: int) -> Split:
-        if dynamic or asked is None:
-            return cls(rows, None, max_tokens, asked)
-        return cls(rows, min(asked, rows), None, asked)
+    def of(cls, rows: int, configured: int | None, dynamic: bool, max_tokens: int) -> MicroBatching:
+        """Cut by tokens if ``dynamic`` (use_dynamic_bsz) or if no size is configured; by sequences otherwise, and never
+        by more than ``rows``."""
+        if dynamic or configured is None:
+            return cls(None, max_tokens, rows, configured)
+        return cls(min(configured, rows), None, rows, configured)
 
     @property
     def capped(self) -> bool:
-        return self.micro_batch_size is not None and self.asked is not None and self.micro_batch_size < self.asked
+        size, configured = self.micro_batch_size, self.configured
+        return size is not None and configured is not None and size < configured
 
     @property
     def micro_batches(self) -> int | None:
-        """None when cut by tokens: it depends on the responses."""
+        """Micro-batches of one rank. None when cut by tokens: the number depends on the responses."""
         return None if self.micro_batch_size is None else ceil_div(self.rows, self.micro_batch_size)
 
 
@@ -55,13 +60,13 @@ class UpdatePlan:
     mini_batch_size: prompts of an optimizer step, over all ranks.
     mini_batches: of one pass over the step's trajectories.
     epochs: passes.
-    split: one rank's share of a mini-batch.
+    micro_batching: one rank's share of a mini-batch.
     """
 
     mini_batch_size: int
     mini_batches: int
     epochs: int
-    split: Split
+    micro_batching: MicroBatching
 
     @property
     def optimizer_steps(self) -> int:
@@ -99,7 +104,7 @@ class RunPlan:
     samples: int
     actor: UpdatePlan
     critic: UpdatePlan | None
-    forwards: dict[str, Split]
+    forwards: dict[str, MicroBatching]
     train_rows: int | None
     val_rows: int | None
     val_samples: int
@@ -271,7 +276,7 @@ def _update(config: Config, settings: ActorConfig | CriticConfig) -> UpdatePlan:
         mini_batch_size=settings.ppo_mini_batch_size,
         mini_batches=config.data.train_batch_size // settings.ppo_mini_batch_size,
         epochs=settings.ppo_epochs,
-        split=Split.of(
+        micro_batching=MicroBatching.of(
             settings.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n // world,
             settings.ppo_micro_batch_size_per_gpu,
             settings.use_dynamic_bsz,
@@ -280,18 +285,18 @@ def _update(config: Config, settings: ActorConfig | CriticConfig) -> UpdatePlan:
     )
 
 
-def _forwards(config: Config, share: int, roles: dict[str, str]) -> dict[str, Split]:
+def _forwards(config: Config, share: int, roles: dict[str, str]) -> dict[str, MicroBatching]:
     rollout, ref, critic = config.actor_rollout_ref.rollout, config.actor_rollout_ref.ref, config.critic
     reward = config.reward_model
     log_probs = (rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu)
     ref_log_probs = (ref.log_prob_use_dynamic_bsz, ref.log_prob_max_token_len_per_gpu)
     values = (critic.use_dynamic_bsz, critic.forward_max_token_len_per_gpu)
-    forwards = {"old_log_probs": Split.of(share, rollout.log_prob_micro_batch_size_per_gpu, *log_probs)}
+    forwards = {"old_log_probs": MicroBatching.of(share, rollout.log_prob_micro_batch_size_per_gpu, *log_probs)}
     if "reference" in roles:
-        forwards["ref_log_probs"] = Split.of(share, ref.log_prob_micro_batch_size_per_gpu, *ref_log_probs)
+        forwards["ref_log_probs"] = MicroBatching.of(share, ref.log_prob_micro_batch_size_per_gpu, *ref_log_probs)
     if "critic" in roles:
-        forwards["values"] = Split.of(share, critic.forward_micro_batch_size_per_gpu, *values)
+        forwards["values"] = MicroBatching.of(share, critic.forward_micro_batch_size_per_gpu, *values)
     if "reward" in roles:
         by_tokens = (reward.use_dynamic_bsz, reward.forward_max_token_len_per_gpu)
-        forwards["reward_scores"] = Split.of(share, reward.micro_batch_size_per_gpu, *by_tokens)
+        forwards["reward_scores"] = MicroBatching.of(share, reward.micro_batch_size_per_gpu, *by_tokens)
     return forwards

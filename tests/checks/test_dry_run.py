@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_nvml
 import pytest
 
 from verl.trainer.main_ppo import main
@@ -113,16 +114,12 @@ def test_many_validation_steps_are_shortened(arguments, capsys):
     assert "checkpoints at steps 1000, 2000, 3000, 3480" in out
 
 
-def test_a_gpu_that_torch_cannot_use_is_pointed_out(arguments, capsys, tmp_path, monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_pointed_out(arguments, capsys, monkeypatch):
     from verl.machine import torch_is_cpu_build
 
     if not torch_is_cpu_build():
         pytest.skip("needs a CPU build of torch")
-    driver = tmp_path / "bin" / "nvidia-smi"
-    driver.parent.mkdir()
-    driver.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H100 (UUID: GPU-2)'\n")
-    driver.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{driver.parent}:{os.environ['PATH']}")
+    fake_nvml.install(monkeypatch, [("GPU-1", 80994, 81559), ("GPU-2", 80994, 81559)])
     assert main([*arguments, "trainer.dry_run=True", "trainer.device=auto"]) == 0
     assert "Install a CUDA build of torch" in capsys.readouterr().out
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

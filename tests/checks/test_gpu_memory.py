@@ -1,11 +1,11 @@
-"""The memory check before an engine starts, with a nvidia-smi that answers what the test says."""
+"""The check of GPU memory before an engine starts, with a driver that the test writes."""
 
 from __future__ import annotations
 
-import stat
-import sys
 from collections.abc import Callable
+from functools import partial
 
+import fake_nvml
 import pytest
 
 from verl.errors import UserError
@@ -24,36 +24,22 @@ OLD, OLDER, NEW = (
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK",
 )
 
-FOUR_GPUS = """\
-0, GPU-aaaa0000, 80994, 81559
-1, GPU-aaaa1111, 63310, 81559
-2, GPU-bbbb2222, 80994, 81559
-3, GPU-bbbb3333, 80994, 81559
-"""
-TRAINER = "GPU-aaaa1111, 41872, 17684, /usr/bin/python3\n"
+FOUR_GPUS = [
+    ("GPU-aaaa0000", 80994, 81559),
+    ("GPU-aaaa1111", 63310, 81559),
+    ("GPU-bbbb2222", 80994, 81559),
+    ("GPU-bbbb3333", 80994, 81559),
+]
+USED = "GPU-aaaa1111"
+TRAINER = {USED: [(41872, 17684)]}
+NAMES = {41872: "/usr/bin/python3", 7: "/opt/server", 9: "python3"}
 
 
 @pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch) -> Callable[..., None]:
-    """Puts a nvidia-smi on the path that answers so. ``processes=None``: it fails when asked for them."""
+def driver(monkeypatch) -> Callable[..., None]:
+    """Installs a driver that lists these GPUs and processes (``fake_nvml.install``)."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def install(gpus: str, processes: str | None = "") -> None:
-        script = tmp_path / "bin" / "nvidia-smi"
-        script.parent.mkdir(exist_ok=True)
-        script.write_text(
-            f"#!{sys.executable}\n"
-            "import sys\n"
-            "query, form = sys.argv[1:]\n"
-            "assert form == '--format=csv,noheader,nounits'\n"
-            f"answers = {{'--query-gpu=index,uuid,memory.free,memory.total': {gpus!r},\n"
-            f"           '--query-compute-apps=gpu_uuid,pid,used_memory,process_name': {processes!r}}}\n"
-            "sys.exit(9) if answers[query] is None else print(answers[query], end='')\n"
-        )
-        script.chmod(script.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("PATH", str(script.parent))
-
-    return install
+    return partial(fake_nvml.install, monkeypatch, names=NAMES)
 
 
 def refusal(readings: list[GPUReading], **options) -> str:
@@ -66,8 +52,8 @@ def free(*megabytes: int) -> list[GPUReading]:
     return [GPUReading(index, amount, 81559) for index, amount in enumerate(megabytes)]
 
 
-def test_gpus_are_read_with_their_processes_the_largest_first(nvidia_smi):
-    nvidia_smi(FOUR_GPUS, "GPU-aaaa1111, 7, 500, /opt/server, with a comma\n" + TRAINER)
+def test_gpus_are_read_with_their_processes_the_largest_first(driver):
+    driver(FOUR_GPUS, {USED: [(7, 500), (41872, 17684)]})
     readings = read_gpus(None)
     assert [(gpu.index, gpu.free_mb, gpu.total_mb) for gpu in readings] == [
         (0, 80994, 81559),
@@ -77,7 +63,7 @@ def test_gpus_are_read_with_their_processes_the_largest_first(nvidia_smi):
     ]
     assert readings[1].processes == (
         GPUProcess(41872, "/usr/bin/python3", 17684),
-        GPUProcess(7, "/opt/server, with a comma", 500),
+        GPUProcess(7, "/opt/server", 500),
     )
     assert readings[0].processes == ()
 
@@ -96,8 +82,8 @@ def test_gpus_are_read_with_their_processes_the_largest_first(nvidia_smi):
         ("MIG-aaaa1111", [0], []),
     ],
 )
-def test_positions_count_the_gpus_that_cuda_visible_devices_shows(nvidia_smi, monkeypatch, visible, indices, expected):
-    nvidia_smi(FOUR_GPUS)
+def test_positions_count_the_gpus_that_cuda_visible_devices_shows(driver, monkeypatch, visible, indices, expected):
+    driver(FOUR_GPUS)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [gpu.index for gpu in read_gpus(indices)] == expected
@@ -106,7 +92,7 @@ def test_positions_count_the_gpus_that_cuda_visible_devices_shows(nvidia_smi, mo
 @pytest.mark.parametrize(
     ("visible", "indices", "message"),
     [
-        (None, [4], "on GPU 4, counted from 0, and nvidia-smi lists 4"),
+        (None, [4], "on GPU 4, counted from 0, and the driver lists 4"),
         ("2,0", [0, 2], "on GPU 2, counted from 0, and CUDA_VISIBLE_DEVICES=2,0 shows 2"),
         ("", [0], "on GPU 0, counted from 0, and CUDA_VISIBLE_DEVICES= shows 0"),
         (None, [-1], "on GPU -1"),
@@ -114,8 +100,8 @@ def test_positions_count_the_gpus_that_cuda_visible_devices_shows(nvidia_smi, mo
         ("GPU-b", [0], "'GPU-b' names several GPUs"),
     ],
 )
-def test_a_gpu_that_is_not_there_is_named(nvidia_smi, monkeypatch, visible, indices, message):
-    nvidia_smi(FOUR_GPUS)
+def test_a_gpu_that_is_not_there_is_named(driver, monkeypatch, visible, indices, message):
+    driver(FOUR_GPUS)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(UserError) as error:
@@ -123,20 +109,20 @@ def test_a_gpu_that_is_not_there_is_named(nvidia_smi, monkeypatch, visible, indi
     assert message in str(error.value)
 
 
-def test_without_nvidia_smi_there_is_nothing_to_compare(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_without_a_driver_there_is_nothing_to_compare(monkeypatch):
+    fake_nvml.remove(monkeypatch)
     assert read_gpus([0, 1]) == []
     assert check_balance(read_gpus([0, 1]), disabled=False) is None
 
 
-def test_gpus_that_do_not_tell_their_memory_are_left_out(nvidia_smi):
-    nvidia_smi("0, GPU-aaaa0000, [N/A], [N/A]\n1, GPU-aaaa1111, 100, 200\n")
+def test_gpus_whose_memory_cannot_be_read_are_left_out(driver):
+    driver(["GPU-aaaa0000", ("GPU-aaaa1111", 100, 200)])
     assert [gpu.index for gpu in read_gpus(None)] == [1]
 
 
-def test_memory_is_read_where_processes_cannot_be(nvidia_smi):
-    nvidia_smi(FOUR_GPUS, None)
-    assert [gpu.processes for gpu in read_gpus([0, 1])] == [(), ()]
+def test_memory_is_read_where_processes_cannot_be(driver):
+    driver(FOUR_GPUS, {USED: None})
+    assert [(gpu.free_mb, gpu.processes) for gpu in read_gpus([0, 1])] == [(80994, ()), (63310, ())]
 
 
 @pytest.mark.parametrize("amounts", [[80994] * 8, [80000, 76001], [10], []])
@@ -153,8 +139,8 @@ def test_the_tolerance_is_a_share_of_the_largest_free_memory():
     assert "differs by over 10%" in refusal(free(1000, 899), tolerance=0.9)
 
 
-def test_a_gpu_in_use_is_refused_with_its_number_the_megabytes_and_the_process(nvidia_smi):
-    nvidia_smi(FOUR_GPUS, TRAINER)
+def test_a_gpu_in_use_is_refused_with_its_number_the_megabytes_and_the_process(driver):
+    driver(FOUR_GPUS, TRAINER)
     assert refusal(read_gpus([0, 1])) == (
         "One engine is to run on GPUs 0, 1, whose free memory differs by over 5%:\n"
         "  GPU 0: 80,994 of 81,559 MB free\n"
@@ -167,8 +153,8 @@ def test_a_gpu_in_use_is_refused_with_its_number_the_megabytes_and_the_process(n
     )
 
 
-def test_a_disabled_check_tells_the_same_facts_and_lets_the_engine_start(nvidia_smi):
-    nvidia_smi(FOUR_GPUS, TRAINER)
+def test_a_disabled_check_warns_with_the_same_facts(driver):
+    driver(FOUR_GPUS, TRAINER)
     readings = read_gpus([0, 1])
     warning = check_balance(readings, disabled=True)
     assert warning is not None
@@ -177,8 +163,8 @@ def test_a_disabled_check_tells_the_same_facts_and_lets_the_engine_start(nvidia_
     assert last == "The check is disabled: the engine starts, with as little memory on each GPU as on GPU 1."
 
 
-def test_gpus_outside_the_replica_do_not_count(nvidia_smi):
-    nvidia_smi(FOUR_GPUS, TRAINER)
+def test_gpus_outside_the_replica_do_not_count(driver):
+    driver(FOUR_GPUS, TRAINER)
     assert check_balance(read_gpus([2, 3]), disabled=False) is None
 
 
@@ -197,23 +183,19 @@ def test_gpus_of_several_nodes_go_by_the_names_that_the_caller_gives():
 
 
 @pytest.mark.parametrize(
-    ("processes", "said"),
+    ("processes", "line"),
     [
-        ("", "18,249 MB held by no process that is visible from here"),
-        ("GPU-aaaa1111, 9, 449, python3\n", "17,800 MB held by no process that is visible from here"),
-        ("GPU-aaaa1111, 9, 17684, [Not Found]\n", "held by pid 9 (name not visible from here): 17,684 MB"),
-        ("GPU-aaaa1111, 9, [N/A], python3\n", "held by pid 9 (python3): how much is not visible from here"),
-        (
-            "GPU-aaaa1111, [N/A], 17684, [Insufficient Permissions]\n",
-            "held by a process whose pid is not visible from here (name not visible from here): 17,684 MB",
-        ),
+        ([], "18,249 MB held by no process that is visible from here"),
+        ([(9, 449)], "17,800 MB held by no process that is visible from here"),
+        ([(8, 17684)], "held by pid 8 (name not visible from here): 17,684 MB"),
+        ([(9, None)], "held by pid 9 (python3): how much is not visible from here"),
     ],
 )
-def test_what_a_container_hides_is_said_to_be_hidden(nvidia_smi, processes, said):
-    nvidia_smi(FOUR_GPUS, processes)
+def test_the_message_names_what_a_container_hides(driver, processes, line):
+    driver(FOUR_GPUS, {USED: processes})
     message = refusal(read_gpus([0, 1]))
-    assert said in message
-    assert ("outside of a container and as root,\n    nvidia-smi" in message) == ("held by no process" in said)
+    assert line in message
+    assert ("outside of a container and as root,\n    nvidia-smi" in message) == ("held by no process" in line)
 
 
 def test_an_empty_gpu_of_a_smaller_model_is_not_blamed_on_a_process():

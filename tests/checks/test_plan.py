@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from verl.algorithms.advantages import ESTIMATORS
 from verl.config.loading.load import load
-from verl.plan import Split, plan_run
+from verl.plan import MicroBatching, plan_run
 
 BASE = {
     "actor_rollout_ref.model.path": "some/model",
@@ -97,14 +97,16 @@ def test_the_plan_counts_what_a_run_does(mini_multiple, minis, samples, world, m
     assert plan.total_steps == seen.steps
     assert plan.rows_left_out == len(seen.unused)
     assert plan.total_steps * plan.actor.optimizer_steps == seen.optimizer_steps
-    assert {plan.actor.split.micro_batches} == seen.micro_batches
-    assert plan.actor.split.micro_batch_size == seen.biggest
+    assert {plan.actor.micro_batching.micro_batches} == seen.micro_batches
+    assert plan.actor.micro_batching.micro_batch_size == seen.biggest
     assert {plan.forwards["old_log_probs"].micro_batches} == seen.forwards
     assert plan.critic == plan.actor  # the critic's defaults follow the actor's
 
 
 def test_a_micro_batch_is_at_most_the_ranks_share():
-    sizes = [Split.of(4, asked, dynamic=False, max_tokens=100).micro_batch_size for asked in (1, 3, 4, 16, None)]
+    sizes = [
+        MicroBatching.of(4, asked, dynamic=False, max_tokens=100).micro_batch_size for asked in (1, 3, 4, 16, None)
+    ]
     assert sizes == [1, 3, 4, 4, None]
 
 
@@ -157,5 +159,5 @@ def test_token_budgets_take_the_place_of_micro_batch_sizes():
     plan = plan_of(
         actor_rollout_ref__actor__use_dynamic_bsz=True, actor_rollout_ref__actor__ppo_max_token_len_per_gpu=5000
     )
-    for split in (plan.actor.split, plan.forwards["old_log_probs"]):
+    for split in (plan.actor.micro_batching, plan.forwards["old_log_probs"]):
         assert (split.micro_batch_size, split.max_tokens, split.micro_batches) == (None, 5000, None)

@@ -67,7 +67,7 @@ def test_the_critics_own_mini_batch_is_checked_as_well(checked):
 
 def test_a_micro_batch_over_the_ranks_share_is_capped_with_a_notice(checked):
     plan, findings = checked(f"{ACTOR}.ppo_micro_batch_size_per_gpu=50")
-    assert plan.actor.split.micro_batch_size == 32
+    assert plan.actor.micro_batching.micro_batch_size == 32
     assert any(f"{ACTOR}.ppo_micro_batch_size_per_gpu: 32 instead of 50" in notice for notice in findings.notices)
 
 

@@ -12,10 +12,11 @@ import transformers
 
 from verl.config.sections.parts import FSDPConfig, ModelConfig, OptimConfig
 from verl.data.ragged import Ragged
-from verl.engine import Batching, TrainEngine
+from verl.engine import TrainEngine
+from verl.plan import MicroBatching
 
 VOCAB = 97
-ALL = Batching()
+ALL = MicroBatching()
 
 
 def save_tiny_model(folder: Path, arch: str = "qwen2", tied: bool = False) -> str:

@@ -7,8 +7,8 @@ import torch
 from engine_helpers import build, largest_difference, make_table, policy_loss, weights_of
 from torch.profiler import ProfilerActivity, profile
 
-from verl.engine import Batching
 from verl.engine.compile import CompiledLayers
+from verl.plan import MicroBatching
 
 LAYERS = 2
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -22,7 +22,7 @@ def backend(monkeypatch):
 
 
 def update(engine) -> dict[str, float]:
-    return engine.update(make_table(), policy_loss, batching=Batching(100), temperature=0.7)
+    return engine.update(make_table(), policy_loss, batching=MicroBatching(100), temperature=0.7)
 
 
 def operators(engine) -> dict[str, int]:

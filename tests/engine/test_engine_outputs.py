@@ -8,10 +8,10 @@ import transformers
 from engine_helpers import ALL, VOCAB, build, make_table, save_tiny_model
 
 from verl.data.ragged import Ragged
-from verl.engine import Batching
 from verl.engine.token_statistics import token_statistics
+from verl.plan import MicroBatching
 
-SPLITS = [ALL, Batching(1), Batching(3), Batching(max_tokens=30), Batching(2, max_tokens=30)]
+SPLITS = [ALL, MicroBatching(1), MicroBatching(3), MicroBatching(max_tokens=30), MicroBatching(2, max_tokens=30)]
 
 
 def reference(path: str, table: pa.Table, temperature: float) -> tuple[list, list]:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verl.data.ragged import Ragged
-from verl.engine import Batching
 from verl.engine.packing import FORWARD_TOKENS, Packer
+from verl.plan import MicroBatching
 
 LIMIT = st.none() | st.integers(1, 40)
 LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12)
@@ -28,7 +28,7 @@ def packer_of(lengths: list[tuple[int, int]], packed: bool = False) -> Packer:
 
 @given(LENGTHS, LIMIT, LIMIT)
 def test_rows_are_cut_within_both_limits_longest_first(lengths, rows, tokens):
-    plan = packer_of(lengths).micro_batches(Batching(rows, tokens))
+    plan = packer_of(lengths).micro_batches(MicroBatching(rows, tokens))
     totals = np.array([prompt + response for prompt, response in lengths])
     dealt = [row for part in plan for row in part]
     assert sorted(dealt) == [row for row, (_, response) in enumerate(lengths) if response]
@@ -61,12 +61,12 @@ def test_no_partition_of_padded_rows_within_the_limits_costs_less(lengths, rows,
         return len(part) == 1 or (len(part) <= (rows or 7) and len(part) * totals[part].max() <= tokens)
 
     allowed = [parts for parts in partitions(list(range(len(lengths)))) if all(map(within, parts))]
-    assert cost(packer_of(lengths).micro_batches(Batching(rows, tokens))) == min(map(cost, allowed))
+    assert cost(packer_of(lengths).micro_batches(MicroBatching(rows, tokens))) == min(map(cost, allowed))
 
 
 def test_short_rows_are_not_padded_to_a_long_one_and_like_rows_stay_together():
     long, short = (10, 390), (10, 10)
-    plan = packer_of([short, long, short, (10, 12), short]).micro_batches(Batching(max_tokens=16384))
+    plan = packer_of([short, long, short, (10, 12), short]).micro_batches(MicroBatching(max_tokens=16384))
     assert [part.tolist() for part in plan] == [[1], [3, 0, 2, 4]]
 
 
@@ -75,15 +75,15 @@ def test_rows_limited_in_number_alone_are_that_many_in_each_but_the_last(lengths
     """Whatever padding it takes: so many were asked for."""
     lengths = [(prompt, 50 * response) for prompt, response in lengths]
     count = sum(response > 0 for _, response in lengths)
-    sizes = [len(part) for part in packer_of(lengths).micro_batches(Batching(rows))]
+    sizes = [len(part) for part in packer_of(lengths).micro_batches(MicroBatching(rows))]
     assert sizes == [min(rows, count - start) for start in range(0, count, rows)]
-    assert len(packer_of(lengths).micro_batches(Batching())) == (count > 0)
+    assert len(packer_of(lengths).micro_batches(MicroBatching())) == (count > 0)
 
 
 @given(LENGTHS, st.integers(1, 5))
 def test_each_response_token_is_predicted_from_the_token_before_it(lengths, rows):
     packer = packer_of(lengths)
-    for part in packer.micro_batches(Batching(rows)):
+    for part in packer.micro_batches(MicroBatching(rows)):
         micro = packer.micro_batch(part)
         before = micro.input_ids.flatten()[micro.positions]
         expected_targets, expected_before = [], []
@@ -101,7 +101,7 @@ def test_each_response_token_is_predicted_from_the_token_before_it(lengths, rows
 @given(LENGTHS, st.integers(1, 5))
 def test_what_was_cut_comes_back_in_the_order_of_the_table(lengths, rows):
     packer = packer_of(lengths)
-    micros = [packer.micro_batch(part) for part in packer.micro_batches(Batching(rows))] or [packer.filler()]
+    micros = [packer.micro_batch(part) for part in packer.micro_batches(MicroBatching(rows))] or [packer.filler()]
     column = packer.column(
         [micro.tokens for micro in micros], [micro.targets.float()[: len(micro.tokens)] for micro in micros]
     )
@@ -110,7 +110,7 @@ def test_what_was_cut_comes_back_in_the_order_of_the_table(lengths, rows):
 
 @given(LENGTHS, LIMIT, LIMIT)
 def test_packed_rows_are_cut_within_both_limits_and_none_has_room_for_an_earlier_one(lengths, rows, tokens):
-    plan = packer_of(lengths, packed=True).micro_batches(Batching(rows, tokens))
+    plan = packer_of(lengths, packed=True).micro_batches(MicroBatching(rows, tokens))
     totals = np.array([prompt + response for prompt, response in lengths])
     assert sorted(row for part in plan for row in part) == [
         row for row, (_, response) in enumerate(lengths) if response
@@ -126,7 +126,7 @@ def test_packed_rows_are_cut_within_both_limits_and_none_has_room_for_an_earlier
 @given(LENGTHS, st.integers(1, 5))
 def test_packed_sequences_lie_end_to_end_each_with_positions_of_its_own(lengths, rows):
     packer = packer_of(lengths, packed=True)
-    for part in packer.micro_batches(Batching(rows)):
+    for part in packer.micro_batches(MicroBatching(rows)):
         micro = packer.micro_batch(part)
         ids, positions, ends, targets, before = [], [], [0], [], []
         for prompt, response in (lengths[row] for row in part):

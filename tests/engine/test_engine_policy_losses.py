@@ -14,11 +14,11 @@ from verl.algorithms.losses import loss_columns, policy_loss
 from verl.config.sections.models import ActorConfig, PolicyLossConfig
 from verl.data.ragged import Ragged
 from verl.data.schema import ragged, with_columns
-from verl.engine import Batching
+from verl.plan import MicroBatching
 
 ROWS = 9
 EPS = 1e-5  # see test_engine_updates
-SPLITS = [Batching(1), Batching(4), Batching(max_tokens=40)]
+SPLITS = [MicroBatching(1), MicroBatching(4), MicroBatching(max_tokens=40)]
 
 
 def settings_of(mode: str) -> ActorConfig:
@@ -36,7 +36,7 @@ def mini_batch(engine, mode: str) -> pa.Table:
     return with_columns(table, **loss_columns(table, settings_of(mode), 14, (0,)))
 
 
-def updated(engine, table: pa.Table, mini: pa.Table, mode: str, batching: Batching):
+def updated(engine, table: pa.Table, mini: pa.Table, mode: str, batching: MicroBatching):
     """Metrics and new weights; table: this rank's rows of the mini-batch."""
     loss = partial(
         policy_loss,
@@ -48,7 +48,7 @@ def updated(engine, table: pa.Table, mini: pa.Table, mode: str, batching: Batchi
     return metrics, weights_of(engine)
 
 
-def one_process(path: str, mode: str, batching: Batching):
+def one_process(path: str, mode: str, batching: MicroBatching):
     engine = build(path, eps=EPS)
     mini = mini_batch(engine, mode)
     return updated(engine, mini, mini, mode, batching)
@@ -69,7 +69,7 @@ def on_a_rank(rank: int, world_size: int, path: str, minis: dict[str, pa.Table])
     for mode, mini in minis.items():
         engine = build(path, eps=EPS)
         rows = mini.slice(0, 6) if rank == 0 else mini.slice(6)
-        metrics, weights = updated(engine, rows, mini, mode, Batching(2))
+        metrics, weights = updated(engine, rows, mini, mode, MicroBatching(2))
         found[mode] = metrics, {name: tensor.numpy() for name, tensor in weights.items()}
     return found
 

@@ -12,9 +12,10 @@ import transformers
 from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, weights_of
 from forks import run_ranks
 
-from verl.engine import Batching, CheckpointError, checkpoint
+from verl.engine import CheckpointError, checkpoint
 from verl.engine.compile import CompiledLayers
 from verl.errors import UserError
+from verl.plan import MicroBatching
 from verl.rollout.embedded.unsharded_forward import UnshardedForward
 
 ROWS = 9
@@ -22,7 +23,7 @@ EPS = 1e-5  # see test_engine_updates
 # First row of each rank, and the end: ranks with many rows, with one, with none, with only an empty response.
 CUTS = {1: (0, 9), 2: (0, 6, 9), 4: (0, 1, 6, 9, 9)}
 LAYOUTS = [(2, -1), (4, -1), (4, 2)]
-BATCHING = Batching(2)
+BATCHING = MicroBatching(2)
 
 
 def share(rank: int, world_size: int):
@@ -337,5 +338,5 @@ def test_rows_need_not_be_batched_alike_on_every_rank(tiny):
 
 
 def unequal_batching(rank, world_size, path):
-    batching = Batching(max_tokens=12) if rank == 0 else ALL
+    batching = MicroBatching(max_tokens=12) if rank == 0 else ALL
     return build(path, eps=EPS).update(share(rank, world_size), LOSSES["policy"], batching=batching)

@@ -12,13 +12,14 @@ import transformers
 from engine_helpers import ALL, LOSSES, build, largest_difference, make_table, policy_loss, state_of, weights_of
 from safetensors.torch import load_file
 
-from verl.engine import Batching, CheckpointError, offload
+from verl.engine import CheckpointError, offload
 from verl.errors import UserError
 from verl.machine import HostMemory
+from verl.plan import MicroBatching
 
 
 def updates(engine, count, kind="policy"):
-    return [engine.update(make_table(), LOSSES[kind], batching=Batching(3)) for _ in range(count)]
+    return [engine.update(make_table(), LOSSES[kind], batching=MicroBatching(3)) for _ in range(count)]
 
 
 # ---- loading

@@ -19,13 +19,14 @@ from engine_helpers import (
     weights_of,
 )
 
-from verl.engine import Batching
 from verl.engine.optim import lr_factor
 from verl.engine.packing import Packer
+from verl.plan import MicroBatching
 
 # A key bias has no gradient but rounding, which AdamW with its usual eps would make a step of.
 EPS = 1e-5
-SPLITS = [Batching(1), Batching(2), Batching(5), Batching(max_tokens=16), Batching(max_tokens=60), Batching(4, 40)]
+LIMITS = [(1, None), (2, None), (5, None), (None, 16), (None, 60), (4, 40)]
+SPLITS = [MicroBatching(rows, tokens) for rows, tokens in LIMITS]
 
 
 def reference_weights(path: str, kind: str, steps: int, clip: float) -> dict[str, torch.Tensor]:
@@ -48,12 +49,12 @@ def test_three_updates_equal_a_plain_training_loop(any_tiny, tmp_path, kind, che
     build(any_tiny, kind, trained=False).export_hf(tmp_path)  # gives the value model its head
     engine = build(str(tmp_path), kind, checkpointing=checkpointing, packed=packed, eps=EPS)
     for _ in range(3):
-        engine.update(make_table(), LOSSES[kind], batching=Batching(3))
+        engine.update(make_table(), LOSSES[kind], batching=MicroBatching(3))
     assert largest_difference(weights_of(engine), reference_weights(str(tmp_path), kind, 3, clip=1.0)) < 1e-5
 
 
 def test_cuts_that_save_padding_change_no_gradient(tiny):
-    table, budget = make_table(60), Batching(max_tokens=16384)
+    table, budget = make_table(60), MicroBatching(max_tokens=16384)
     assert len(Packer(table, torch.device("cpu")).micro_batches(budget)) > 1
     cut, whole = build(tiny, eps=EPS), build(tiny, eps=EPS)
     found = cut.update(table, policy_loss, batching=budget)
@@ -83,7 +84,7 @@ def test_metrics_are_summed_and_the_norm_is_of_the_whole_gradient(tiny):
     loss = reference_loss("policy", hf, table)
     loss.backward()
     norm = math.sqrt(sum(param.grad.double().square().sum() for param in hf.parameters()))
-    metrics = build(tiny).update(table, policy_loss, batching=Batching(2))
+    metrics = build(tiny).update(table, policy_loss, batching=MicroBatching(2))
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["tokens"] == sum(map(sum, table["response_mask"].to_pylist()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
@@ -99,7 +100,7 @@ def test_the_loss_sees_each_token_once_with_its_columns_and_row(tiny):
             seen.setdefault(int(row), []).append((int(token), float(advantage)))
         return outputs["log_probs"].sum() * 0, {}
 
-    build(tiny).update(table, loss_fn, batching=Batching(2))
+    build(tiny).update(table, loss_fn, batching=MicroBatching(2))
     for row, (tokens, advantages) in enumerate(
         zip(table["response_ids"].to_pylist(), table["advantages"].to_pylist(), strict=True)
     ):
@@ -110,7 +111,7 @@ def test_the_loss_sees_each_token_once_with_its_columns_and_row(tiny):
 def test_recomputing_activations_gives_bitwise_the_same_update(tiny, kind):
     engines = [build(tiny, kind, checkpointing=on) for on in (False, True)]
     for engine in engines:
-        engine.update(make_table(), LOSSES[kind], batching=Batching(3))
+        engine.update(make_table(), LOSSES[kind], batching=MicroBatching(3))
     assert largest_difference(*map(weights_of, engines)) == 0
 
 
@@ -151,7 +152,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(tiny, tmp_
         loss, metrics = policy_loss(outputs, batch)
         return (loss * poison if 0 in batch["row_ids"] else loss), metrics
 
-    metrics = engine.update(make_table(), poisoned, batching=Batching(1))
+    metrics = engine.update(make_table(), poisoned, batching=MicroBatching(1))
     assert metrics["skipped"] == 1.0
     assert not math.isfinite(metrics["grad_norm"])
     assert largest_difference(state_of(engine, tmp_path / "after"), before) == 0
@@ -197,14 +198,16 @@ def test_bfloat16_gradients_of_many_micro_batches_are_summed_in_float32(tiny):
     row = make_table().slice(0, 1)
     table = pa.concat_tables([row] * 400)
     one, many = (build(tiny, dtype="bfloat16", grad_clip=None) for _ in range(2))
-    norm = one.update(row, policy_loss, batching=Batching(1))["grad_norm"]
-    assert many.update(table, policy_loss, batching=Batching(1))["grad_norm"] == pytest.approx(400 * norm, rel=1e-4)
+    norm = one.update(row, policy_loss, batching=MicroBatching(1))["grad_norm"]
+    assert many.update(table, policy_loss, batching=MicroBatching(1))["grad_norm"] == pytest.approx(
+        400 * norm, rel=1e-4
+    )
 
 
 def test_bfloat16_training_follows_float32_training(tiny):
     engines = {dtype: build(tiny, dtype=dtype) for dtype in ("float32", "bfloat16")}
     losses = {
-        dtype: [engine.update(make_table(), policy_loss, batching=Batching(3))["loss"] for _ in range(8)]
+        dtype: [engine.update(make_table(), policy_loss, batching=MicroBatching(3))["loss"] for _ in range(8)]
         for dtype, engine in engines.items()
     }
     assert losses["float32"][-1] < losses["float32"][0] - 0.3

@@ -14,9 +14,9 @@ from engine_helpers import VOCAB, build, save_tiny_model
 from forks import run_ranks
 
 from verl.data.ragged import Ragged
-from verl.engine import Batching
 from verl.engine.engine import OffloadedError
 from verl.errors import UserError
+from verl.plan import MicroBatching
 
 LENGTHS = [5, 1, 17, 9, 2, 30, 9]
 
@@ -52,14 +52,14 @@ def expected(path: str) -> list[float]:
         return [model(torch.tensor([ids])).logits[0, 0].item() for ids in sequences()]
 
 
-def scores(engine, table: pa.Table, batching: Batching) -> list[float]:
+def scores(engine, table: pa.Table, batching: MicroBatching) -> list[float]:
     return engine.values(table, batching=batching).flatten().to_pylist()
 
 
-@pytest.mark.parametrize("batching", [Batching(1), Batching(3), Batching(max_tokens=40), Batching()], ids=str)
-def test_scores_are_transformers_own_for_any_micro_batches(classifier, batching):
+@pytest.mark.parametrize(("rows", "tokens"), [(1, None), (3, None), (None, 40), (None, None)])
+def test_scores_are_transformers_own_for_any_micro_batches(classifier, rows, tokens):
     engine = build(classifier, "reward", trained=False)
-    found = scores(engine, table_of(sequences()), batching)
+    found = scores(engine, table_of(sequences()), MicroBatching(rows, tokens))
     assert found == pytest.approx(expected(classifier), rel=1e-5, abs=1e-5)
     assert len(set(found)) == len(LENGTHS)
 
@@ -67,7 +67,7 @@ def test_scores_are_transformers_own_for_any_micro_batches(classifier, batching)
 def on_a_rank(rank, world_size, path, cuts):
     engine = build(path, "reward", trained=False)
     rows = table_of(sequences()).slice(cuts[rank], cuts[rank + 1] - cuts[rank])
-    return scores(engine, rows, Batching(2))
+    return scores(engine, rows, MicroBatching(2))
 
 
 @pytest.mark.parametrize("cuts", [(0, 4, 7), (0, 7, 7)])
@@ -80,9 +80,11 @@ def test_a_reward_model_can_wait_in_host_memory(classifier):
     engine = build(classifier, "reward", trained=False)
     engine.offload(params=True)
     with pytest.raises(OffloadedError):
-        scores(engine, table_of(sequences()), Batching())
+        scores(engine, table_of(sequences()), MicroBatching())
     engine.onload(params=True)
-    assert scores(engine, table_of(sequences()), Batching()) == pytest.approx(expected(classifier), rel=1e-5, abs=1e-5)
+    assert scores(engine, table_of(sequences()), MicroBatching()) == pytest.approx(
+        expected(classifier), rel=1e-5, abs=1e-5
+    )
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path, tiny):

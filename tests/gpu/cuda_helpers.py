@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from verl.data.ragged import Ragged
-from verl.engine import Batching
+from verl.plan import MicroBatching
 
-BATCHING = Batching(max_tokens=600)
+BATCHING = MicroBatching(max_tokens=600)
 VOCAB = 1000
 
 

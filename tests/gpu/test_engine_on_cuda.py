@@ -7,8 +7,9 @@ import torch
 from cuda_helpers import BATCHING, loss, save_model, table
 
 from verl.config.sections.parts import FSDPConfig, ModelConfig, OptimConfig
-from verl.engine import Batching, TrainEngine
+from verl.engine import TrainEngine
 from verl.engine.token_statistics import token_statistics
+from verl.plan import MicroBatching
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -55,9 +56,9 @@ def test_packed_numbers_are_those_of_one_sequence_at_a_time(either, compiled):
     whole = build(either, packed=False, dtype="float32", use_torch_compile=False)
     assert not whole.packed
     assert whole.unpackable is None
-    expected = whole.log_probs(table(), temperature=0.7, batching=Batching(1))
+    expected = whole.log_probs(table(), temperature=0.7, batching=MicroBatching(1))
     rounded = build(either, packed=False, use_torch_compile=False).log_probs(
-        table(), temperature=0.7, batching=Batching(1)
+        table(), temperature=0.7, batching=MicroBatching(1)
     )
     for name in expected:
         error, usual = (np.abs(flat(each[name]) - flat(expected[name])) for each in (found, rounded))

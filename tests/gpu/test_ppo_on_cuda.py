@@ -32,7 +32,8 @@ def test_the_job_learns_on_a_gpu_with_offload(small, tmp_path, dtype):
 def test_an_offloaded_engine_leaves_the_gpu_empty_and_comes_back_the_same(small):
     import pyarrow as pa
 
-    from verl.engine import Batching, TrainEngine
+    from verl.engine import TrainEngine
+    from verl.plan import MicroBatching
 
     config = _config(small)
     torch.cuda.empty_cache()
@@ -45,12 +46,12 @@ def test_an_offloaded_engine_leaves_the_gpu_empty_and_comes_back_the_same(small)
         device="cuda",
     )
     table = pa.table({"prompt_ids": [[3, 4, 5], [6, 7]], "response_ids": [[8, 9], [10, 11, 1]]})
-    first = engine.log_probs(table, temperature=1.0, batching=Batching())["log_probs"]
+    first = engine.log_probs(table, temperature=1.0, batching=MicroBatching())["log_probs"]
     engine.offload(params=True, optimizer=True)
     steps = len(list(engine.root.parameters()))  # the optimizer's counts, 512 bytes each by torch's allocator
     assert torch.cuda.memory_allocated() <= before + 512 * steps
     engine.onload(params=True, optimizer=True)
-    assert engine.log_probs(table, temperature=1.0, batching=Batching())["log_probs"].equals(first)
+    assert engine.log_probs(table, temperature=1.0, batching=MicroBatching())["log_probs"].equals(first)
 
 
 def _config(small):

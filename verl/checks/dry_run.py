@@ -11,7 +11,7 @@ from verl.checks.preflight import check
 from verl.config.loading.problems import report
 from verl.findings import Findings
 from verl.memory.host_budget import budget_of_run
-from verl.plan import RunPlan, Split, UpdatePlan
+from verl.plan import MicroBatching, RunPlan, UpdatePlan
 
 if TYPE_CHECKING:
     from verl.config.loading.load import Loaded
@@ -138,16 +138,16 @@ def _update(name: str, update: UpdatePlan) -> Section:
     passes = "" if update.epochs == 1 else f" × {update.epochs} passes"
     return [
         (name, f"{update.optimizer_steps:,} optimizer steps: {batches}{passes}"),
-        ("", f"per rank and mini-batch {_split(update.split)}"),
+        ("", f"per rank and mini-batch {_split(update.micro_batching)}"),
     ]
 
 
-def _split(split: Split) -> str:
+def _split(split: MicroBatching) -> str:
     rows = f"{split.rows:,} sequence{'s' if split.rows != 1 else ''}"
     if split.micro_batch_size is None:
         return f"{rows}, in micro-batches of up to {split.max_tokens:,} tokens"
     count = split.micro_batches
-    capped = f" (capped, {split.asked} was asked for)" if split.capped else ""
+    capped = f" (capped, {split.configured} was asked for)" if split.capped else ""
     return f"{rows} = {count:,} micro-batch{'es' if count != 1 else ''} of {split.micro_batch_size:,}{capped}"
 
 

@@ -8,7 +8,7 @@ from verl.algorithms import loss_modes
 from verl.algorithms.advantages import resolve
 from verl.errors import UserError
 from verl.findings import Findings
-from verl.plan import RunPlan, Split, needs_critic
+from verl.plan import MicroBatching, RunPlan, needs_critic
 
 if TYPE_CHECKING:
     from verl.config.sections.models import Config
@@ -39,9 +39,9 @@ def check_settings(findings: Findings, config: Config, plan: RunPlan) -> None:
     _trainer(findings, config, plan)
 
 
-def splits(plan: RunPlan) -> dict[str, Split]:
+def splits(plan: RunPlan) -> dict[str, MicroBatching]:
     """Every way in which a rank's rows are cut, by the names of SPLIT_KEYS."""
-    updates = {"actor": plan.actor.split} | ({"critic": plan.critic.split} if plan.critic else {})
+    updates = {"actor": plan.actor.micro_batching} | ({"critic": plan.critic.micro_batching} if plan.critic else {})
     return updates | plan.forwards
 
 
@@ -97,7 +97,7 @@ def _micro_batches(findings: Findings, plan: RunPlan) -> None:
         if split.capped:
             of = "a mini-batch" if name in ("actor", "critic") else "a step's trajectories"
             findings.note(
-                f"{size_key}: {split.micro_batch_size} instead of {split.asked}, a rank's whole share of {of}."
+                f"{size_key}: {split.micro_batch_size} instead of {split.configured}, a rank's whole share of {of}."
             )
 
 

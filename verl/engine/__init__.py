@@ -2,6 +2,5 @@
 
 from verl.engine.checkpoint import CheckpointError
 from verl.engine.engine import TrainEngine
-from verl.engine.packing import Batching
 
-__all__ = ["Batching", "CheckpointError", "TrainEngine"]
+__all__ = ["CheckpointError", "TrainEngine"]

@@ -34,9 +34,10 @@ from verl.engine.distributed import (
 from verl.engine.flops import ForwardFlops, peak_flops
 from verl.engine.model import Kind, empty_model, read_config, read_model, wrap, write_model
 from verl.engine.optim import Optimizer
-from verl.engine.packing import Batching, MicroBatch, Packer
+from verl.engine.packing import MicroBatch, Packer
 from verl.engine.precision import Masters, compute_dtype
 from verl.memory.device_memory import SPARE, Peak
+from verl.plan import MicroBatching
 
 if TYPE_CHECKING:
     from verl.config.sections.parts import FSDPConfig, ModelConfig, OptimConfig
@@ -132,7 +133,7 @@ class TrainEngine:
     # ---- per-token numbers
 
     def log_probs(
-        self, table: pa.Table, *, temperature: float, batching: Batching, entropy: bool = True
+        self, table: pa.Table, *, temperature: float, batching: MicroBatching, entropy: bool = True
     ) -> dict[str, pa.ListArray]:
         """``log_probs`` (and ``entropy``): float32 columns with an entry for each response token, rows as in ``table``.
 
@@ -140,12 +141,12 @@ class TrainEngine:
         """
         return self._infer(table, batching, temperature=_positive(temperature), entropy=entropy)
 
-    def values(self, table: pa.Table, *, batching: Batching) -> pa.ListArray:
+    def values(self, table: pa.Table, *, batching: MicroBatching) -> pa.ListArray:
         """float32, an entry for each response token: the value of the state in which it is chosen, before it is out."""
         return self._infer(table, batching)["values"]
 
     @torch.no_grad()
-    def _infer(self, table: pa.Table, batching: Batching, **options: Any) -> dict[str, pa.ListArray]:
+    def _infer(self, table: pa.Table, batching: MicroBatching, **options: Any) -> dict[str, pa.ListArray]:
         self._need_params()
         packer = Packer(table, self.device, packed=self.packed)
         self.flops += self._forward_flops(*packer.sizes())
@@ -167,7 +168,7 @@ class TrainEngine:
         table: pa.Table,
         loss_fn: LossFunction,
         *,
-        batching: Batching,
+        batching: MicroBatching,
         temperature: float = 1.0,
         entropy: bool = True,
     ) -> dict[str, float]:
@@ -190,7 +191,7 @@ class TrainEngine:
         return metrics
 
     def _update(
-        self, table: pa.Table, loss_fn: LossFunction, batching: Batching, temperature: float, entropy: bool
+        self, table: pa.Table, loss_fn: LossFunction, batching: MicroBatching, temperature: float, entropy: bool
     ) -> dict[str, float]:
         assert self.optimizer is not None
         options = {"temperature": _positive(temperature), "entropy": entropy} if self.kind == "policy" else {}
@@ -220,7 +221,7 @@ class TrainEngine:
         assert self.optimizer is not None
         self.optimizer.step_schedule()
 
-    def _micro_batches(self, packer: Packer, batching: Batching) -> Iterator[MicroBatch]:
+    def _micro_batches(self, packer: Packer, batching: MicroBatching) -> Iterator[MicroBatch]:
         """This rank's, then fillers until every rank has run as many forwards (and at least one)."""
         plan = packer.micro_batches(batching)
         forwards = max_over_ranks(max(len(plan), 1), self.device)

@@ -19,6 +19,7 @@ import torch
 
 from verl.data.ragged import Ragged
 from verl.data.schema import ragged
+from verl.plan import MicroBatching
 
 # The longest sequence of a packed row is told rounded up to this: few values, and the kernel needs a bound only.
 LENGTH_STEP = 256
@@ -28,19 +29,6 @@ LENGTH_STEP = 256
 # took longer; about 1,500 for 1.5B, from the same tokens in 4 packed micro-batches and in 2. If it is off by a factor
 # of two, a cut costs 5 % too much.
 FORWARD_TOKENS = {"cpu": 64, "cuda": 2048}
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How a rank's rows are cut into micro-batches. None is no limit; where both are given, both hold.
-
-    micro_batch_size: rows of a micro-batch.
-    max_tokens: its tokens, prompts and responses, and the padding where there is any: rows x longest row. A single
-        longer row goes alone. Padded rows are cut further where the padding costs more than another forward.
-    """
-
-    micro_batch_size: int | None = None
-    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +67,7 @@ class Packer:
             raise ValueError(f"row {row} has an empty prompt: nothing predicts its first response token")
         self.columns = _token_columns(table, self.responses)
 
-    def micro_batches(self, batching: Batching) -> list[np.ndarray]:
+    def micro_batches(self, batching: MicroBatching) -> list[np.ndarray]:
         """Row indices of each micro-batch, longest rows first. Rows without a response are in none."""
         rows = np.flatnonzero(self.responses.lengths)
         lengths = self.prompts.lengths[rows] + self.responses.lengths[rows]
@@ -156,7 +144,7 @@ def _token_columns(table: pa.Table, responses: Ragged) -> dict[str, np.ndarray]:
     return columns
 
 
-def _cuts(lengths: np.ndarray, batching: Batching, forward_tokens: int) -> list[slice]:
+def _cuts(lengths: np.ndarray, batching: MicroBatching, forward_tokens: int) -> list[slice]:
     """Of rows sorted by length, longest first, the consecutive slices that cost least: each its tokens, padding among
     them, and ``forward_tokens``. Of equals the one with larger slices first. Cuts between rows out of order could not
     cost less: rows dealt in order to slices of the same sizes, those with the longest rows first, make none longer.
@@ -180,7 +168,7 @@ def _cuts(lengths: np.ndarray, batching: Batching, forward_tokens: int) -> list[
     return cuts
 
 
-def _bins(lengths: np.ndarray, batching: Batching) -> list[list[int]]:
+def _bins(lengths: np.ndarray, batching: MicroBatching) -> list[list[int]]:
     """First-fit decreasing: each row, longest first, goes to the first micro-batch that has room for it."""
     max_rows = batching.micro_batch_size or len(lengths)
     bins: list[list[int]] = []

@@ -1,47 +1,54 @@
-"""Whether the GPUs of one tensor-parallel engine have equal free memory, told before the engine starts.
+"""Checks, before a tensor-parallel engine starts, that its GPUs have equal free memory.
 
-SGLang sizes every rank by the fullest GPU of the group, and refuses to start when that one has less than 0.9 of the
-free memory of another. A run starts its engines where that holds; this module looks whether it does, and names the
-process that is in the way when it does not. nvidia-smi tells: a CUDA context here would itself take memory.
+SGLang sizes every rank by the fullest GPU of the group. It refuses to start if that GPU has less than 0.9 of the free
+memory of another. The check names the GPU, the difference and the process that holds the memory. It reads them through
+NVML, because a CUDA context would itself take memory.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
+
+import pynvml
 
 from verl.errors import UserError
+from verl.machine import nvidia_driver
 
 DISABLE, ENABLE = "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"
 
-# Each variable that users set, and the value of it that asks for no check.
+# Each variable that users set, and the value that switches the check off.
 NO_CHECK = {DISABLE: True, "SGLANG_DISABLE_TP_MEMORY_INBALANCE_CHECK": True, ENABLE: False}
 YES, NO = ("true", "1", "yes", "y"), ("false", "0", "no", "n")
 
-NO_MORE_GPUS = ("", "-1", "NoDevFiles")  # what ends CUDA_VISIBLE_DEVICES
+NO_MORE_GPUS = ("", "-1", "NoDevFiles")  # entries that end CUDA_VISIBLE_DEVICES
+MB = 1 << 20  # as in nvidia-smi
 
 
 @dataclass(frozen=True)
 class GPUProcess:
-    """A process that holds memory of a GPU. None: not visible from here, as often in a container."""
+    """A process that holds memory of a GPU. None: not visible from here, often because this is a container."""
 
-    pid: int | None
+    pid: int
     name: str | None
     megabytes: int | None
 
     def __str__(self) -> str:
-        pid = "a process whose pid is not visible from here" if self.pid is None else f"pid {self.pid}"
         name = "name not visible from here" if self.name is None else self.name
         held = "how much is not visible from here" if self.megabytes is None else _mb(self.megabytes)
-        return f"{pid} ({name}): {held}"
+        return f"pid {self.pid} ({name}): {held}"
 
 
 @dataclass(frozen=True)
 class GPUReading:
-    """Memory of one GPU, in nvidia-smi's MB (2^20 bytes). ``index`` is nvidia-smi's number, or a caller's own name for
-    it (with the node's, in a group over several)."""
+    """Memory of one GPU in MB of 2^20 bytes.
+
+    index: the driver's number, as in nvidia-smi, or the caller's own name (with the node's, in a group over several).
+    processes: those that hold its memory, the largest first.
+    """
 
     index: int | str
     free_mb: int
@@ -50,19 +57,16 @@ class GPUReading:
 
 
 def read_gpus(indices: Sequence[int] | None, chosen: str | None = None) -> list[GPUReading]:
-    """The GPUs at these positions among those that CUDA_VISIBLE_DEVICES shows this process, in that order; None: all.
-    chosen: takes the variable's place.
+    """The GPUs at these positions among those that CUDA_VISIBLE_DEVICES shows, in that order.
 
-    Empty where nvidia-smi does not answer, and on slices of a GPU (MIG), whose memory it does not list. Numbers are
-    nvidia-smi's, by PCI bus; on a machine with GPUs of several models CUDA agrees with them under
-    CUDA_DEVICE_ORDER=PCI_BUS_ID. Raises UserError for a GPU that is not there.
+    Empty without a driver and for slices of a GPU (MIG), which the driver lists under their whole GPU.
+
+    indices: None takes all of them.
+    chosen: a value that takes the place of CUDA_VISIBLE_DEVICES.
+    Numbers are the driver's, by PCI bus. On a machine with GPUs of several models CUDA uses the same numbers only under
+    CUDA_DEVICE_ORDER=PCI_BUS_ID. Raises UserError for a GPU that does not exist.
     """
-    processes = _processes()
-    installed = {
-        uuid: GPUReading(int(index), int(free), int(total), processes.get(uuid, ()))
-        for index, uuid, free, total in _nvidia_smi("gpu=index,uuid,memory.free,memory.total")
-        if free.isdigit() and total.isdigit()
-    }
+    installed = _installed()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES") if chosen is None else chosen
     if not installed or (chosen or "").startswith("MIG-"):
         return []
@@ -71,7 +75,7 @@ def read_gpus(indices: Sequence[int] | None, chosen: str | None = None) -> list[
         return visible
     for index in indices:
         if not 0 <= index < len(visible):
-            shown = "nvidia-smi lists" if chosen is None else f"CUDA_VISIBLE_DEVICES={chosen} shows"
+            shown = "the driver lists" if chosen is None else f"CUDA_VISIBLE_DEVICES={chosen} shows"
             raise UserError(
                 f"An engine is to start on GPU {index}, counted from 0, and {shown} {len(visible)}. "
                 "Ask for fewer GPUs, or make more of them visible."
@@ -80,7 +84,10 @@ def read_gpus(indices: Sequence[int] | None, chosen: str | None = None) -> list[
 
 
 def _visible(installed: Mapping[str, GPUReading], chosen: str) -> list[GPUReading]:
-    """installed: by UUID. chosen: CUDA_VISIBLE_DEVICES, with numbers or (beginnings of) UUIDs."""
+    """The GPUs that CUDA_VISIBLE_DEVICES (``chosen``: numbers, UUIDs or beginnings of UUIDs) names, in its order.
+
+    installed: by UUID.
+    """
     visible = []
     for entry in map(str.strip, chosen.split(",")):
         if entry in NO_MORE_GPUS:
@@ -100,37 +107,45 @@ def _visible(installed: Mapping[str, GPUReading], chosen: str) -> list[GPUReadin
     return visible
 
 
-def _processes() -> dict[str, tuple[GPUProcess, ...]]:
-    """By the GPU's UUID, the largest first."""
-    found: dict[str, list[GPUProcess]] = {}
-    for uuid, pid, held, name in _nvidia_smi("compute-apps=gpu_uuid,pid,used_memory,process_name"):
-        process = GPUProcess(_number(pid), None if name.startswith("[") else name, _number(held))
-        found.setdefault(uuid, []).append(process)
-    return {uuid: tuple(sorted(on_gpu, key=lambda p: -(p.megabytes or 0))) for uuid, on_gpu in found.items()}
+def _installed() -> dict[str, GPUReading]:
+    """By UUID, in the driver's order. A GPU whose memory cannot be read is left out."""
+    found = {}
+    with nvidia_driver() as count:
+        for index in range(count):
+            with suppress(pynvml.NVMLError):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+                reading = GPUReading(index, memory.free // MB, memory.total // MB, _processes(handle))
+                found[pynvml.nvmlDeviceGetUUID(handle)] = reading
+    return found
 
 
-def _nvidia_smi(query: str) -> list[list[str]]:
-    """Rows of the answer, by the query's columns; none where there is no driver, or it does not answer."""
-    command = ["nvidia-smi", f"--query-{query}", "--format=csv,noheader,nounits"]
+def _processes(handle: Any) -> tuple[GPUProcess, ...]:
+    """The processes that compute on a GPU, the largest first. Empty if this process may not list them."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    commas = query.count(",")
-    rows = [[field.strip() for field in line.split(",", commas)] for line in answer.splitlines()]
-    return [row for row in rows if len(row) == commas + 1]
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return ()
+    processes = [GPUProcess(each.pid, _process_name(each.pid), _megabytes(each.usedGpuMemory)) for each in running]
+    return tuple(sorted(processes, key=lambda process: -(process.megabytes or 0)))
 
 
-def _number(text: str) -> int | None:
-    """None for what nvidia-smi does not know: [N/A], [Not Found], [Insufficient Permissions]."""
-    return int(text) if text.isdigit() else None
+def _process_name(pid: int) -> str | None:
+    try:
+        return pynvml.nvmlSystemGetProcessName(pid) or None
+    except pynvml.NVMLError:
+        return None
+
+
+def _megabytes(held: int | None) -> int | None:
+    return None if held is None else held // MB
 
 
 def check_balance(readings: Sequence[GPUReading], *, tolerance: float = 0.95, disabled: bool) -> str | None:
-    """None when every GPU of a replica has at least ``tolerance`` of the free memory of the one that has most.
+    """None if every GPU of a replica has at least ``tolerance`` of the free memory of the one that has most.
 
-    Otherwise UserError, or the same facts as a warning's text when the user has disabled the check. SGLang compares by
-    0.9 a little later, with its own processes already there: the default leaves room for that.
+    Otherwise raises UserError, or returns the same facts as a warning if ``disabled``. SGLang compares by 0.9 a little
+    later, when its own processes hold memory: the default leaves room for that.
     """
     if len(readings) < 2:
         return None
@@ -159,7 +174,7 @@ def check_balance(readings: Sequence[GPUReading], *, tolerance: float = 0.95, di
 
 
 def _holders(gpu: GPUReading, freest: GPUReading) -> list[str]:
-    """What holds the memory that this GPU lacks, one a line."""
+    """Lines that name the holders of the memory that this GPU lacks."""
     lines = [f"    held by {process}" for process in gpu.processes]
     missing = freest.free_mb - gpu.free_mb
     hidden = gpu.total_mb - gpu.free_mb - sum(process.megabytes or 0 for process in gpu.processes)
@@ -186,9 +201,10 @@ def _mb(megabytes: int) -> str:
 
 
 def disabled_by_user(environ: Mapping[str, str]) -> bool:
-    """Whether the user's variables ask for no check, each taken by its name's sense, whatever this SGLang makes of it.
+    """Whether the user's variables switch the check off. Each variable means what its name says, whatever the installed
+    SGLang makes of it.
 
-    environ: as the user set it. Importing sglang rewrites os.environ and would make the user contradict themselves.
+    environ: the environment as the user set it. Importing sglang rewrites os.environ, which adds contradictions.
     Raises UserError for a value that is neither yes nor no, and for variables that contradict each other.
     """
     given = {name: environ[name].strip() for name in NO_CHECK if environ.get(name, "").strip()}
@@ -213,7 +229,7 @@ def _is_yes(name: str, value: str) -> bool:
 
 
 def environment_for_engine(environ: Mapping[str, str]) -> dict[str, str]:
-    """The whole environment of an engine's process: ``environ``, with what the user said about the check under the one
-    name that SGLang reads since 0.5.7. The old names go: some of its versions take them for the opposite."""
+    """The environment of an engine's process: ``environ`` with the user's choice under the one name that SGLang reads
+    since 0.5.7. The old names are removed, because some versions of SGLang read them as the opposite."""
     kept = {name: value for name, value in environ.items() if name not in NO_CHECK}
     return kept | {ENABLE: "0" if disabled_by_user(environ) else "1"}

@@ -16,11 +16,11 @@ from verl.algorithms.losses import policy_loss, value_loss
 from verl.config.sections.models import ActorConfig, Config, CriticConfig, ModelConfig
 from verl.data.schema import with_columns
 from verl.data.tokenizer import load_tokenizer
-from verl.engine import Batching, TrainEngine
+from verl.engine import TrainEngine
 from verl.engine.model import Kind
 from verl.memory.device_memory import SPARE, Peak
 from verl.memory.host_budget import fsdp_settings
-from verl.plan import RunPlan, Split
+from verl.plan import RunPlan
 from verl.rollout.contract.base import MemoryTag
 from verl.trainer.ppo.metrics import StageCost, memory_metrics
 
@@ -146,24 +146,24 @@ class PPOWorker:
         return self.log_probs_at(rows, self.temperature)
 
     def log_probs_at(self, rows: pa.Table, temperature: float) -> pa.Table:
-        batching = as_batching(self.plan.forwards["old_log_probs"])
+        batching = self.plan.forwards["old_log_probs"]
         found = self.engines["actor"].log_probs(rows, temperature=temperature, batching=batching)
         return with_columns(rows, old_log_probs=found["log_probs"], entropy=found["entropy"])
 
     def ref_log_probs(self, rows: pa.Table) -> pa.Table:
-        batching = as_batching(self.plan.forwards["ref_log_probs"])
+        batching = self.plan.forwards["ref_log_probs"]
         found = self.engines["reference"].log_probs(
             rows, temperature=self.temperature, batching=batching, entropy=False
         )
         return with_columns(rows, ref_log_probs=found["log_probs"])
 
     def values(self, rows: pa.Table) -> pa.Table:
-        batching = as_batching(self.plan.forwards["values"])
+        batching = self.plan.forwards["values"]
         return with_columns(rows, values=self.engines["critic"].values(rows, batching=batching))
 
     def reward_scores(self, rows: pa.Table) -> pa.Table:
         """rows: as ``verl.reward.model_inputs`` makes them."""
-        batching = as_batching(self.plan.forwards["reward_scores"])
+        batching = self.plan.forwards["reward_scores"]
         return with_columns(rows, score=self.engines["reward"].values(rows, batching=batching).flatten())
 
     # ---- updates: one optimizer step on these rows, which carry their ``loss_weights``
@@ -179,7 +179,7 @@ class PPOWorker:
         found = self.engines["actor"].update(
             rows,
             loss,
-            batching=as_batching(self.plan.actor.split),
+            batching=self.plan.actor.micro_batching,
             temperature=self.temperature,
             entropy=actor.entropy_coeff != 0,
         )
@@ -188,7 +188,7 @@ class PPOWorker:
     def update_critic(self, rows: pa.Table, num_tokens: int) -> dict[str, float]:
         assert self.plan.critic is not None
         loss = partial(value_loss, cliprange_value=self.config.critic.cliprange_value, num_tokens=num_tokens)
-        found = self.engines["critic"].update(rows, loss, batching=as_batching(self.plan.critic.split))
+        found = self.engines["critic"].update(rows, loss, batching=self.plan.critic.micro_batching)
         return of_role("critic", found)
 
     def step_schedule(self, role: str) -> None:
@@ -231,10 +231,6 @@ def model_of(config: Config, role: str) -> tuple[ModelConfig, Kind]:
         "reward": (config.reward_model.model, "reward"),
     }
     return kinds.get(role, (config.actor_rollout_ref.model, "policy"))
-
-
-def as_batching(split: Split) -> Batching:
-    return Batching(micro_batch_size=split.micro_batch_size, max_tokens=split.max_tokens)
 
 
 def of_role(role: str, found: dict[str, float]) -> dict[str, float]:

@@ -13,8 +13,8 @@ from verl.config.sections.models import SFTConfig
 from verl.data.loader import PromptLoader
 from verl.data.ragged import Ragged
 from verl.data.schema import ragged, with_columns
-from verl.engine import Batching, TrainEngine
-from verl.plan import is_due
+from verl.engine import TrainEngine
+from verl.plan import MicroBatching, is_due
 from verl.tracking import StageTimer, Trackers
 from verl.trainer.checkpoints import Checkpoint, Checkpoints, SaveError
 from verl.trainer.sft.loss import nll_loss
@@ -46,7 +46,7 @@ class SFTTrainer:
         self.last_step, self.stop = last_step, stop
         self.step = 0
         size = config.data.micro_batch_size_per_gpu
-        self.batching = Batching(size, None if size else config.data.max_token_len_per_gpu)
+        self.batching = MicroBatching(size, None if size else config.data.max_token_len_per_gpu)
         data = config.data
         self.loader = PromptLoader(train.num_rows, data.train_batch_size, shuffle=data.shuffle, seed=data.seed)
         self.timer = StageTimer()
