@@ -188,5 +188,5 @@ def test_a_dry_run_prints_what_would_be_done_and_names_keys_without_effect(small
     for part in ("24, 1 responses each", "3 of 10 prompts", "hf, 1 on cpu", "No problem found"):
         assert part in said
     assert "rollout.enforce_eager=True has no effect" in said
-    assert "model.use_remove_padding has no effect" in said
+    assert "model.use_remove_padding=True has no effect: nothing is trained." in said
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.images import check_image_key, check_images
-from verl.checks.inert import find_inert
+from verl.checks.inert import Run, find_inert
 from verl.checks.models import check_model, check_tokenizer_of
 from verl.checks.preflight import check_devices, check_engine, unexplained
 from verl.checks.servers import check_servers
@@ -39,8 +39,6 @@ def check(loaded: Loaded[GenerationConfig], *, dry_run: bool) -> Findings:
     if facts:
         positions = config.model.override_config.get("max_position_embeddings", facts.max_positions)
         check_context(shared, training, "model.path", positions)
-    for sentence in find_inert(training, plan, _as_in_training(loaded.set_keys)):
-        shared.warn(sentence)
     findings = _as_typed(shared)
     findings.notices = [*loaded.notices, *findings.notices]
     prompt_rows(findings, config)
@@ -49,8 +47,9 @@ def check(loaded: Loaded[GenerationConfig], *, dry_run: bool) -> Findings:
     check_file_name(findings, "data.output_path", config.data.output_path)
     check_output_folder(findings, "data.output_path", str(Path(config.data.output_path).parent))
     _sampling(findings, config)
-    for key in sorted(loaded.set_keys & {"model.enable_gradient_checkpointing", "model.use_remove_padding"}):
-        findings.warn(f"{key} has no effect: nothing is trained.")
+    findings.warnings += find_inert(
+        Run(config, loaded.set_keys, plan.device, plan.world_size, plan.uses_ray, engine=plan.engine)
+    )
     findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
     return findings
 
@@ -92,16 +91,6 @@ def _sampling(findings: Findings, config: GenerationConfig) -> None:
     if rollout.min_new_tokens > longest:
         why = f"a response has at most data.max_response_length={longest} tokens"
         findings.problem("rollout.min_new_tokens", rollout.min_new_tokens, why, f"set it to {longest} or less")
-
-
-def _as_in_training(keys: frozenset[str]) -> list[str]:
-    """The keys that a run of PPO has, too, by their names there."""
-    shared = ("trainer.", "ray_kwargs.", "data.truncation")
-    return [
-        PREFIX + key if key.startswith(("rollout.", "model.")) else key
-        for key in keys
-        if key.startswith(("rollout.", "model.", *shared)) and key != "model.use_remove_padding"
-    ]
 
 
 def _as_typed(findings: Findings) -> Findings:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
-from verl.checks.inert import find_inert
+from verl.checks.inert import Run, find_inert
 from verl.checks.models import ModelFacts, check_model, check_tokenizer_of, check_tokenizer_path
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.checks.servers import check_servers
@@ -63,7 +63,7 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
         here = not plan.uses_ray and (plan.device == "cpu" or gpus >= plan.devices_per_node)
         check_host_memory(findings, budget, plan.device, here)
     _files(findings, config, plan)
-    for sentence in find_inert(config, plan, loaded.set_keys):
+    for sentence in find_inert(Run.of_plan(config, plan, loaded.set_keys)):
         findings.warn(sentence)
     findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
     return plan, findings
