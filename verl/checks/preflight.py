@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from verl.config.sections.models import Config
     from verl.config.sections.reward import RewardModelModelConfig
 
-ENGINES = ("hf", *ADAPTERS)
-
 DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")  # a key in a text
 
 # Weights are saved in fp32, and so are Adam's two moments; the Hugging Face export is another copy of the weights.
@@ -173,10 +171,10 @@ def _model(findings: Findings, config: Config, role: str, key: str, path: str) -
 
 def check_engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) -> None:
     key, name = f"{ROLLOUT}.name", plan.engine
-    if name not in ENGINES:
-        findings.problem(
-            key, name, f"no engine has this name (known: {', '.join(ENGINES)})", f"set it to {_nearest(name, ENGINES)}"
-        )
+    known = ("hf", *ADAPTERS)
+    if name not in known:
+        why = f"no engine has this name (known: {', '.join(known)})"
+        findings.problem(key, name, why, f"set it to {_nearest(name, known)}")
     elif name in ADAPTERS:
         _adapter(findings, config, plan, ADAPTERS[name], dry_run)
     working = [size for size in range(1, plan.world_size + 1) if _splits(plan, size)]
@@ -208,7 +206,7 @@ def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter
                 f'run pip install -e ".[{name}]" (without a GPU: make {name}-cpu), or set it to hf, the embedded engine'
             )
             findings.problem(f"{ROLLOUT}.name", name, why, fix)
-    for argument, value in getattr(rollout.engine_kwargs, name).items():
+    for argument, value in rollout.engine_kwargs.of(name).items():
         if argument in adapter.own_keys:
             key, why = f"{ROLLOUT}.engine_kwargs.{name}.{argument}", "another key decides this argument"
             findings.problem(key, value, f"{why} of {adapter.title}", f"set {adapter.own_keys[argument]}")

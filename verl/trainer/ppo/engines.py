@@ -150,5 +150,5 @@ def engine_settings(config: Config, plan: RunPlan) -> EngineSettings:
         load_format=rollout.load_format,
         override_config=model.override_config,
         seed=config.trainer.seed,
-        extra=getattr(rollout.engine_kwargs, plan.engine),
+        extra=rollout.engine_kwargs.of(plan.engine),
     )

@@ -25,7 +25,7 @@ from verl.trainer.ppo.phases import put_to_sleep
 from verl.trainer.ppo.ranks import WORKER, token_shares
 from verl.trainer.ppo.replicas import Replicas
 from verl.trainer.ppo.trainer import Trained
-from verl.trainer.ppo.worker import READS
+from verl.trainer.ppo.worker import reads_of
 
 PLACE_TIMEOUT, ANSWER_TIMEOUT = 60.0, 300.0  # seconds
 # What the ranks' libraries read, and a driver's user sets; the ranks' own environment is that of their node's Ray.
@@ -121,7 +121,7 @@ def start_replicas(stack: ExitStack, replicas: Replicas) -> Router:
 
 def _make_workers(ranks: RayRanks, config: Config, plan: RunPlan) -> RayWorkerGroup:
     shares = token_shares(config.trainer.balance_batch)
-    return ranks.make(WORKER, "verl.trainer.ppo.ranks:make_worker", config, plan, shares=shares, reads=READS)
+    return ranks.make(WORKER, "verl.trainer.ppo.ranks:make_worker", config, plan, shares=shares, reads=reads_of(config))
 
 
 def check_shared(ranks: RayRanks, folder: Path) -> None:
