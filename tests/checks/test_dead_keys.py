@@ -15,7 +15,7 @@ from key_reads import Reads, reads_of_library, unread
 from verl.config.loading.schema import keys_of
 from verl.config.sections.actor import ActorRolloutRefConfig, RefConfig
 from verl.config.sections.critic import CriticConfig
-from verl.config.sections.models import Config, EvalConfig, Root, SFTConfig, sources_of
+from verl.config.sections.models import Config, EvalConfig, GenerationConfig, Root, SFTConfig, sources_of
 from verl.config.sections.parts import FSDPConfig
 from verl.memory.host_budget import FSDP
 from verl.reward.sandbox import Limits
@@ -70,6 +70,10 @@ def test_every_key_of_training_is_read(reads):
 
 def test_every_key_of_supervised_training_is_read(reads):
     assert dead(SFTConfig, reads, *OF_SFT) == set()
+
+
+def test_every_key_of_generation_is_read(reads):
+    assert dead(GenerationConfig, reads) == set()
 
 
 def test_every_key_of_evaluation_is_read(reads):

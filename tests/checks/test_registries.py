@@ -16,6 +16,7 @@ from verl.algorithms.loss_modes import resolve as resolve_loss
 from verl.algorithms.losses import policy_loss
 from verl.checks.dry_run import plan_text
 from verl.data.ragged import Ragged
+from verl.plan import engine_of
 from verl.reward.scorers import SCORERS, ScorerSpec, make_scorer, settings_of
 from verl.rollout.engines.registry import ADAPTERS
 from verl.rollout.engines.vllm.arguments import VLLM
@@ -90,7 +91,7 @@ def test_an_engine(monkeypatch, checked, load_run):
     ]
     config = load_run(*keys).config
     assert "mine, 1 replica" in plan_text(config, plan)
-    settings = engine_settings(config, plan)
+    settings = engine_settings(engine_of(config, plan))
     assert (settings.max_num_seqs, settings.extra) == (7, {})
     assert adapter.arguments(settings, WHOLE)["max_num_seqs"] == 7
     _, findings = checked(*keys, f"{ROLLOUT}.min_new_tokens=3")

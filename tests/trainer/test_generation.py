@@ -100,7 +100,7 @@ def test_finished_batches_outlive_a_run_and_the_same_command_goes_on(small, tmp_
     assert len(kept) >= 4
     if end == signal.SIGINT:
         assert process.returncode == 130
-        assert f"{len(kept)} of 200 batches are in {parts}; the same command goes on from there" in said
+        assert f"{len(kept)} of 200 batches are in {parts}. The same command resumes from there" in said
     assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
     assert pq.read_table(output).equals(pq.read_table(tmp_path / "whole.parquet"))
     assert not parts.exists()

@@ -202,28 +202,6 @@ class GenerationConfig(Root):
     trainer: GenerationTrainerConfig = GenerationTrainerConfig()
     ray_kwargs: Annotated[RayKwargsConfig, NO_RAY] = RayKwargsConfig()
 
-    def as_training(self) -> Config:
-        """The same engine, model and devices as a run of PPO would have them, for what puts those together."""
-        data = self.data
-        lengths = {"max_prompt_length": data.max_prompt_length, "max_response_length": data.max_response_length}
-        cut = {"filter_overlong_prompts": data.filter_overlong_prompts, "truncation": data.truncation}
-        never = {"val_before_train": False, "check_log_probs": False, "rollout_restarts": 0}
-        rollout = self.rollout.model_dump(exclude={"temperature"})
-        return Config.model_validate(
-            {
-                "data": {"train_files": data.path, "train_batch_size": data.batch_size, **lengths, **cut},
-                "actor_rollout_ref": {
-                    "model": self.model.model_dump(),
-                    "actor": {"ppo_mini_batch_size": data.batch_size},
-                    "rollout": rollout | {"free_cache_engine": False},
-                },
-                "critic": {"enable": False},
-                "algorithm": {"adv_estimator": "grpo"},
-                "trainer": self.trainer.model_dump() | never,
-                "ray_kwargs": self.ray_kwargs.model_dump(),
-            }
-        )
-
 
 class EvalConfig(Root):
     """What ``verl.trainer.main_eval`` takes."""

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from verl.cluster.ray.group import RayRanks, RayWorkerGroup
 from verl.cluster.ray.placement import Seat, asked_of_nodes, check_resources, place, remove
 from verl.cluster.ray.start import RaySettings, connected
-from verl.config.sections.models import Config
+from verl.config.sections.models import Config, RayKwargsConfig
 from verl.errors import UserError
 from verl.machine import HostMemory, host_memory
-from verl.plan import RunPlan
+from verl.plan import EnginePlan, Placement, RunPlan, engine_of
 from verl.rollout.client.engine import NO_WEIGHTS
 from verl.rollout.router.router import Router
 from verl.tracking import Progress, Trackers
@@ -33,9 +33,9 @@ PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "SGL", "VERL_", "HF_", "TOK
 SECRET = ("_TOKEN", "_KEY")  # stays: what Ray sends is not encrypted
 
 
-def seats_of_ranks(stack: ExitStack, config: Config, plan: RunPlan) -> list[Seat]:
+def seats_of_ranks(stack: ExitStack, ray_kwargs: RayKwargsConfig, plan: Placement) -> list[Seat]:
     """A device for each rank, until ``stack`` is closed."""
-    init = dict(config.ray_kwargs.ray_init)
+    init = dict(ray_kwargs.ray_init)
     settings = RaySettings(os.environ.get("RAY_ADDRESS"), init, plan.devices_per_node)
     stack.enter_context(connected(settings, lambda text: print(text, flush=True)))
     check_resources(plan.nnodes, plan.devices_per_node, plan.device)
@@ -59,7 +59,16 @@ def build_on_ray(
     trackers: Trackers,
 ) -> Trained:
     """``stack`` closes what is started here; an error that it meets becomes the ranks' own, if they have failed."""
-    ranks, replicas = start_ranks(stack, config, plan, tokenizer, seats, folder, trackers.progress)
+    ranks, replicas = start_ranks(
+        stack,
+        engine_of(config, plan),
+        tokenizer,
+        seats,
+        folder,
+        trackers.progress,
+        timeout=config.trainer.worker_timeout,
+        shares_folder=plan.save_freq > 0 or bool(list(folder.glob("global_step_*"))),
+    )
     if plan.engine == "hf":  # it borrows the actor's module
         workers = _make_workers(ranks, config, plan)
         rollout = start_replicas(stack, replicas)
@@ -72,16 +81,21 @@ def build_on_ray(
 
 def start_ranks(
     stack: ExitStack,
-    config: Config,
-    plan: RunPlan,
+    plan: EnginePlan,
     tokenizer: PreTrainedTokenizerBase,
     seats: Sequence[Seat],
     folder: Path,
     progress: Progress,
+    *,
+    timeout: float,
+    shares_folder: bool = False,
     no_weights: str | None = NO_WEIGHTS,
 ) -> tuple[RayRanks, Replicas]:
-    """The ranks, each with its part of a replica that is not started yet. stack: as for ``build_on_ray``; no_weights:
-    as for ``start_engine``."""
+    """The ranks, each with its part of a replica that is not started yet.
+
+    stack: as for ``build_on_ray``. timeout: seconds that a call to the ranks may take. shares_folder: whether all nodes
+    must see ``folder``. no_weights: as for ``start_engine``.
+    """
     logs = folder / "ranks"
     replicas: Replicas | None = None
 
@@ -98,15 +112,15 @@ def start_ranks(
         seats,
         plan.device,
         logs=logs,
-        timeout=config.trainer.worker_timeout,
+        timeout=timeout,
         environment=environment,
         on_failure=fail,
     )
     stack.push(ranks.explain)
     stack.callback(ranks.close)
-    if plan.nnodes > 1 and (plan.save_freq > 0 or list(folder.glob("global_step_*"))):
+    if plan.nnodes > 1 and shares_folder:
         check_shared(ranks, folder)
-    replicas = Replicas(ranks, config, plan, tokenizer, folder / "rollout", progress.note, no_weights)
+    replicas = Replicas(ranks, plan, tokenizer, folder / "rollout", progress.note, no_weights)
     stack.callback(replicas.close)
     return ranks, replicas
 
