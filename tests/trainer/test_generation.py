@@ -100,7 +100,7 @@ def test_finished_batches_outlive_a_run_and_the_same_command_goes_on(small, tmp_
     assert len(kept) >= 4
     if end == signal.SIGINT:
         assert process.returncode == 130
-        assert f"{len(kept)} of 200 batches are in {parts}; the same command goes on from there" in said
+        assert f"{len(kept)} of 200 batches are in {parts}. The same command resumes from there" in said
     assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
     assert pq.read_table(output).equals(pq.read_table(tmp_path / "whole.parquet"))
     assert not parts.exists()
@@ -188,5 +188,5 @@ def test_a_dry_run_prints_what_would_be_done_and_names_keys_without_effect(small
     for part in ("24, 1 responses each", "3 of 10 prompts", "hf, 1 on cpu", "No problem found"):
         assert part in said
     assert "rollout.enforce_eager=True has no effect" in said
-    assert "model.use_remove_padding has no effect" in said
+    assert "model.use_remove_padding=True has no effect: nothing is trained." in said
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ from verl.data.ragged import Ragged
 from verl.data.schema import with_columns
 from verl.errors import UserError
 from verl.memory.gpu_balance import DISABLE, GPUReading
-from verl.plan import RunPlan, plan_run
+from verl.plan import RunPlan, engine_of, plan_run
 from verl.rollout.client.backend import EngineDied, GenerateRequest
 from verl.rollout.contract.base import Capabilities, Request, SamplingParams
 from verl.rollout.embedded.engine import HFEngine
@@ -173,7 +173,7 @@ def made(small, started, tmp_path) -> Iterator[Callable[..., Ranks]]:
         def made(gpus: Sequence[str | None], **keys: object) -> Ranks:
             config, plan = planned(small / "model", **keys)
             found = Ranks(plan, gpus)
-            found.make(HOST, "verl.trainer.ppo.ranks:make_host", config, plan, tmp_path)
+            found.make(HOST, "verl.trainer.ppo.ranks:make_host", engine_of(config, plan), tmp_path)
             stack.callback(found.close)
             return found
 
@@ -321,7 +321,7 @@ def driven(small, started, tmp_path) -> Iterator[Callable[[int], Driven]]:
             config, plan = planned(small / "model", **keys)
             job, notes = Ranks(plan, NUMBERS), []
             tokenizer = AutoTokenizer.from_pretrained(small / "model")
-            replicas = Replicas(job, config, plan, tokenizer, tmp_path, notes.append)
+            replicas = Replicas(job, engine_of(config, plan), tokenizer, tmp_path, notes.append)
             stack.callback(job.close)
             for here in job.heres:
                 here.objects[WORKER] = Worker(torch.nn.Linear(3, 4))

@@ -87,8 +87,19 @@ def connect(servers, model, tmp_path) -> Iterator[Callable[..., Router]]:
             f"actor_rollout_ref.model.path='{model}'",
         )
         times = Times(probe_every=1.0, probe_timeout=30.0, dead_after=60.0)
+        policy = config.actor_rollout_ref
         router = build_server_rollout(
-            config, None, [EOS], CONTEXT, VOCABULARY, dtype=None, bucket_bytes=50_000, note=note, times=times
+            policy.rollout,
+            Path(policy.model.path),
+            None,
+            [EOS],
+            CONTEXT,
+            VOCABULARY,
+            dtype=None,
+            bucket_bytes=50_000,
+            weights_dir=policy.rollout.server_weights_dir if by == "disk" else None,
+            note=note,
+            times=times,
         )
         router._pool.retry_every = retry_every
         routers.append(router)

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verl.checks.files import check_output_folder, check_parquet
+from verl.checks.inert import Run, find_inert
 from verl.checks.preflight import unexplained
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.findings import Findings
-from verl.reward.scorers import ARGUMENTS, SCORERS
+from verl.reward.scorers import ARGUMENTS
 
 if TYPE_CHECKING:
     from verl.config.loading.load import Loaded
     from verl.config.sections.models import EvalConfig
-
-
-OF_SCORERS = ("reward.data_sources", *(f"reward.{name}." for name in SCORERS))
 
 
 def check(loaded: Loaded[EvalConfig], *, dry_run: bool) -> Findings:
@@ -42,11 +40,7 @@ def check(loaded: Loaded[EvalConfig], *, dry_run: bool) -> Findings:
         check_reward_function(findings, scorer.path, scorer.name, (*ARGUMENTS, *scorer.reward_kwargs))
     if data.output_path is not None:
         check_output_folder(findings, "data.output_path", str(Path(data.output_path).parent))
-    for key in sorted(loaded.set_keys):
-        if key.startswith(OF_SCORERS) and scorer.path is not None:
-            findings.warn(f"{key} has no effect: custom_reward_function.path scores instead of the source's scorer.")
-        if key in ("custom_reward_function.name", "custom_reward_function.reward_kwargs") and scorer.path is None:
-            findings.warn(f"{key} has no effect: there is no custom reward function (custom_reward_function.path).")
+    findings.warnings += find_inert(Run(config, loaded.set_keys, device="cpu"))
     findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
     return findings
 

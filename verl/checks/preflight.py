@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
-from verl.checks.inert import find_inert
+from verl.checks.inert import Run, find_inert
 from verl.checks.models import ModelFacts, check_model, check_tokenizer_of, check_tokenizer_path
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.checks.servers import check_servers
@@ -21,7 +21,7 @@ from verl.checks.settings import ROLLOUT, check_context, check_settings
 from verl.findings import Findings
 from verl.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.memory.host_budget import budget_of_run
-from verl.plan import ModelSize, RunPlan, plan_run
+from verl.plan import EnginePlan, ModelSize, RunPlan, engine_of, plan_run
 from verl.reward.batch import ARGUMENTS as OF_A_BATCH
 from verl.reward.scorers import ARGUMENTS
 from verl.rollout.engines.registry import ADAPTERS
@@ -31,10 +31,9 @@ from verl.tracking import LOGGERS, how_to_install, missing_package
 if TYPE_CHECKING:
     from verl.config.loading.load import Loaded
     from verl.config.loading.problems import Problem
+    from verl.config.sections.base import Device
     from verl.config.sections.models import Config
     from verl.config.sections.reward import RewardModelModelConfig
-
-ENGINES = ("hf", *ADAPTERS)
 
 DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")  # a key in a text
 
@@ -56,14 +55,15 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
     plan = plan_run(config, device=device, train_rows=train_rows, val_rows=val_rows)
     check_settings(findings, config, plan)
     plan = dataclasses.replace(plan, models=_models(findings, config, plan))
-    check_engine(findings, config, plan, dry_run)
-    check_servers(findings, config, dry_run)
-    check_devices(findings, config, plan, gpus, dry_run)
+    engine = engine_of(config, plan)
+    check_engine(findings, engine, dry_run)
+    check_servers(findings, engine, dry_run)
+    check_devices(findings, engine, config.trainer.device, gpus, dry_run)
     if dry_run and (budget := budget_of_run(config, plan)):
         here = not plan.uses_ray and (plan.device == "cpu" or gpus >= plan.devices_per_node)
         check_host_memory(findings, budget, plan.device, here)
     _files(findings, config, plan)
-    for sentence in find_inert(config, plan, loaded.set_keys):
+    for sentence in find_inert(Run.of_plan(config, plan, loaded.set_keys)):
         findings.warn(sentence)
     findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
     return plan, findings
@@ -131,7 +131,7 @@ def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, Mode
         if facts is not None:
             _one_label(findings, reward, facts)
         if reward.input_tokenizer is None and facts is not None:
-            check_context(findings, config, "reward_model.model.path", facts.max_positions)
+            check_context(findings, config.data, "reward_model.model.path", facts.max_positions)
         elif reward.input_tokenizer is not None:
             check_tokenizer_path(findings, "reward_model.model.path", reward.path)
             check_tokenizer_path(findings, "reward_model.model.input_tokenizer", reward.input_tokenizer)
@@ -167,18 +167,18 @@ def _model(findings: Findings, config: Config, role: str, key: str, path: str) -
         return {}
     section = config.critic.model if role == "critic" else config.actor_rollout_ref.model
     positions = section.override_config.get("max_position_embeddings", facts.max_positions)
-    check_context(findings, config, key, positions)
+    check_context(findings, config.data, key, positions)
     return {role: facts}
 
 
-def check_engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) -> None:
-    key, name = f"{ROLLOUT}.name", plan.engine
-    if name not in ENGINES:
-        findings.problem(
-            key, name, f"no engine has this name (known: {', '.join(ENGINES)})", f"set it to {_nearest(name, ENGINES)}"
-        )
+def check_engine(findings: Findings, plan: EnginePlan, dry_run: bool) -> None:
+    key, name = f"{ROLLOUT}.name", plan.name
+    known = ("hf", *ADAPTERS)
+    if name not in known:
+        why = f"no engine has this name (known: {', '.join(known)})"
+        findings.problem(key, name, why, f"set it to {_nearest(name, known)}")
     elif name in ADAPTERS:
-        _adapter(findings, config, plan, ADAPTERS[name], dry_run)
+        _adapter(findings, plan, ADAPTERS[name], dry_run)
     working = [size for size in range(1, plan.world_size + 1) if _splits(plan, size)]
     if plan.tensor_parallel not in working:
         nodes = f" ({plan.nnodes} nodes of {plan.devices_per_node})" if plan.nnodes > 1 else ""
@@ -190,13 +190,13 @@ def check_engine(findings: Findings, config: Config, plan: RunPlan, dry_run: boo
         )
 
 
-def _splits(plan: RunPlan, size: int) -> bool:
+def _splits(plan: EnginePlan, size: int) -> bool:
     """Into tensor-parallel groups, each within a node or on all devices of several."""
     return plan.world_size % size == 0 and (plan.devices_per_node % size == 0 or size % plan.devices_per_node == 0)
 
 
-def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter, dry_run: bool) -> None:
-    rollout, name = config.actor_rollout_ref.rollout, adapter.name
+def _adapter(findings: Findings, plan: EnginePlan, adapter: Adapter, dry_run: bool) -> None:
+    rollout, name = plan.rollout, adapter.name
     if rollout.mode == "colocated" and not adapter.installed:
         if dry_run:
             findings.cannot_check(
@@ -208,7 +208,7 @@ def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter
                 f'run pip install -e ".[{name}]" (without a GPU: make {name}-cpu), or set it to hf, the embedded engine'
             )
             findings.problem(f"{ROLLOUT}.name", name, why, fix)
-    for argument, value in getattr(rollout.engine_kwargs, name).items():
+    for argument, value in rollout.engine_kwargs.of(name).items():
         if argument in adapter.own_keys:
             key, why = f"{ROLLOUT}.engine_kwargs.{name}.{argument}", "another key decides this argument"
             findings.problem(key, value, f"{why} of {adapter.title}", f"set {adapter.own_keys[argument]}")
@@ -233,14 +233,14 @@ def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter
             )
 
 
-def check_devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, dry_run: bool) -> None:
-    """gpus: as many as torch can use here."""
+def check_devices(findings: Findings, plan: EnginePlan, device: Device, gpus: int, dry_run: bool) -> None:
+    """device: value of trainer.device. gpus: number of GPUs that torch can use here."""
     key, asked = "trainer.n_gpus_per_node", plan.devices_per_node
     if torch_is_cpu_build():
         have = "the torch that is installed is a CPU build"
     else:
         have = f"this machine has {gpus or 'no'} GPU{'s' if gpus != 1 else ''}"
-    if plan.device == "cpu" and config.trainer.device == "auto" and installed_gpus():
+    if plan.device == "cpu" and device == "auto" and installed_gpus():
         findings.warn(f"the run uses the CPU and not this machine's GPU: {have}. Install a CUDA build of torch.")
     if plan.uses_ray:
         if plan.device == "cuda" and torch_is_cpu_build() and not dry_run:
@@ -254,13 +254,13 @@ def check_devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, 
             )
     elif plan.device == "cuda" and gpus < asked and dry_run:
         findings.cannot_check(f"{key}={asked}: {have}; the plan takes them as given, and their memory is not checked")
-    elif config.trainer.device == "cuda" and gpus < asked:
+    elif device == "cuda" and gpus < asked:
         fix = f"set it to {gpus}" if gpus else f"set trainer.device=cpu and {key}=1"
         findings.problem(key, asked, have, fix)
     if plan.executor == "local" and plan.world_size > 1:
         why = f"it is one process, and the run asks for {plan.world_size} devices"
         findings.problem("trainer.executor", plan.executor, why, "leave it out, or set it to ray")
-    if plan.uses_ray and config.actor_rollout_ref.rollout.mode == "server":
+    if plan.uses_ray and plan.rollout.mode == "server":
         why = (
             "weights go to servers from a trainer that is one process, and this run's ranks are processes of their own"
         )

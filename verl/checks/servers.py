@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from verl.checks.settings import ROLLOUT
+from verl.config.sections.rollout import RolloutConfig
 from verl.findings import Findings
 
 if TYPE_CHECKING:
-    from verl.config.sections.models import Config
+    from verl.plan import EnginePlan
 
 EXAMPLE = "http://10.0.0.5:30000"
 
 
-def check_servers(findings: Findings, config: Config, dry_run: bool) -> None:
-    rollout = config.actor_rollout_ref.rollout
+def check_servers(findings: Findings, engine: EnginePlan, dry_run: bool) -> None:
+    rollout = engine.rollout
     if rollout.mode != "server":
         return
     if rollout.name != "sglang":
@@ -26,7 +27,7 @@ def check_servers(findings: Findings, config: Config, dry_run: bool) -> None:
         findings.problem(f"{ROLLOUT}.name", rollout.name, why, f"set it to sglang, or {ROLLOUT}.mode=colocated")
     _urls(findings, rollout.server_urls, has_key=rollout.server_api_key_env is not None)
     _key(findings, rollout.server_api_key_env, dry_run)
-    if rollout.server_weight_update == "disk":
+    if isinstance(rollout, RolloutConfig) and rollout.server_weight_update == "disk":
         _folder(findings, rollout.server_weights_dir, dry_run)
 
 

@@ -11,7 +11,8 @@ from verl.findings import Findings
 from verl.plan import MicroBatching, RunPlan, needs_critic
 
 if TYPE_CHECKING:
-    from verl.config.sections.models import Config
+    from verl.config.sections.generation import GenerationDataConfig
+    from verl.config.sections.models import Config, DataConfig, EngineConfig
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -32,7 +33,7 @@ def check_settings(findings: Findings, config: Config, plan: RunPlan) -> None:
     _mini_batches(findings, config, plan)
     _micro_batches(findings, plan)
     _steps(findings, config, plan)
-    check_lengths(findings, config)
+    check_lengths(findings, config.data, config.actor_rollout_ref.rollout)
     _sampling(findings, config)
     _algorithm(findings, config, plan)
     _dapo(findings, config, plan)
@@ -126,8 +127,7 @@ def _steps(findings: Findings, config: Config, plan: RunPlan) -> None:
             )
 
 
-def check_lengths(findings: Findings, config: Config) -> None:
-    data, rollout = config.data, config.actor_rollout_ref.rollout
+def check_lengths(findings: Findings, data: DataConfig | GenerationDataConfig, rollout: EngineConfig) -> None:
     longest = data.max_prompt_length + data.max_response_length
     if rollout.max_model_len is not None and rollout.max_model_len < longest:
         findings.problem(
@@ -138,9 +138,10 @@ def check_lengths(findings: Findings, config: Config) -> None:
         )
 
 
-def check_context(findings: Findings, config: Config, key: str, max_positions: int | None) -> None:
-    """max_positions: what the model's config.json calls max_position_embeddings."""
-    data = config.data
+def check_context(
+    findings: Findings, data: DataConfig | GenerationDataConfig, key: str, max_positions: int | None
+) -> None:
+    """key: of the model's path. max_positions: max_position_embeddings of the model's config.json."""
     longest = data.max_prompt_length + data.max_response_length
     if max_positions is None or longest <= max_positions:
         return

@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from verl.config.sections.effects import Condition, NoEffect, ReadBy
+
 ABSENT: Final = PydanticUndefined
 MISSING: Final = "???"  # OmegaConf's sign for a required value that is not there
 
@@ -37,6 +39,23 @@ def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Field
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+@cache
+def conditions_of(model: type[BaseModel], key: str) -> list[tuple[str, Condition]]:
+    """The conditions under which a key has no effect, those of outer sections first; each with the dotted name of the
+    section that holds it ("" for the whole configuration)."""
+    found: list[tuple[str, Condition]] = []
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        field = model.model_fields[name]
+        conditions = [item for item in field.metadata if isinstance(item, NoEffect | ReadBy)]
+        found += [(".".join(names[:depth]), item) for item in conditions if item.covers(names[depth + 1 :])]
+        section = section_of(field)
+        if section is None:
+            break
+        model = section
+    return found
 
 
 def choices(annotation: Any) -> set[Any]:

@@ -13,9 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl.config.loading.collect import Settings
 from verl.config.loading.schema import choices, defaults_of, get, keys_of, put
+from verl.config.policy_losses import LOSS_MODES
 
 ACTOR = "actor_rollout_ref.actor"
-LOSSES_OF_SEQUENCES = ("gspo", "geo_mean", "sapo")
 
 
 def resolve_references(settings: Settings) -> None:
@@ -89,14 +89,12 @@ def divide_over_ranks(settings: Settings) -> None:
 
 
 def decide_aggregation(settings: Settings) -> None:
-    """Losses that their papers average over responses are so averaged, unless the user says otherwise."""
+    """A policy loss may have a default for ``loss_agg_mode`` of its own. A value that the user set stays."""
     key, loss = f"{ACTOR}.loss_agg_mode", get(settings.tree, f"{ACTOR}.policy_loss.loss_mode")
-    if loss in LOSSES_OF_SEQUENCES and key not in settings.set_keys:
-        put(settings.tree, key, "seq-mean-token-mean")
-        settings.notices.append(
-            f"{key}=seq-mean-token-mean, because the paper of {ACTOR}.policy_loss.loss_mode={loss} averages over "
-            "responses."
-        )
+    averages = LOSS_MODES[loss].averages if isinstance(loss, str) and loss in LOSS_MODES else None
+    if averages is not None and key not in settings.set_keys:
+        put(settings.tree, key, averages)
+        settings.notices.append(f"{key}={averages} is the default for {ACTOR}.policy_loss.loss_mode={loss}.")
 
 
 def decide_kl(settings: Settings) -> None:

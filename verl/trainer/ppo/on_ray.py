@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from verl.cluster.ray.group import RayRanks, RayWorkerGroup
 from verl.cluster.ray.placement import Seat, asked_of_nodes, check_resources, place, remove
 from verl.cluster.ray.start import RaySettings, connected
-from verl.config.sections.models import Config
+from verl.config.sections.models import Config, RayKwargsConfig
 from verl.errors import UserError
 from verl.machine import HostMemory, host_memory
-from verl.plan import RunPlan
+from verl.plan import EnginePlan, Placement, RunPlan, engine_of
 from verl.rollout.client.engine import NO_WEIGHTS
 from verl.rollout.loop import EventLoop
 from verl.rollout.router.router import Router
@@ -25,7 +25,7 @@ from verl.trainer.ppo.phases import put_to_sleep
 from verl.trainer.ppo.ranks import WORKER, token_shares
 from verl.trainer.ppo.replicas import Replicas
 from verl.trainer.ppo.runtime import Runtime
-from verl.trainer.ppo.worker import READS
+from verl.trainer.ppo.worker import reads_of
 
 PLACE_TIMEOUT, ANSWER_TIMEOUT = 60.0, 300.0  # seconds
 # Environment variables that the driver passes to the ranks. Everything else comes from Ray on the rank's node.
@@ -33,9 +33,9 @@ PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "SGL", "VERL_", "HF_", "TOK
 SECRET = ("_TOKEN", "_KEY")  # not passed on: Ray sends variables unencrypted
 
 
-def seats_of_ranks(stack: ExitStack, config: Config, plan: RunPlan) -> list[Seat]:
+def seats_of_ranks(stack: ExitStack, ray_kwargs: RayKwargsConfig, plan: Placement) -> list[Seat]:
     """A device for each rank. ``stack`` gives them back when it closes."""
-    init = dict(config.ray_kwargs.ray_init)
+    init = dict(ray_kwargs.ray_init)
     settings = RaySettings(os.environ.get("RAY_ADDRESS"), init, plan.devices_per_node)
     stack.enter_context(connected(settings, lambda text: print(text, flush=True)))
     check_resources(plan.nnodes, plan.devices_per_node, plan.device)
@@ -60,7 +60,16 @@ def build_on_ray(
     progress: Progress,
 ) -> Runtime:
     """``stack`` closes what is started here. If the ranks have failed, it turns any error into theirs."""
-    ranks, replicas = start_ranks(stack, config, plan, tokenizer, seats, folder, progress)
+    ranks, replicas = start_ranks(
+        stack,
+        engine_of(config, plan),
+        tokenizer,
+        seats,
+        folder,
+        progress,
+        timeout=config.trainer.worker_timeout,
+        shares_folder=plan.save_freq > 0 or bool(list(folder.glob("global_step_*"))),
+    )
     if plan.engine == "hf":  # it borrows the actor's module
         workers = _make_workers(ranks, config, plan)
         rollout = start_replicas(stack, replicas, loop)
@@ -73,16 +82,21 @@ def build_on_ray(
 
 def start_ranks(
     stack: ExitStack,
-    config: Config,
-    plan: RunPlan,
+    plan: EnginePlan,
     tokenizer: PreTrainedTokenizerBase,
     seats: Sequence[Seat],
     folder: Path,
     progress: Progress,
+    *,
+    timeout: float,
+    shares_folder: bool = False,
     no_weights: str | None = NO_WEIGHTS,
 ) -> tuple[RayRanks, Replicas]:
-    """The ranks, each with its share of a replica. The replicas are not started yet. stack: as in ``build_on_ray``.
-    no_weights: as in ``start_engine``."""
+    """The ranks, each with its share of a replica. The replicas are not started yet.
+
+    stack: as in ``build_on_ray``. timeout: seconds that a call to the ranks may take. shares_folder: whether all nodes
+    must see ``folder``. no_weights: as in ``start_engine``.
+    """
     logs = folder / "ranks"
     replicas: Replicas | None = None
 
@@ -99,15 +113,15 @@ def start_ranks(
         seats,
         plan.device,
         logs=logs,
-        timeout=config.trainer.worker_timeout,
+        timeout=timeout,
         environment=environment,
         on_failure=fail,
     )
     stack.push(ranks.explain)
     stack.callback(ranks.close)
-    if plan.nnodes > 1 and (plan.save_freq > 0 or list(folder.glob("global_step_*"))):
+    if plan.nnodes > 1 and shares_folder:
         check_shared(ranks, folder)
-    replicas = Replicas(ranks, config, plan, tokenizer, folder / "rollout", progress.note, no_weights)
+    replicas = Replicas(ranks, plan, tokenizer, folder / "rollout", progress.note, no_weights)
     stack.callback(replicas.close)
     return ranks, replicas
 
@@ -122,7 +136,7 @@ def start_replicas(stack: ExitStack, replicas: Replicas, loop: EventLoop) -> Rou
 
 def _make_workers(ranks: RayRanks, config: Config, plan: RunPlan) -> RayWorkerGroup:
     shares = token_shares(config.trainer.balance_batch)
-    return ranks.make(WORKER, "verl.trainer.ppo.ranks:make_worker", config, plan, shares=shares, reads=READS)
+    return ranks.make(WORKER, "verl.trainer.ppo.ranks:make_worker", config, plan, shares=shares, reads=reads_of(config))
 
 
 def check_shared(ranks: RayRanks, folder: Path) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from verl.cluster.ray.group import RayRanks
-from verl.config.sections.models import Config
 from verl.errors import UserError
-from verl.plan import RunPlan
+from verl.plan import EnginePlan
 from verl.rollout.client.backend import EngineDied
 from verl.rollout.client.engine import NO_WEIGHTS, ClientEngine
 from verl.rollout.processes.subprocess_backend import START_TIMEOUT
@@ -32,18 +31,17 @@ class Replicas:
     def __init__(
         self,
         ranks: RayRanks,
-        config: Config,
-        plan: RunPlan,
+        plan: EnginePlan,
         tokenizer: PreTrainedTokenizerBase,
         logs: Path,
         note: Say,
         no_weights: str | None = NO_WEIGHTS,
     ):
         self._no_weights = no_weights
-        self._ranks, self._config, self._plan, self._tokenizer = ranks, config, plan, tokenizer
+        self._ranks, self._plan, self._tokenizer = ranks, plan, tokenizer
         self._say = note
         self._replicas = replicas_of(plan.world_size, plan.devices_per_node, plan.tensor_parallel)
-        self._hosts = ranks.make(HOST, "verl.trainer.ppo.ranks:make_host", config, plan, logs)
+        self._hosts = ranks.make(HOST, "verl.trainer.ppo.ranks:make_host", plan, logs)
         self.weights = WeightsOnRanks(self._hosts, self._replicas)
         self._current: dict[str, RemoteBackend] = {}  # by the replica's name
 
@@ -64,9 +62,9 @@ class Replicas:
         ]
         return Router(
             members,
-            revive=None if self._plan.engine == "hf" else self._again,  # it dies only with its rank
+            revive=None if self._plan.name == "hf" else self._again,  # it dies only with its rank
             save=lambda stream, version: stream,  # the ranks can send the weights any number of times
-            revivals=self._config.trainer.rollout_restarts,
+            revivals=self._plan.restarts,
             note=self._note,
         )
 
@@ -102,7 +100,7 @@ class Replicas:
 
         pids = {rank: of_rank["pid"] for rank, of_rank in facts.items()}
         backend = self._current[replica.name] = RemoteBackend(replica, ask, facts[replica.first], pids, stop)
-        return client_of(backend, self._config, self._plan, self._tokenizer, self._no_weights)
+        return client_of(backend, self._plan, self._tokenizer, self._no_weights)
 
     def _ask(self, rank: int, method: str, *args: Any, timeout: float | None = None) -> Any:
         return self._ranks.ask(rank, HOST, method, *args, timeout=timeout)

@@ -20,7 +20,7 @@ from verl.engine.model import model_size, read_config
 from verl.findings import Findings
 from verl.machine import HostMemory, host_memory
 from verl.memory.host_budget import budget_of_run
-from verl.plan import ModelSize, RunPlan, plan_run
+from verl.plan import ModelSize, RunPlan, engine_of, plan_run
 from verl.reward.manager import RewardManager
 from verl.reward.model_inputs import RewardModelInputs
 from verl.rollout.loop import EventLoop
@@ -80,7 +80,7 @@ def run_in_folder(
         if plan.uses_ray:
             from verl.trainer.ppo import on_ray
 
-            seats = on_ray.seats_of_ranks(stack, config, plan)
+            seats = on_ray.seats_of_ranks(stack, config.ray_kwargs, plan)
             machines = on_ray.host_memories(seats)
         check_host_memory(config, plan, machines)
         folder = run_folder(config, set_keys)
@@ -196,14 +196,15 @@ def build_here(
     progress: Progress,
 ) -> Runtime:
     """One rank, in this process. ``stack`` closes what is started here."""
-    started = start_engine(config, plan, tokenizer, folder, progress.note)
+    engine = engine_of(config, plan)
+    started = start_engine(engine, tokenizer, folder, progress.note)
     if started:
         stack.callback(lambda: loop.run(started.close()))
         put_to_sleep(started, loop)
     worker = PPOWorker(config, plan)
     workers = LocalWorkerGroup(worker)
     stack.callback(workers.close)
-    rollout = started or embedded_engine(config, plan, worker, tokenizer)
+    rollout = started or embedded_engine(engine, worker.engines["actor"], tokenizer)
     return Runtime(loop, workers, rollout, worker.weights, progress)
 
 

@@ -40,10 +40,15 @@ READS = {
         "old_log_probs",
         "ref_log_probs",
         "rollout_is_weights",
-        "selected",
     ),
     "update_critic": (*SEQUENCES, "response_mask", "loss_weights", "values", "returns"),
 }
+
+
+def reads_of(config: Config) -> dict[str, tuple[str, ...]]:
+    """``READS``, with the columns that the run's policy loss reads."""
+    columns = resolve(config.actor_rollout_ref.actor.policy_loss.loss_mode).columns
+    return READS | {"update_actor": (*READS["update_actor"], *columns)}
 
 
 class PPOWorker:
