@@ -13,6 +13,10 @@ class UserError(Exception):
     and what to do."""
 
 
+class Diverged(UserError):  # noqa: N818
+    """A model's weights, gradients or outputs are not finite numbers: training cannot go on."""
+
+
 def portable(error: BaseException) -> Exception:
     """What of an error goes to another process: user errors as they are (or as plain ones, where they do not survive
     the way), others as text."""

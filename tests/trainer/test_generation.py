@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from helpers import ROOT, make_prompts
 
 from verl.trainer.main_generation import main
+from verl.trainer.run_lock import RunLock
 
 
 def arguments(small: Path, output: Path, **keys: object) -> list[str]:
@@ -190,3 +192,14 @@ def test_a_dry_run_prints_what_would_be_done_and_names_keys_without_effect(small
     assert "rollout.enforce_eager=True has no effect" in said
     assert "model.use_remove_padding=True has no effect: nothing is trained." in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_that_another_run_writes_are_refused(small, tmp_path, capsys):
+    output = tmp_path / "out.parquet"
+    with RunLock(tmp_path / "out.parquet.parts", "data.output_path"):
+        assert main(arguments(small, output)) == 1
+    assert f"process {os.getpid()} on" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(arguments(small, output)) == 0
+    assert output.exists()
+    assert not (tmp_path / "out.parquet.parts").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -18,7 +19,9 @@ import pytest
 import torch
 
 from verl.errors import UserError
+from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.main_sft import main
+from verl.trainer.run_lock import RunLock
 from verl.trainer.sft.examples import fitted, load_examples
 
 ROOT = Path(__file__).parents[2]
@@ -312,3 +315,29 @@ def test_ctrl_c_stops_after_the_step_and_the_same_command_goes_on(small, tmp_pat
     assert f"The same command goes on from step {stopped + 1}" in output
     assert main(arguments(small, tmp_path, trainer__total_training_steps=stopped + 1)) == 0
     assert metrics_of(tmp_path)[-1]["step"] == stopped + 1
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_run_that_diverges_ends_with_an_error_and_keeps_the_last_good_checkpoint(small, tmp_path, capsys, steps):
+    """steps: after the good run. The first one already leaves weights that compute nothing finite."""
+    keep = {"trainer__save_freq": 1, "trainer__max_ckpt_to_keep": 1}
+    assert main(arguments(small, tmp_path, **keep, trainer__total_training_steps=2)) == 0
+    (good,) = Checkpoints(tmp_path).all()
+    before = {path.name: path.read_bytes() for path in good.folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    diverging = {"optim__lr": 1e30, "trainer__total_training_steps": 2 + steps}
+    assert main(arguments(small, tmp_path, **keep, **diverging)) == 1
+    said = "".join(capsys.readouterr())
+    assert "Traceback" not in said
+    assert "step 3: the model has diverged" in said
+    assert f"The last checkpoint before that is {good.folder}" in said
+    assert {path.name: path.read_bytes() for path in good.folder.rglob("*") if path.is_file()} == before
+    assert [checkpoint.step for checkpoint in Checkpoints(tmp_path).all()] == [2]
+
+
+def test_a_folder_in_which_another_run_trains_is_refused(small, tmp_path, capsys):
+    with RunLock(tmp_path, "trainer.default_local_dir"):
+        assert main(arguments(small, tmp_path)) == 1
+    assert f"process {os.getpid()} on" in capsys.readouterr().err
+    assert not (tmp_path / "config.yaml").exists()
+    assert main(arguments(small, tmp_path)) == 0

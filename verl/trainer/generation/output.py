@@ -22,12 +22,17 @@ from verl.tracking.files import written_whole
 SETTINGS = "settings.json"
 
 
+def parts_folder(path: Path) -> Path:
+    """The folder of the parts of this file."""
+    return path.with_name(f"{path.name}.parts")
+
+
 class Output:
     """path: of the file. settings: what decides the responses, as JSON has it. batches: how many parts it has."""
 
     def __init__(self, path: Path, settings: dict[str, Any], batches: int):
         self.path, self.batches = path, batches
-        self.folder = path.with_name(f"{path.name}.parts")
+        self.folder = parts_folder(path)
         self._keep_settings(json.loads(json.dumps(settings)))
 
     def _keep_settings(self, settings: dict[str, Any]) -> None:

@@ -24,10 +24,11 @@ from verl.rollout.contract.base import Result, RolloutEngine, SamplingParams
 from verl.rollout.loop import EventLoop
 from verl.tracking import RunInfo, StageTimer, Trackers, build_trackers
 from verl.trainer.generation.engine import start, start_on_ray
-from verl.trainer.generation.output import Output
+from verl.trainer.generation.output import Output, parts_folder
 from verl.trainer.generation.prompts import RESPONSES, load
 from verl.trainer.interrupt import INTERRUPTED, StopRequest
 from verl.trainer.ppo.sampling import training_sampling
+from verl.trainer.run_lock import RunLock
 from verl.trainer.runs import finishes, last_words, say
 
 GENERATION = -3  # takes the place of the step in the seeds of the responses
@@ -54,8 +55,16 @@ def run(loaded: Loaded[GenerationConfig], findings: Findings) -> int:
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
     rows, prompts = load(config.data, tokenizer, lambda text: print(f"notice: {text}"))
     batches = ceil_div(rows.num_rows, config.data.batch_size)
-    output = Output(Path(config.data.output_path).expanduser(), deciding(config, rows), batches)
-    missing = output.missing()
+    path = Path(config.data.output_path).expanduser()
+    with RunLock(parts_folder(path), "data.output_path"):
+        return run_in_folder(config, tokenizer, rows, prompts, Output(path, deciding(config, rows), batches))
+
+
+def run_in_folder(
+    config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, rows: pa.Table, prompts: pa.Table, output: Output
+) -> int:
+    """The exit code. The folder of the responses' parts is this process's alone."""
+    batches, missing = output.batches, output.missing()
     info = RunInfo("verl", "generation", output.path, total_steps=batches, resume_step=batches - len(missing) or None)
     finished = not missing
     with ExitStack() as stack:

@@ -9,11 +9,12 @@ import pyarrow as pa
 
 from verl.algorithms.kl import KLControl
 from verl.data.schema import ragged
+from verl.errors import Diverged
 from verl.trainer.checkpoints import Checkpoint, Checkpoints, SaveError
 from verl.trainer.ppo.feed import Feed
 from verl.trainer.ppo.stages import Stages
 from verl.trainer.ppo.step_log import StepLog
-from verl.trainer.ppo.updates import Diverged
+from verl.trainer.soundness import broken_log_probs
 
 
 class RunState:
@@ -52,13 +53,16 @@ class RunState:
         rows = table.slice(0, workers.world_size)
         for role, method, column in self._forwards:
             with self._stages.loaded(role):
-                names = [name for name in workers.call("not_finite", role).result() if name]
-                if not names:
+                why = next((f"{name} is not finite" for name in workers.call("not_finite", role).result() if name), "")
+                if not why:
                     found = ragged(workers.map(method, rows).result(), column).values
-                    names = [] if np.isfinite(found).all() else [f"what it computes ({column})"]
-            if names:
+                    if role == "actor":
+                        why = broken_log_probs(found)
+                    elif not np.isfinite(found).all():
+                        why = "its values are not finite"
+            if why:
                 raise Diverged(
-                    f"step {step}: the {role} has diverged: {names[0]} is not finite. Nothing was saved. "
+                    f"step {step}: the {role} has diverged: {why}. Nothing was saved. "
                     f"{self._checkpoints.where_to_resume()}; go on from there with a lower learning rate."
                 )
 

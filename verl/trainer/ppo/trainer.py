@@ -12,6 +12,7 @@ from verl.algorithms.kl import KLControl
 from verl.algorithms.rewards import token_rewards
 from verl.config.sections.models import Config
 from verl.data.schema import ragged, with_columns
+from verl.errors import Diverged
 from verl.plan import RunPlan
 from verl.tracking import Trackers
 from verl.trainer.ppo.feed import Feed
@@ -20,7 +21,7 @@ from verl.trainer.ppo.run_state import RunState
 from verl.trainer.ppo.samples import Samples
 from verl.trainer.ppo.stages import Stages
 from verl.trainer.ppo.step_log import StepLog
-from verl.trainer.ppo.updates import Diverged, Updates
+from verl.trainer.ppo.updates import Updates
 from verl.trainer.ppo.validation import Validation
 from verl.trainer.ppo.weight_sync import WeightSync
 

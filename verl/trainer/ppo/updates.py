@@ -12,14 +12,10 @@ from verl.algorithms.batches import mini_batches
 from verl.algorithms.losses import loss_columns
 from verl.config.sections.models import ActorConfig, Config, CriticConfig
 from verl.data.schema import ragged, rows_of, with_columns
-from verl.errors import UserError
+from verl.errors import Diverged
 from verl.plan import RunPlan, UpdatePlan
 from verl.trainer.ppo.stages import Stages
 from verl.trainer.ppo.step_log import StepLog
-
-
-class Diverged(UserError):  # noqa: N818
-    """A model's weights or gradients are not finite numbers: training cannot go on."""
 
 
 class Updates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from verl.memory.host_budget import budget_of_sft
 from verl.tracking import build_trackers
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.interrupt import STOPPING, StopRequest
+from verl.trainer.run_lock import RunLock
 from verl.trainer.runs import close_run, finishes, folder_of, run_folder, run_info, say, where_to_start
 from verl.trainer.sft.examples import load_examples
 from verl.trainer.sft.trainer import SFTTrainer
@@ -34,6 +36,19 @@ def run(loaded: Loaded[SFTConfig], findings: Findings) -> int:
     train, val = read_examples(config, tokenizer)
     last_step = steps_of(config, train.num_rows)
 
+    with RunLock(folder_of(config.trainer), "trainer.default_local_dir"):
+        return run_in_folder(config, loaded.set_keys, tokenizer, train, val, last_step)
+
+
+def run_in_folder(
+    config: SFTConfig,
+    set_keys: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    train: pa.Table,
+    val: pa.Table | None,
+    last_step: int,
+) -> int:
+    """The exit code. The folder of the run is this process's alone."""
     checkpoints = Checkpoints(folder_of(config.trainer), config.trainer.max_ckpt_to_keep)
     start = where_to_start(config.trainer, checkpoints, last_step)
     if start and start.step >= last_step:
@@ -41,7 +56,7 @@ def run(loaded: Loaded[SFTConfig], findings: Findings) -> int:
     budget = budget_of_sft(config, model_size(config.model, "policy"), device_of(config))
     if warning := require_host_memory([budget], [("this machine", host_memory())], device_of(config)):
         print(f"warning: {warning}")
-    folder = run_folder(config, loaded.set_keys)
+    folder = run_folder(config, set_keys)
     with ExitStack() as stack:
         trackers = stack.enter_context(
             build_trackers(config.trainer.logger, run_info(config, folder, last_step, start))

@@ -14,10 +14,12 @@ from verl.data.loader import PromptLoader
 from verl.data.ragged import Ragged
 from verl.data.schema import ragged, with_columns
 from verl.engine import TrainEngine
+from verl.errors import Diverged
 from verl.plan import MicroBatching, is_due
 from verl.tracking import StageTimer, Trackers
 from verl.trainer.checkpoints import Checkpoint, Checkpoints, SaveError
 from verl.trainer.sft.loss import nll_loss
+from verl.trainer.soundness import broken_log_probs
 
 Metrics = dict[str, float]
 
@@ -80,6 +82,8 @@ class SFTTrainer:
         with self.timer("update"):
             found = self.engine.update(weighted(batch), nll_loss, batching=self.batching, entropy=False)
             self.engine.step_schedule()
+        if found["skipped"]:
+            raise self._diverged("the gradients are not finite, so the optimizer step was skipped")
         own = {"grad_norm": "train/grad_norm", "lr": "train/lr", "skipped": "train/skipped_steps"}
         could = self.engine.peak_flops * self.timer.seconds["update"]
         mfu = {"perf/mfu": (self.engine.flops - before) / could} if could else {}
@@ -124,11 +128,28 @@ class SFTTrainer:
         """A disk that is full costs the run nothing: saving is tried again after each step until it works."""
         try:
             with self.trackers.progress.stage("save_checkpoint"):
+                self._check_model()
                 self.checkpoints.save(self.step, self._write, {"step": self.step, "loader": self.loader.state_dict()})
             self.unsaved = None
         except SaveError as error:
             self.unsaved = error
             self.trackers.progress.warn(f"{error}. Saving is tried again after each step.")
+
+    def _check_model(self) -> None:
+        """Diverged if a parameter, or a log-prob that the model computes, is not finite."""
+        if name := self.engine.not_finite():
+            raise self._diverged(f"{name} is not finite")
+        rows = self.train.slice(0, 1)
+        found = self.engine.log_probs(rows, temperature=1.0, batching=self.batching, entropy=False)
+        if why := broken_log_probs(Ragged.from_column(found["log_probs"]).values):
+            raise self._diverged(why)
+
+    def _diverged(self, why: str) -> Diverged:
+        return Diverged(
+            f"step {self.step}: the model has diverged: {why}. Nothing was saved. "
+            f"{self.checkpoints.where_to_resume()}; go on from there with a lower learning rate "
+            f"(optim.lr={self.config.optim.lr:g} now)."
+        )
 
     def _write(self, folder: Path) -> None:
         """model/: what training goes on from. huggingface/: what transformers loads."""
