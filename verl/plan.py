@@ -1,6 +1,6 @@
-"""The plan of a run: all of its arithmetic, worked out before anything starts and used by trainer and workers alike.
+"""The plan of a run: all of its arithmetic. Checks, trainer and workers use the same plan.
 
-Pure: no torch, no file, no device is touched here.
+The module uses no torch, file or device.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class RunPlan(Placement):
 
     @property
     def rows_left_out(self) -> int | None:
-        """Rows that an epoch does not reach, because a step's batch is always full."""
+        """The number of rows that an epoch leaves out, because a step's batch is always full."""
         return None if self.train_rows is None else self.train_rows % self.prompts
 
     @property
@@ -325,7 +325,7 @@ def engine_of_generation(config: GenerationConfig, device: Literal["cpu", "cuda"
 
 
 def roles_of(config: Config) -> dict[str, str]:
-    """The models a run builds, each with the reason."""
+    """The models that a run builds -> the reason."""
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     roles = {"actor": "the policy that is trained"}
     if config.critic.enable is not False and needs_critic(config):
@@ -345,7 +345,7 @@ def roles_of(config: Config) -> dict[str, str]:
 
 
 def needs_critic(config: Config) -> bool:
-    """Whether the advantages are made of values; False as well when there is no such estimator."""
+    """Whether the advantages need values. False also if there is no such estimator."""
     try:
         return resolve(config.algorithm.adv_estimator).needs_critic
     except UserError:
@@ -357,7 +357,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def is_due(step: int, every: int, last: int | None) -> bool:
-    """Each ``every`` steps and at the last one; never when ``every`` is not positive."""
+    """Whether ``step`` is a multiple of ``every`` or the last step. Never if ``every`` is not positive."""
     return every > 0 and step > 0 and (step % every == 0 or step == last)
 
 
