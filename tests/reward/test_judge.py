@@ -271,7 +271,7 @@ def test_judge_and_scorers_score_the_rows_of_their_data_sources(manager_of, tabl
 def test_a_judge_that_fails_ends_the_run_unless_told_otherwise(manager_of, table_of, server):
     server.answer = lambda body: (500, {}, "") if "blue" in body["messages"][0]["content"] else completion("Score: 1")
     table = table_of(["blue", "red"], source=["judge"] * 2)
-    with pytest.raises(UserError, match=r"status 500(.|\n)*reward\.judge\.on_failure=error ends the run"):
+    with pytest.raises(UserError, match=r"status 500(.|\n)*reward\.judge\.on_failure=error stops the run"):
         manager_of(["judge"]).score_table(table)
     scored, metrics = manager_of(["judge"], on_failure="error_score").score_table(table)
     assert scored["score"].to_pylist() == [-1.0, 1.0]

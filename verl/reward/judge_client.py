@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl.errors import UserError
 from verl.reward.judge import TEMPLATE, fill
-from verl.reward.pool import Outcome
+from verl.reward.pool import CallResult
 
 if TYPE_CHECKING:
     from verl.config.sections.models import JudgeConfig
@@ -70,19 +70,19 @@ class Judge:
         self._headers: Any = {} if self._key else {"Authorization": Omit()}
         self._slots = asyncio.Semaphore(config.concurrency)
 
-    def submit(self, sample: Mapping[str, Any]) -> Future[Outcome]:
-        """Future of the outcome, whose value is that of a scorer. sample: prompt (JSON list of messages), solution_str,
+    def submit(self, sample: Mapping[str, Any]) -> Future[CallResult]:
+        """Future of the result, whose value is that of a scorer. sample: prompt (JSON list of messages), solution_str,
         ground_truth."""
-        return asyncio.run_coroutine_threadsafe(self._outcome(sample), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._result(sample), self._loop)
 
-    async def _outcome(self, sample: Mapping[str, Any]) -> Outcome:
+    async def _result(self, sample: Mapping[str, Any]) -> CallResult:
         question = fill(self._config.template or TEMPLATE, sample)
         async with self._slots:
             begun = time.monotonic()
             try:
                 number, text = await self._answer(question)
             except NoAnswerError as error:
-                return Outcome(
+                return CallResult(
                     failure="error",
                     detail=f"reward.judge.url={self._config.url}: {error}",
                     fatal=self._config.on_failure == "error",
@@ -90,7 +90,7 @@ class Judge:
                     ended=time.monotonic(),
                 )
         value = number, json.dumps({"judge": text}, ensure_ascii=False)
-        return Outcome(value, begun=begun, ended=time.monotonic())
+        return CallResult(value, begun=begun, ended=time.monotonic())
 
     async def _answer(self, question: str) -> tuple[float, str]:
         """The score and the whole answer, from the cache or from the model after at most ``retries`` further tries."""

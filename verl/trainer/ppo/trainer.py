@@ -31,7 +31,7 @@ from verl.errors import UserError
 from verl.plan import RunPlan, UpdatePlan
 from verl.reward.manager import RewardManager
 from verl.reward.model_inputs import RewardModelInputs
-from verl.reward.pool import Outcome
+from verl.reward.pool import CallResult
 from verl.rollout.client.backend import WeightStream
 from verl.rollout.contract.base import Result, RolloutEngine, SamplingParams
 from verl.tracking import StageTimer, Trackers
@@ -179,7 +179,7 @@ class PPOTrainer:
     def _generate_and_score(self, episodes: pa.Table, sampling: SamplingParams | Sequence[SamplingParams]) -> pa.Table:
         rewards = self.parts.rewards
         references = episodes.select(["data_source", "prompt", "ground_truth", "extra_info"]).to_pylist()
-        scores: dict[int, Future[Outcome]] = {}  # by row
+        scores: dict[int, Future[CallResult]] = {}  # by row
         with self.generating(), self.stage("gen", total=episodes.num_rows) as progress:
 
             def finished(index: int, result: Result) -> None:
