@@ -40,6 +40,7 @@ from verl.tracking.progress import Stage
 from verl.trainer.checkpoints import Checkpoint, Checkpoints, SaveError
 from verl.trainer.ppo import metrics as measure
 from verl.trainer.ppo.dynamic_sampling import fill_step
+from verl.trainer.ppo.learning_signal import LearningSignal
 from verl.trainer.ppo.phases import Phases
 from verl.trainer.ppo.sampling import greedy, training_sampling, validation_sampling
 from verl.trainer.ppo.validation_metrics import validation_metrics
@@ -91,6 +92,7 @@ class PPOTrainer:
             parts.train_prompts.num_rows, plan.prompts, shuffle=config.data.shuffle, seed=config.data.seed
         )
         self.estimator = resolve(config.algorithm.adv_estimator)
+        self.signal = LearningSignal(config, self.estimator)
         self.kl_control = kl_control(config.algorithm.kl_ctrl)
         self.metrics: Metrics = {}  # of the step under way
         self.timer = StageTimer()
@@ -384,6 +386,8 @@ class PPOTrainer:
             **measure.most_of(self.parts.workers.call("memory_metrics").result()),
         }
         self.parts.trackers.log(self.metrics, self.step)
+        if warning := self.signal.warning(table, self.step, self._decode):
+            self.parts.trackers.progress.warn(warning)
         if folder := self.config.trainer.rollout_data_dir:
             self._dump(Path(folder).expanduser(), table)
 
@@ -446,10 +450,10 @@ class PPOTrainer:
         costs += self.parts.workers.call("unload", role, needed).result()
 
     def _dump(self, folder: Path, table: pa.Table) -> list[dict]:
-        def decode(rows: list[list[int]]) -> list[str]:
-            return self.parts.tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-        rows = generation_rows(table, decode, self.step)
+        rows = generation_rows(table, self._decode, self.step)
         for file_format in self.config.trainer.generations_format:
             self.parts.trackers.dump(folder, self.step, rows, file_format)
         return rows
+
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        return self.parts.tokenizer.batch_decode(rows, skip_special_tokens=True)
