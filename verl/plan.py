@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from verl.config.sections.models import ActorConfig, Config, CriticConfig
 
 
+MOST_AT_A_TIME = 1024  # responses of a replica: SGLang's CUDA graphs go up to it
+
+
 @dataclass(frozen=True)
 class Split:
     """How one rank's rows are cut into micro-batches.
@@ -89,6 +92,7 @@ class RunPlan:
     models: of these, the sizes that are known.
     replicas, tensor_parallel: copies of the rollout engine, and devices of each.
     context_length: prompt and response tokens that the rollout engine must hold.
+    asked_num_seqs: rollout.max_num_seqs.
     """
 
     device: Literal["cpu", "cuda"]
@@ -116,6 +120,7 @@ class RunPlan:
     max_prompt_length: int
     max_response_length: int
     context_length: int
+    asked_num_seqs: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -129,6 +134,17 @@ class RunPlan:
     @property
     def replicas(self) -> int:
         return self.world_size // self.tensor_parallel
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Responses that a replica generates at a time: unless asked otherwise, all of a step's or a validation's, up
+        to ``MOST_AT_A_TIME``. Others would wait and be admitted a few at a time, by passes without CUDA graphs."""
+        if self.asked_num_seqs is not None:
+            return self.asked_num_seqs
+        most = self.trajectories
+        if self.validates_ever:
+            most = MOST_AT_A_TIME if self.val_rows is None else max(most, self.val_rows * self.val_samples)
+        return min(ceil_div(most, self.replicas), MOST_AT_A_TIME)
 
     @property
     def trajectories(self) -> int:
@@ -225,6 +241,7 @@ def plan_run(
         max_prompt_length=data.max_prompt_length,
         max_response_length=data.max_response_length,
         context_length=rollout.max_model_len or data.max_prompt_length + data.max_response_length,
+        asked_num_seqs=rollout.max_num_seqs,
     )
 
 

@@ -20,9 +20,11 @@ from verl.errors import UserError
 from verl.reward.gsm8k import canonical
 
 DATA_SOURCE = "openai/gsm8k"
-# The example line matters: without it Qwen2.5-Coder-0.5B-Instruct gave no answer in this form to 400 questions.
+# Chosen among 14 wordings for Qwen2.5-Coder-0.5B-Instruct: 45 % of its samples hold an answer in this form, and 5 % the
+# right one. Without an example line, or with one but no word on what it stands for, none or hardly any do.
 INSTRUCTION = (
-    "Reason step by step. Then give the final answer as a number on a line of its own, in exactly this form:\n#### 42"
+    'Reason step by step and compute the answer. Then write "#### " and the number that you computed as the last line. '
+    "(Example of such a line, for an answer of 42: #### 42)"
 )
 SPLITS = ("train", "test")
 

@@ -61,7 +61,7 @@ def test_rows_have_the_schema_that_the_scorer_and_the_loader_expect(source, tmp_
     (message,) = rows[0]["prompt"]
     assert message["role"] == "user"
     assert message["content"].startswith("What is 600 x 2? ")
-    assert message["content"].endswith("\n#### 42")  # an example of the line that the scorer reads
+    assert "#### 42" in message["content"]  # an example of the line that the scorer reads
 
 
 def test_the_instruction_can_be_chosen(source, tmp_path):

@@ -96,7 +96,7 @@ def test_after_some_such_steps_in_a_row_the_run_says_what_to_try_and_seldom_agai
         "  - 100% of the responses were cut off: raise data.max_response_length\n"
         "  - if responses hold the right answer in another form: show the form in the prompt, with an example line\n"
         "    (examples/data_preprocess/gsm8k.py --instruction), or relax the scorer (its settings under reward)\n"
-        "  - if the answers are wrong: train on easier prompts, or fine-tune the model first (verl.trainer.main_sft)\n"
+        "  - if the answers are wrong: train on easier prompts, or fine-tune first (verl.trainer.main_sft)\n"
         "  - more responses to a prompt differ more often: raise actor_rollout_ref.rollout.n or temperature"
     )
 

@@ -59,6 +59,6 @@ def _other_names() -> str:
 
 
 if __name__ == "__main__":
-    page = Path(__file__).parents[2] / "docs" / "config.md"
+    page = Path(__file__).parents[3] / "docs" / "config.md"
     page.write_text(config_page())
     print(f"wrote {page}")

@@ -43,7 +43,11 @@ class EngineConfig(Section):
     max_model_len: PositiveInt | None = Field(
         None, description="Context length of the engine; null: data.max_prompt_length + data.max_response_length."
     )
-    max_num_seqs: PositiveInt = Field(1024, description="Responses that an engine draws at a time.")
+    max_num_seqs: PositiveInt | None = Field(
+        None,
+        description="Responses that an engine generates at a time; null: all that a step or a validation asks of it, "
+        "up to 1024.",
+    )
     max_num_batched_tokens: PositiveInt = Field(8192, description="Tokens of one forward pass of the engine.")
     tensor_model_parallel_size: PositiveInt = Field(1, description="GPUs that share one copy of the engine's model.")
     gpu_memory_utilization: float = Field(

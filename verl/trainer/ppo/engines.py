@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl.data.tokenizer import end_token_ids
-from verl.engine.model import read_config
+from verl.engine.model import architectures, read_config
 from verl.engine.precision import compute_dtype
 from verl.memory.gpu_balance import environment_for_engine
 from verl.plan import RunPlan
@@ -59,7 +59,7 @@ def embedded_engine(config: Config, plan: RunPlan, worker: PPOWorker, tokenizer:
         reshard_after_forward=config.actor_rollout_ref.actor.fsdp_config.reshard_after_forward,
         eos_token_ids=end_token_ids(tokenizer, config.actor_rollout_ref.model.path),
         max_model_len=plan.context_length,
-        max_num_seqs=rollout.max_num_seqs,
+        max_num_seqs=plan.max_num_seqs,
         max_prefill_tokens=rollout.max_num_batched_tokens,
     )
 
@@ -82,6 +82,7 @@ def _start_process(
         log=log,
         bucket_bytes=megabytes << 20,
         environment=environment_for_engine(os.environ),
+        note=note,
     )
     note(backend.describe())
     return client_of(backend, config, plan, tokenizer, no_weights)
@@ -141,14 +142,14 @@ def engine_settings(config: Config, plan: RunPlan) -> EngineSettings:
         device=plan.device,
         dtype=engine_dtype(config, plan),
         max_model_len=plan.context_length,
-        max_num_seqs=rollout.max_num_seqs,
+        max_num_seqs=plan.max_num_seqs,
         max_prefill_tokens=rollout.max_num_batched_tokens,
         tensor_parallel=plan.tensor_parallel,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         free_cache_engine=rollout.free_cache_engine,
         enforce_eager=rollout.enforce_eager,
         load_format=rollout.load_format,
-        override_config=model.override_config,
+        override_config={"architectures": architectures(model), **model.override_config},
         seed=config.trainer.seed,
         extra=getattr(rollout.engine_kwargs, plan.engine),
     )

@@ -117,7 +117,7 @@ def advice(table: pa.Table, rewards: np.ndarray, barren: int) -> str:
         lines += [
             "  - if responses hold the right answer in another form: show the form in the prompt, with an example line",
             "    (examples/data_preprocess/gsm8k.py --instruction), or relax the scorer (its settings under reward)",
-            "  - if the answers are wrong: train on easier prompts, or fine-tune the model first (verl.trainer.main_sft)",
+            "  - if the answers are wrong: train on easier prompts, or fine-tune first (verl.trainer.main_sft)",
         ]
     lines.append("  - more responses to a prompt differ more often: raise actor_rollout_ref.rollout.n or temperature")
     return "\n".join(lines)
