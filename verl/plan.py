@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     )
 
 
+MOST_AT_A_TIME = 1024  # responses of a replica: SGLang's CUDA graphs go up to it
+
+
 @dataclass(frozen=True)
 class MicroBatching:
     """How one rank's rows are cut into micro-batches. The plan of a run makes it, the engine cuts by it.
@@ -118,6 +121,7 @@ class EnginePlan(Placement):
     reshard_after_forward: of the model that the embedded engine shares with the trainer.
     free_cache: whether the engine sleeps between stages. restarts: of each replica that dies.
     bucket_megabytes: of a buffer for new weights. weights_dir: folder for the weights of servers; None: over HTTP.
+    max_num_seqs: responses that a replica generates at a time.
     """
 
     model: PolicyModelConfig
@@ -130,6 +134,7 @@ class EnginePlan(Placement):
     restarts: int = 0
     bucket_megabytes: int = 256
     weights_dir: str | None = None
+    max_num_seqs: int = MOST_AT_A_TIME
 
     @property
     def name(self) -> str:
@@ -156,6 +161,7 @@ class RunPlan(Placement):
     models: of these, the sizes that are known.
     replicas, tensor_parallel: copies of the rollout engine, and devices of each.
     context_length: prompt and response tokens that the rollout engine must hold.
+    asked_num_seqs: rollout.max_num_seqs.
     """
 
     prompts: int
@@ -179,10 +185,22 @@ class RunPlan(Placement):
     max_prompt_length: int
     max_response_length: int
     context_length: int
+    asked_num_seqs: int | None = None
 
     @property
     def replicas(self) -> int:
         return self.world_size // self.tensor_parallel
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Responses that a replica generates at a time: unless asked otherwise, all of a step's or a validation's, up
+        to ``MOST_AT_A_TIME``. Others would wait and be admitted a few at a time, by passes without CUDA graphs."""
+        if self.asked_num_seqs is not None:
+            return self.asked_num_seqs
+        most = self.trajectories
+        if self.validates_ever:
+            most = MOST_AT_A_TIME if self.val_rows is None else max(most, self.val_rows * self.val_samples)
+        return min(ceil_div(most, self.replicas), MOST_AT_A_TIME)
 
     @property
     def trajectories(self) -> int:
@@ -279,6 +297,7 @@ def plan_run(
         max_prompt_length=data.max_prompt_length,
         max_response_length=data.max_response_length,
         context_length=rollout.max_model_len or data.max_prompt_length + data.max_response_length,
+        asked_num_seqs=rollout.max_num_seqs,
     )
 
 
@@ -306,12 +325,15 @@ def engine_of(config: Config, plan: RunPlan) -> EnginePlan:
         restarts=config.trainer.rollout_restarts,
         bucket_megabytes=rollout.update_weights_bucket_megabytes,
         weights_dir=rollout.server_weights_dir if rollout.server_weight_update == "disk" else None,
+        max_num_seqs=plan.max_num_seqs,
     )
 
 
 def engine_of_generation(config: GenerationConfig, device: Literal["cpu", "cuda"]) -> EnginePlan:
     """The engine of a generation run. It reads the model's weights itself and never gets new ones."""
     data, trainer = config.data, config.trainer
+    replicas = trainer.nnodes * trainer.n_gpus_per_node // tensor_parallel_of(config.rollout)
+    most = ceil_div(data.batch_size * config.rollout.n, replicas)
     return EnginePlan(
         device=device,
         executor=trainer.executor,
@@ -321,6 +343,7 @@ def engine_of_generation(config: GenerationConfig, device: Literal["cpu", "cuda"
         rollout=config.rollout,
         context_length=config.rollout.max_model_len or data.max_prompt_length + data.max_response_length,
         seed=trainer.seed,
+        max_num_seqs=config.rollout.max_num_seqs or max(min(most, MOST_AT_A_TIME), 1),
     )
 
 

@@ -110,7 +110,9 @@ def _rollout(config: Config, plan: RunPlan) -> str:
         return f"{plan.engine}, on {servers}; weights by {rollout.server_weight_update}"
     size = "" if plan.tensor_parallel == 1 else f" of {plan.tensor_parallel} GPUs each (tensor parallel)"
     replicas = f"{plan.replicas} replica{'s' if plan.replicas != 1 else ''}{size}"
-    return f"{plan.engine}, {replicas}, on the same devices as training"
+    return (
+        f"{plan.engine}, {replicas}, on the same devices as training; up to {plan.max_num_seqs:,} responses at a time"
+    )
 
 
 def _step(config: Config, plan: RunPlan) -> Section:

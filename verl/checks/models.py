@@ -32,7 +32,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 class ModelFacts:
     """What a model's folder says without loading it. max_positions: its context length in tokens; None if unsaid.
     parameters: in its files; head: of these, in the output embeddings. dtype: as torch names it. labels: of a sequence
-    classifier, which it is by its architectures, or says none (classifies)."""
+    classifier, which it is by its architectures, or says none (classifies). architectures: None if unsaid."""
 
     folder: Path
     max_positions: int | None
@@ -41,12 +41,23 @@ class ModelFacts:
     dtype: str | None = None
     labels: int = 2
     classifies: bool = True
+    model_type: str | None = None
+    architectures: tuple[str, ...] | None = None
 
 
 def check_model(findings: Findings, key: str, path: str) -> ModelFacts | None:
     """None: no model was found, or it is only on the hub."""
     folder = find_folder(findings, key, path)
     return None if folder is None else _check_folder(findings, key, path, folder)
+
+
+def check_architecture(findings: Findings, key: str, path: str, facts: ModelFacts | None, engine: str) -> None:
+    """Notes what an inference engine is told about a model whose config.json does not name its class."""
+    if facts is not None and facts.model_type and facts.architectures is None:
+        findings.notices.append(
+            f"{key}={path}: its config.json names no architectures, by which {engine} chooses the model's class; "
+            f"{engine} is given the causal language model of model_type={facts.model_type}"
+        )
 
 
 def check_tokenizer_of(findings: Findings, section: str, model: PolicyModelConfig, facts: ModelFacts | None) -> None:
@@ -123,7 +134,9 @@ def _check_folder(findings: Findings, key: str, path: str, folder: Path) -> Mode
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)  # as transformers
     architectures = config.get("architectures")
     classifies = not architectures or any("Classification" in name for name in architectures)
-    return ModelFacts(folder, text.get("max_position_embeddings"), parameters, head, dtype, labels, classifies)
+    positions, kind = text.get("max_position_embeddings"), config.get("model_type")
+    named = tuple(architectures) if architectures else None
+    return ModelFacts(folder, positions, parameters, head, dtype, labels, classifies, kind, named)
 
 
 def _check_weights(findings: Findings, key: str, path: str, folder: Path) -> None:

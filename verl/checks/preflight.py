@@ -14,7 +14,13 @@ from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
 from verl.checks.inert import Run, find_inert
-from verl.checks.models import ModelFacts, check_model, check_tokenizer_of, check_tokenizer_path
+from verl.checks.models import (
+    ModelFacts,
+    check_architecture,
+    check_model,
+    check_tokenizer_of,
+    check_tokenizer_path,
+)
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.checks.servers import check_servers
 from verl.checks.settings import ROLLOUT, check_context, check_settings
@@ -118,6 +124,9 @@ def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, Mode
     actor, critic = config.actor_rollout_ref.model, config.critic.model
     found = _model(findings, config, "actor", "actor_rollout_ref.model.path", actor.path)
     check_tokenizer_of(findings, "actor_rollout_ref.model", actor, found.get("actor"))
+    if plan.engine in ADAPTERS and "architectures" not in actor.override_config:
+        title = ADAPTERS[plan.engine].title
+        check_architecture(findings, "actor_rollout_ref.model.path", actor.path, found.get("actor"), title)
     if plan.critic and critic.path != actor.path:
         found |= _model(findings, config, "critic", "critic.model.path", critic.path)
     elif plan.critic and "actor" in found:
@@ -219,11 +228,9 @@ def _adapter(findings: Findings, plan: EnginePlan, adapter: Adapter, dry_run: bo
         why = f"one {adapter.title} is on one node here, which has {plan.devices_per_node} devices"
         fix = f"set it to at most {plan.devices_per_node}, or {ROLLOUT}.name=sglang"
         findings.problem(f"{ROLLOUT}.tensor_model_parallel_size", plan.tensor_parallel, why, fix)
-    if adapter.pass_has_all and rollout.max_num_batched_tokens < rollout.max_num_seqs:
-        why = (
-            f"{adapter.title} wants room in a pass for a token of each of {ROLLOUT}.max_num_seqs={rollout.max_num_seqs}"
-        )
-        fix = f"set it to at least {rollout.max_num_seqs}, or {ROLLOUT}.max_num_seqs lower"
+    if adapter.pass_has_all and rollout.max_num_batched_tokens < plan.max_num_seqs:
+        why = f"{adapter.title} wants room in a pass for a token of each of {ROLLOUT}.max_num_seqs={plan.max_num_seqs}"
+        fix = f"set it to at least {plan.max_num_seqs}, or {ROLLOUT}.max_num_seqs lower"
         findings.problem(f"{ROLLOUT}.max_num_batched_tokens", rollout.max_num_batched_tokens, why, fix)
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         if rollout.mode == "colocated" and "expandable_segments:true" in os.environ.get(variable, "").lower():

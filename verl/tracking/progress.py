@@ -95,7 +95,7 @@ class Progress:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Print the row of a finished step and advance the run's bar. More calls may add metrics of the step."""
         if step > self._pace.step:
-            self._pace.tick(step)
+            self._pace.tick(step, metrics.get("perf/compile_seconds", 0.0), metrics.get("timing_s/step"))
             if self._bars and self._run_bar is not None:
                 self._bars.update(self._run_bar, completed=step)
         if self._show and not self._skips_row(step, metrics):
@@ -168,19 +168,30 @@ class RobustConsole(Console):
 
 
 class Pace:
-    """Estimates the time left from the duration of the last ``STEPS_AVERAGED`` steps."""
+    """Estimates the time left from the duration of the last ``STEPS_AVERAGED`` steps.
+
+    What happens only once does not count: the seconds of compilation, and this run's first step as soon as there is
+    another."""
 
     def __init__(self, step: int, total_steps: int, clock: Callable[[], float]):
         self.step, self.total = step, total_steps
         self._clock, self._ticked_at = clock, clock()
         self._seconds: deque[float] = deque(maxlen=STEPS_AVERAGED)
+        self._steps = 0
 
     def start(self) -> None:
         self._ticked_at = self._clock()
 
-    def tick(self, step: int) -> None:
+    def tick(self, step: int, compile_seconds: float = 0.0, step_seconds: float | None = None) -> None:
+        """step_seconds: the step's own time, where that is known."""
         now = self._clock()
-        self._seconds.append((now - self._ticked_at) / (step - self.step))
+        self._steps += 1
+        seconds = (now - self._ticked_at) / (step - self.step)
+        first = self._steps == 1
+        seconds = min(seconds, step_seconds or seconds) if first else max(seconds - compile_seconds, 0.0)
+        if self._steps == 2:
+            self._seconds.clear()
+        self._seconds.append(seconds)
         self.step, self._ticked_at = step, now
 
     def seconds_left(self) -> float | None:
