@@ -52,7 +52,7 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) $(INSTALL) $(CONSTRAINTS) -e ".[dev,data,gguf,math]"
+	$(PIP) $(INSTALL) $(CONSTRAINTS) -e ".[dev,data,gguf,math,judge]"
 	touch $@
 
 # SGLang comes last and by itself, without its dependencies, which are CUDA's; an earlier one goes first, for pip would

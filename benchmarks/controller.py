@@ -46,7 +46,7 @@ from verl.data.ragged import Ragged, offsets_of
 from verl.data.schema import PROMPT_COLUMNS, ragged, with_columns
 from verl.plan import plan_run
 from verl.reward.manager import RewardManager
-from verl.reward.pool import Outcome
+from verl.reward.pool import CallResult
 from verl.rollout.contract.base import Capabilities, Request, Result
 from verl.rollout.loop import EventLoop
 from verl.tracking import Trackers
@@ -256,9 +256,9 @@ class StubRewards(RewardManager):
     def __init__(self, config: Config):
         self._config = config.reward
 
-    def submit(self, episode: Any, response_ids: Sequence[int]) -> Future[Outcome]:
-        future: Future[Outcome] = Future()
-        future.set_result(Outcome((float(response_ids[0] % 2), "{}")))
+    def submit(self, episode: Any, response_ids: Sequence[int]) -> Future[CallResult]:
+        future: Future[CallResult] = Future()
+        future.set_result(CallResult((float(response_ids[0] % 2), "{}")))
         return future
 
 

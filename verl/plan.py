@@ -1,6 +1,6 @@
-"""The plan of a run: all of its arithmetic, worked out before anything starts and used by trainer and workers alike.
+"""The plan of a run: all of its arithmetic. Checks, trainer and workers use the same plan.
 
-Pure: no torch, no file, no device is touched here.
+The module uses no torch, file or device.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
         GenerationConfig,
         PolicyModelConfig,
     )
+
+
+MOST_AT_A_TIME = 1024  # responses of a replica: SGLang's CUDA graphs go up to it
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class EnginePlan(Placement):
     reshard_after_forward: of the model that the embedded engine shares with the trainer.
     free_cache: whether the engine sleeps between stages. restarts: of each replica that dies.
     bucket_megabytes: of a buffer for new weights. weights_dir: folder for the weights of servers; None: over HTTP.
+    max_num_seqs: responses that a replica generates at a time.
     """
 
     model: PolicyModelConfig
@@ -130,6 +134,7 @@ class EnginePlan(Placement):
     restarts: int = 0
     bucket_megabytes: int = 256
     weights_dir: str | None = None
+    max_num_seqs: int = MOST_AT_A_TIME
 
     @property
     def name(self) -> str:
@@ -156,6 +161,7 @@ class RunPlan(Placement):
     models: of these, the sizes that are known.
     replicas, tensor_parallel: copies of the rollout engine, and devices of each.
     context_length: prompt and response tokens that the rollout engine must hold.
+    asked_num_seqs: rollout.max_num_seqs.
     """
 
     prompts: int
@@ -179,10 +185,22 @@ class RunPlan(Placement):
     max_prompt_length: int
     max_response_length: int
     context_length: int
+    asked_num_seqs: int | None = None
 
     @property
     def replicas(self) -> int:
         return self.world_size // self.tensor_parallel
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Responses that a replica generates at a time: unless asked otherwise, all of a step's or a validation's, up
+        to ``MOST_AT_A_TIME``. Others would wait and be admitted a few at a time, by passes without CUDA graphs."""
+        if self.asked_num_seqs is not None:
+            return self.asked_num_seqs
+        most = self.trajectories
+        if self.validates_ever:
+            most = MOST_AT_A_TIME if self.val_rows is None else max(most, self.val_rows * self.val_samples)
+        return min(ceil_div(most, self.replicas), MOST_AT_A_TIME)
 
     @property
     def trajectories(self) -> int:
@@ -195,7 +213,7 @@ class RunPlan(Placement):
 
     @property
     def rows_left_out(self) -> int | None:
-        """Rows that an epoch does not reach, because a step's batch is always full."""
+        """The number of rows that an epoch leaves out, because a step's batch is always full."""
         return None if self.train_rows is None else self.train_rows % self.prompts
 
     @property
@@ -279,6 +297,7 @@ def plan_run(
         max_prompt_length=data.max_prompt_length,
         max_response_length=data.max_response_length,
         context_length=rollout.max_model_len or data.max_prompt_length + data.max_response_length,
+        asked_num_seqs=rollout.max_num_seqs,
     )
 
 
@@ -306,12 +325,15 @@ def engine_of(config: Config, plan: RunPlan) -> EnginePlan:
         restarts=config.trainer.rollout_restarts,
         bucket_megabytes=rollout.update_weights_bucket_megabytes,
         weights_dir=rollout.server_weights_dir if rollout.server_weight_update == "disk" else None,
+        max_num_seqs=plan.max_num_seqs,
     )
 
 
 def engine_of_generation(config: GenerationConfig, device: Literal["cpu", "cuda"]) -> EnginePlan:
     """The engine of a generation run. It reads the model's weights itself and never gets new ones."""
     data, trainer = config.data, config.trainer
+    replicas = trainer.nnodes * trainer.n_gpus_per_node // tensor_parallel_of(config.rollout)
+    most = ceil_div(data.batch_size * config.rollout.n, replicas)
     return EnginePlan(
         device=device,
         executor=trainer.executor,
@@ -321,11 +343,12 @@ def engine_of_generation(config: GenerationConfig, device: Literal["cpu", "cuda"
         rollout=config.rollout,
         context_length=config.rollout.max_model_len or data.max_prompt_length + data.max_response_length,
         seed=trainer.seed,
+        max_num_seqs=config.rollout.max_num_seqs or max(min(most, MOST_AT_A_TIME), 1),
     )
 
 
 def roles_of(config: Config) -> dict[str, str]:
-    """The models a run builds, each with the reason."""
+    """The models that a run builds -> the reason."""
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     roles = {"actor": "the policy that is trained"}
     if config.critic.enable is not False and needs_critic(config):
@@ -345,7 +368,7 @@ def roles_of(config: Config) -> dict[str, str]:
 
 
 def needs_critic(config: Config) -> bool:
-    """Whether the advantages are made of values; False as well when there is no such estimator."""
+    """Whether the advantages need values. False also if there is no such estimator."""
     try:
         return resolve(config.algorithm.adv_estimator).needs_critic
     except UserError:
@@ -357,7 +380,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def is_due(step: int, every: int, last: int | None) -> bool:
-    """Each ``every`` steps and at the last one; never when ``every`` is not positive."""
+    """Whether ``step`` is a multiple of ``every`` or the last step. Never if ``every`` is not positive."""
     return every > 0 and step > 0 and (step % every == 0 or step == last)
 
 

@@ -20,7 +20,12 @@ from verl.errors import UserError
 from verl.reward.gsm8k import canonical
 
 DATA_SOURCE = "openai/gsm8k"
-INSTRUCTION = 'Reason step by step, then give the final answer as a number after "####".'
+# Chosen among 13 wordings for Qwen2.5-Coder-0.5B-Instruct: 45 % of its samples hold an answer in this form, and 5 % the
+# right one. Without an example line, or with one but no word on what it stands for, none or hardly any do.
+INSTRUCTION = (
+    'Reason step by step and compute the answer. Then write "#### " and the number that you computed as the last line. '
+    "(Example of such a line, for an answer of 42: #### 42)"
+)
 SPLITS = ("train", "test")
 
 Example = tuple[str, dict]  # where it comes from, for errors; question and answer
@@ -30,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_dir", default="~/data/gsm8k", help="where to write (default: %(default)s)")
     parser.add_argument("--local_dataset_path", help="folder with train.jsonl and test.jsonl, instead of the hub")
+    parser.add_argument("--instruction", default=INSTRUCTION, help="text after each question (default: %(default)r)")
     arguments = parser.parse_args(argv)
     try:
         folder = Path(arguments.local_dir).expanduser()
@@ -37,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         for split in SPLITS:
             source = arguments.local_dataset_path
             examples = from_jsonl(Path(source).expanduser() / f"{split}.jsonl") if source else from_hub(split)
-            tables[split] = pa.Table.from_pylist([make_row(split, index, *each) for index, each in enumerate(examples)])
+            tables[split] = pa.Table.from_pylist(
+                [make_row(split, index, arguments.instruction, *each) for index, each in enumerate(examples)]
+            )
         for split, table in tables.items():
             path = write(table, folder / f"{split}.parquet")
             print(f"{path}: {table.num_rows} rows")
@@ -47,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make_row(split: str, index: int, where: str, example: dict) -> dict:
+def make_row(split: str, index: int, instruction: str, where: str, example: dict) -> dict:
     if missing := [key for key in ("question", "answer") if not isinstance(example.get(key), str)]:
         raise UserError(f"{where}: no text under {' and '.join(missing)}; its keys are {', '.join(example) or 'none'}")
     question, answer = example["question"], example["answer"]
@@ -57,7 +65,7 @@ def make_row(split: str, index: int, where: str, example: dict) -> dict:
         raise UserError(f'{where}: the answer does not end with "#### NUMBER": {answer[-60:]!r}')
     return {
         "data_source": DATA_SOURCE,
-        "prompt": [{"role": "user", "content": f"{question} {INSTRUCTION}"}],
+        "prompt": [{"role": "user", "content": f"{question} {instruction}"}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": solution},
         "extra_info": {"split": split, "index": index, "answer": answer, "question": question},

@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from verl.checks.models import check_model, check_tokenizer, looks_local, parameter_counts
+from verl.checks.models import check_architecture, check_model, check_tokenizer, looks_local, parameter_counts
 from verl.findings import Findings
 
 KEY = "actor_rollout_ref.model.path"
@@ -145,3 +145,13 @@ def test_parameters_are_counted_over_all_weight_files(tmp_path):
     save_file(first, tmp_path / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
     save_file(second, tmp_path / "model-00002-of-00002.safetensors")
     assert parameter_counts(tmp_path)[0] == sum(tensor.size for tensor in (*first.values(), *second.values()))
+
+
+def test_a_config_without_architectures_is_noted_for_an_engine_that_goes_by_them(tmp_path, make_model):
+    folder = make_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    for architectures, noted in ((None, True), (["Qwen2ForCausalLM"], False)):
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+        findings = Findings()
+        check_architecture(findings, KEY, str(folder), check_model(findings, KEY, str(folder)), "SGLang")
+        assert bool(findings.notices) == noted

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from verl.algorithms.advantages import ESTIMATORS
 from verl.config.loading.load import load
+from verl.config.sections.models import Config
 from verl.plan import MicroBatching, plan_run
 
 BASE = {
@@ -161,3 +162,28 @@ def test_token_budgets_take_the_place_of_micro_batch_sizes():
     )
     for split in (plan.actor.micro_batching, plan.forwards["old_log_probs"]):
         assert (split.micro_batch_size, split.max_tokens, split.micro_batches) == (None, 5000, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "validates", "val_rows", "expected"),
+    [
+        (None, False, None, 40),  # all of a step's
+        (7, False, None, 7),
+        (None, True, 300, 300),
+        (None, True, 5000, 1024),
+        (None, True, None, 1024),
+    ],
+)
+def test_an_engine_generates_all_of_a_step_at_a_time_unless_asked_otherwise(asked, validates, val_rows, expected):
+    config = Config.model_validate(
+        {
+            "data": {"train_files": "a.parquet", "train_batch_size": 8},
+            "actor_rollout_ref": {
+                "model": {"path": "m"},
+                "actor": {"ppo_mini_batch_size": 8},
+                "rollout": {"name": "hf", "n": 5, "max_num_seqs": asked},
+            },
+            "trainer": {"val_before_train": validates, "test_freq": -1},
+        }
+    )
+    assert plan_run(config, device="cpu", train_rows=100, val_rows=val_rows).max_num_seqs == expected

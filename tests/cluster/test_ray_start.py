@@ -20,7 +20,7 @@ from helpers import ROOT
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.cluster.ray import placement
-from verl.cluster.ray.placement import asked_of_nodes, check_resources, place, remove
+from verl.cluster.ray.placement import ask_nodes, check_resources, place, remove
 from verl.cluster.ray.start import RaySettings, connected
 from verl.errors import UserError
 from verl.machine import host_memory
@@ -212,11 +212,11 @@ def temporary():
 def test_a_node_is_asked_once_for_all_of_its_ranks(notes):
     seats = place(1, 3, "cuda", timeout=30)
     try:
-        ((seat, memory),) = asked_of_nodes(seats, host_memory, timeout=60)
+        ((seat, memory),) = ask_nodes(seats, host_memory, timeout=60)
         assert seat.rank == 0
         assert 0 < memory.available < memory.total <= psutil.virtual_memory().total
         with pytest.raises(UserError, match=r"(?s)^no process .*ZeroDivisionError"):
-            asked_of_nodes(seats, lambda: 1 / 0, timeout=60)
+            ask_nodes(seats, lambda: 1 / 0, timeout=60)
     finally:
         remove(seats)
 

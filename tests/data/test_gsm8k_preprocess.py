@@ -61,7 +61,13 @@ def test_rows_have_the_schema_that_the_scorer_and_the_loader_expect(source, tmp_
     (message,) = rows[0]["prompt"]
     assert message["role"] == "user"
     assert message["content"].startswith("What is 600 x 2? ")
-    assert "####" in message["content"]
+    assert "#### 42" in message["content"]  # an example of the line that the scorer reads
+
+
+def test_the_instruction_can_be_chosen(source, tmp_path):
+    assert run("--local_dir", tmp_path, "--local_dataset_path", source, "--instruction", "Answer after ####.") == 0
+    (message,) = pq.read_table(tmp_path / "test.parquet").to_pylist()[0]["prompt"]
+    assert message["content"] == "1 + 1? Answer after ####."
 
 
 def test_the_written_files_load_as_prompts(source, tmp_path, tokenizer):

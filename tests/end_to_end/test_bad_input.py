@@ -202,7 +202,7 @@ def test_a_full_disk_while_saving_loses_nothing(small, tmp_path):
         assert job.wait(timeout=120) == 0, (tmp_path / "log").read_text()
         said = (tmp_path / "log").read_text()
         assert "Traceback" not in said
-        assert "is untouched" in said
+        assert "is unchanged" in said
         assert Checkpoints(disk).latest(warn=pytest.fail).step == 40
         assert [step["step"] for step in metrics_of(disk) if "actor/lr" in step] == list(range(1, 41))
     finally:

@@ -160,7 +160,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(small, tmp_path, times):
     assert "stopping after this step" in out
     saved = Checkpoints(tmp_path).all()
     if saved:  # with a second Ctrl-C the step may not have come to its end
-        assert f"The same command goes on from step {saved[-1].step + 1}." in out
+        assert f"The same command continues at step {saved[-1].step + 1}." in out
     else:
         assert times == 2
         assert "starts from the beginning" in out

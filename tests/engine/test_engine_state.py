@@ -186,7 +186,7 @@ def test_tensors_that_lie_alike_are_copied_together_and_nothing_else_is(on_host,
     steps = [(b[0] - a[0], d[0] - c[0]) for (a, b), (c, d) in zip(pairwise(on_device), pairwise(on_host), strict=True)]
     assert len(runs) == 1 + sum(there != here or here < 0 for there, here in steps)
     for sources, targets in runs:
-        for part, source in zip(offload.apart(offload.span(sources).clone(), sources), sources, strict=True):
+        for part, source in zip(offload.split_like(offload.span(sources).clone(), sources), sources, strict=True):
             assert part.dtype == source.dtype
             assert torch.equal(part, source)
         offload.span(targets).copy_(offload.span(sources))
@@ -238,7 +238,7 @@ def test_places_on_the_host_are_of_the_tensors_shapes_apart_and_always_the_same(
         torch.ones(()),
         torch.arange(9),
     ]
-    places = offload.HostPlaces(tensors)
+    places = offload.HostBuffers(tensors)
     for tensor, place in zip(tensors, places, strict=True):
         place.copy_(tensor)
     for tensor, place in zip(tensors, places, strict=True):
@@ -336,17 +336,17 @@ def test_the_room_for_an_optimizers_state_is_what_updates_have_left_of_the_devic
     monkeypatch.setattr("verl.engine.engine.SPARE", 100)
     engine = build(tiny)
     state = engine._state.loaded_bytes
-    monkeypatch.setattr(engine, "_ours", lambda: 10 * state)
+    monkeypatch.setattr(engine, "_device_bytes", lambda: 10 * state)
     engine._copies.moves = True
     engine.offload(optimizer=True)
-    engine._find_room(peak=3 * state)
+    engine._measure_optimizer_room(peak=3 * state)
     assert engine._state_room == 7 * state - 100
     engine.onload(optimizer=True)
     assert engine._state.loaded
-    engine._find_room(peak=4 * state)  # of which one is its own
+    engine._measure_optimizer_room(peak=4 * state)  # of which one is its own
     assert engine._state_room == 7 * state - 100
-    engine._find_room(peak=10 * state)
-    engine._find_room(peak=2 * state)  # an update may be as large again
+    engine._measure_optimizer_room(peak=10 * state)
+    engine._measure_optimizer_room(peak=2 * state)  # an update may be as large again
     assert engine._state_room == state - 100
     engine.offload(optimizer=True)
     engine.onload(optimizer=True)

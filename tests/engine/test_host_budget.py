@@ -13,7 +13,7 @@ from verl.config.sections.parts import FSDPConfig, ModelConfig
 from verl.engine import TrainEngine, checkpoint, offload
 from verl.engine.model import model_size
 from verl.memory import host_budget
-from verl.memory.host_budget import Devices, Held, Model, budget_of
+from verl.memory.host_budget import Devices, Model, ModelMemory, budget_of
 from verl.plan import ModelSize
 
 
@@ -41,7 +41,7 @@ def both(engine: TrainEngine) -> list[tuple[int, int]]:
     return [(weights - sum(buffers), count), state]
 
 
-def budgeted(path: str, kind: str, trained: bool, dtype: str, ranks: int = 1, fsdp_size: int = -1) -> Held:
+def budgeted(path: str, kind: str, trained: bool, dtype: str, ranks: int = 1, fsdp_size: int = -1) -> ModelMemory:
     settings = FSDPConfig(param_offload=True, optimizer_offload=True, dtype=dtype, fsdp_size=fsdp_size)
     size = model_size(ModelConfig(path=path), kind)
     model = Model("actor", "actor", settings, size, trained)
@@ -100,7 +100,7 @@ def test_the_budget_knows_the_engines_sizes():
 
 
 def test_a_model_whose_files_are_of_the_type_that_is_read_is_mapped_and_not_copied(tiny):
-    """What ``Held.building`` goes by."""
+    """What ``ModelMemory.building`` goes by."""
     engine = build(tiny, trained=False)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     ranges = [

@@ -73,12 +73,12 @@ def test_statements_must_not_raise():
 @pytest.mark.parametrize(
     ("code", "failure"),
     [
-        ("import sys; sys.exit(0)", "it ended before the test did"),
-        ("import os; os._exit(0)", "it ended before the test did"),
-        ("def f(x): raise SystemExit", "it ended before the test did"),
+        ("import sys; sys.exit(0)", "the program ended before the test finished"),
+        ("import os; os._exit(0)", "the program ended before the test finished"),
+        ("def f(x): raise SystemExit", "the program ended before the test finished"),
         ("def f(x):", "IndentationError: expected an indented block after function definition on line 1"),
         ("def g(x): return 2", "NameError: name 'f' is not defined"),
-        ("def f(x):\n    while True: pass", "it used up its CPU time"),
+        ("def f(x):\n    while True: pass", "it exceeded its CPU time"),
         ("import socket\ndef f(x): socket.socket()", "PermissionError: [Errno 1] Operation not permitted"),
     ],
 )

@@ -80,6 +80,8 @@ def test_texts_are_filled_in_as_they_are():
         (500, {}, "oh"),
         (503, {}, ""),
         (200, {}, "not json"),
+        (200, {"Content-Type": "application/json"}, "not json"),
+        (200, {"Content-Type": "text/html"}, "<p>Bad gateway</p>"),
         (200, {}, "[]"),
         (200, {}, json.dumps({"choices": []})),
         (200, {}, json.dumps({"choices": [{"message": {"content": None}}]})),
@@ -92,6 +94,13 @@ def test_what_may_pass_is_tried_again(server, judge_of, bad):
     server.answer = answers(bad, bad, completion("Score: 4"))
     assert outcome_of(judge_of(retries=2)).value[0] == 4.0
     assert len(server.asked) == 3
+
+
+def test_without_a_key_no_authorization_is_sent(server, judge_of, monkeypatch):
+    for variable in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(variable, "of-another-service")
+    assert outcome_of(judge_of()).value[0] == 5.0
+    assert server.keys == [None]
 
 
 def test_what_does_not_pass_is_a_failure_that_says_what_came(server, judge_of):
@@ -181,22 +190,49 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, judge_of, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("settings", "why", "fix"),
+    ("settings", "message"),
     [
-        ({}, "a judge scores", "set reward.judge.url"),
-        ({"url": "http://x/v1"}, "a judge scores", "set reward.judge.model"),
-        ({"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY, and no such variable", "export NO_SUCH_KEY=..."),
-        ({"lowest": 10.0}, "no number is from reward.judge.lowest=10", "raise highest"),
-        ({"pattern": "("}, "no regular expression", "mend it"),
-        ({"pattern": r"\d"}, "has 0 groups", "parentheses"),
-        ({"template": "How good?"}, "does not hold the response", "{response}"),
+        ({"url": None}, "a judge scores a data source of this run: set reward.judge.url"),
+        ({"model": None}, "a judge scores a data source of this run: set reward.judge.model"),
+        (
+            {"url": "10.0.0.7:8000/v1"},
+            "reward.judge.url=10.0.0.7:8000/v1 is not a web address: set it to http://HOST:PORT/v1, for example",
+        ),
+        (
+            {"url": "http://x:port/v1"},
+            "reward.judge.url=http://x:port/v1 is not a web address: set it to http://HOST:PORT/v1, for example",
+        ),
+        (
+            {"api_key_env": "NO_SUCH_KEY"},
+            "reward.judge.api_key_env=NO_SUCH_KEY, but this environment variable is not set: export NO_SUCH_KEY=...",
+        ),
+        ({"lowest": 10.0}, "reward.judge.lowest=10 is not below highest=10: raise highest"),
+        (
+            {"pattern": "("},
+            "reward.judge.pattern is not a regular expression "
+            "(missing ), unterminated subpattern at position 0): correct it",
+        ),
+        (
+            {"pattern": r"\d"},
+            "reward.judge.pattern has 0 groups: put parentheses around the number and nothing else",
+        ),
+        ({"template": "How good?"}, "reward.judge.template lacks the response: put {response} into it"),
     ],
+    ids=str,
 )
-def test_what_a_judge_lacks_is_told_before_the_start(settings, why, fix):
-    whole = settings if {"url"} >= settings.keys() else {"url": "http://x/v1", "model": "m", **settings}
-    lack = missing(**JudgeConfig(**whole).model_dump())
-    assert why in lack.why
-    assert fix in lack.fix
+def test_unusable_settings_stop_the_run_before_anything_is_asked(settings, message, server, tokenizer):
+    config = RewardConfig(judge=JudgeConfig(**{"url": server.url, "model": "m", **settings}))
+    with pytest.raises(UserError) as error:
+        RewardManager(config, CustomRewardFunctionConfig(), tokenizer, data_sources=["judge"])
+    assert str(error.value) == message
+    assert not server.asked
+
+
+def test_a_missing_openai_package_stops_the_run_and_names_the_extra(server, tokenizer, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = RewardConfig(judge=JudgeConfig(url=server.url, model="m"))
+    with pytest.raises(UserError, match=r'^the judge needs the package openai: run pip install -e "\.\[judge\]"$'):
+        RewardManager(config, CustomRewardFunctionConfig(), tokenizer, data_sources=["judge"])
 
 
 def test_a_judge_with_all_it_needs_lacks_nothing():
@@ -235,7 +271,7 @@ def test_judge_and_scorers_score_the_rows_of_their_data_sources(manager_of, tabl
 def test_a_judge_that_fails_ends_the_run_unless_told_otherwise(manager_of, table_of, server):
     server.answer = lambda body: (500, {}, "") if "blue" in body["messages"][0]["content"] else completion("Score: 1")
     table = table_of(["blue", "red"], source=["judge"] * 2)
-    with pytest.raises(UserError, match=r"status 500(.|\n)*reward\.judge\.on_failure=error ends the run"):
+    with pytest.raises(UserError, match=r"status 500(.|\n)*reward\.judge\.on_failure=error stops the run"):
         manager_of(["judge"]).score_table(table)
     scored, metrics = manager_of(["judge"], on_failure="error_score").score_table(table)
     assert scored["score"].to_pylist() == [-1.0, 1.0]

@@ -137,7 +137,7 @@ def test_a_users_file_that_ends_its_process_is_refused_at_once(manager_of):
 
 def test_a_data_source_without_a_scorer_is_refused_at_once_unless_the_user_has_a_function(tokenizer, tmp_path):
     config, none = RewardConfig(num_workers=1), CustomRewardFunctionConfig()
-    with pytest.raises(UserError, match="no scorer is known for the data source 'my/set'"):
+    with pytest.raises(UserError, match=r"^the data source 'my/set' has no scorer"):
         RewardManager(config, none, tokenizer, data_sources=["openai/gsm8k", "my/set"])
     (tmp_path / "users.py").write_text("def compute_score(**sample):\n    return 1\n")
     custom = CustomRewardFunctionConfig(path=str(tmp_path / "users.py"))

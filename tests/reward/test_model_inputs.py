@@ -65,7 +65,10 @@ def test_with_another_tokenizer_the_conversation_is_tokenised_again(tmp_path, le
     (found,) = read(inputs_of(str(tmp_path / "own"), policy, None, source=letters)(table))
     assert own.decode(found).replace(" ", "") == "<turn>12<turn>abca"  # it has no letter "u" (user), but "a"
 
-    with pytest.raises(UserError, match=r"another vocabulary(.|\n)*reward_model\.model\.input_tokenizer"):
+    with pytest.raises(
+        UserError,
+        match=r"its vocabulary differs(.|\n)*reward_model\.model\.input_tokenizer",
+    ):
         inputs_of(str(tmp_path / "own"), policy, None)
     own.chat_template = None
     own.save_pretrained(tmp_path / "plain")

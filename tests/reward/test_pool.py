@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from verl.errors import UserError
-from verl.reward.pool import Outcome, WorkerPool
+from verl.reward.pool import CallResult, WorkerPool
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def actors():
         yield pool
 
 
-def result(future: Future) -> Outcome:
+def result(future: Future) -> CallResult:
     return future.result(timeout=60)
 
 
@@ -54,7 +54,7 @@ def gone(pid: int) -> bool:
 def test_each_item_gets_its_own_answer_whatever_the_order():
     with pool_of(calls.make_echo, "got ", workers=2) as pool:
         futures = [pool.submit(number) for number in range(500)]
-        assert [result(future) for future in futures] == [Outcome(f"got {number}") for number in range(500)]
+        assert [result(future) for future in futures] == [CallResult(f"got {number}") for number in range(500)]
 
 
 def test_calls_run_in_other_processes_at_the_same_time(actors):
@@ -77,7 +77,7 @@ def test_an_exception_is_an_error_of_its_item_alone(actors):
 def test_a_call_that_hangs_is_ended_at_its_limit_and_costs_no_other(actors, order):
     futures = [actors.submit(each) for each in [(order, None), *[("keep", number) for number in range(20)]]]
     first, *others = map(result, futures)
-    assert first == Outcome(None, "timeout", "took longer than 1 s")
+    assert first == CallResult(None, "timeout", "took longer than 1 s")
     assert [other.value for other in others] == list(range(20))
 
 
@@ -87,7 +87,7 @@ def test_a_call_that_hangs_is_ended_at_its_limit_and_costs_no_other(actors, orde
 def test_a_process_that_dies_costs_its_item_alone(actors, order, end):
     futures = [actors.submit(each) for each in [order, *[("keep", number) for number in range(20)]]]
     first, *others = map(result, futures)
-    assert first == Outcome(None, "died", f"its process ended with {end}")
+    assert first == CallResult(None, "died", f"its process ended with {end}")
     assert [other.value for other in others] == list(range(20))
 
 

@@ -44,7 +44,7 @@ def test_a_program_reads_its_input_and_prints(sandbox):
 
 def test_a_program_that_fails_says_why(sandbox):
     assert sandbox.run("1/0").reason == "ZeroDivisionError: division by zero"
-    assert sandbox.run("import os; os._exit(3)").reason == "it ended with 3"
+    assert sandbox.run("import os; os._exit(3)").reason == "it ended with exit code 3"
     assert sandbox.run("import os; os.kill(os.getpid(), 11)").exit == -signal.SIGSEGV
     assert sandbox.run("import numpy").reason == "ModuleNotFoundError: No module named 'numpy'"
 
@@ -60,14 +60,14 @@ def inside(place: Sandbox) -> list[psutil.Process]:
 def test_an_endless_loop_ends_with_its_cpu_time():
     with Sandbox(limits(cpu_seconds=1, wall_seconds=100)) as place:
         ending = place.run("print('on', flush=True)\nwhile True: pass")
-        assert (ending.exit, ending.stdout, ending.reason) == (-signal.SIGXCPU, "on\n", "it used up its CPU time")
+        assert (ending.exit, ending.stdout, ending.reason) == (-signal.SIGXCPU, "on\n", "it exceeded its CPU time")
         assert place.run("import signal; signal.signal(signal.SIGXCPU, lambda *_: 0)\nwhile True: pass").exit == -9
 
 
 def test_a_sleeper_ends_with_its_wall_time():
     with Sandbox(limits(wall_seconds=1)) as place:
         ending = place.run("import time; print('on', flush=True); time.sleep(1000)")
-        assert (ending.exit, ending.stdout, ending.reason) == (None, "on\n", "it took too long")
+        assert (ending.exit, ending.stdout, ending.reason) == (None, "on\n", "it exceeded its wall time")
         assert place.run("print(1)").stdout == "1\n"
 
 
@@ -333,7 +333,7 @@ def test_a_plain_user_can_sandbox_too():
     with tempfile.TemporaryDirectory() as name:  # not pytest's, which others cannot read
         folder = Path(name)
         folder.chmod(0o755)
-        for name in ("__init__.py", "errors.py", "reward/__init__.py", "reward/lack.py", "reward/sandbox"):
+        for name in ("__init__.py", "errors.py", "reward/__init__.py", "reward/dependencies.py", "reward/sandbox"):
             target = folder / "verl" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             source = ROOT / "verl" / name

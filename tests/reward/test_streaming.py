@@ -13,7 +13,7 @@ import pytest
 
 from verl.data.schema import with_columns
 from verl.reward.manager import hidden_time
-from verl.reward.pool import Outcome
+from verl.reward.pool import CallResult
 from verl.rollout.contract.base import Capabilities, Request, Result, SamplingParams
 from verl.rollout.loop import EventLoop
 from verl.trainer.ppo.responder import Responder
@@ -79,5 +79,5 @@ def test_scores_are_there_before_the_last_response_is(manager_of, tokenizer, tmp
 
 
 def test_time_is_hidden_as_far_as_it_passed_before_the_scores_were_asked_for():
-    outcomes = [Outcome(begun=1.0, ended=3.0), Outcome(begun=4.0, ended=9.0), Outcome(begun=6.0, ended=8.0)]
+    outcomes = [CallResult(begun=1.0, ended=3.0), CallResult(begun=4.0, ended=9.0), CallResult(begun=6.0, ended=8.0)]
     assert hidden_time(outcomes, 5.0) == {"timing_sum_s/reward_scoring": 9.0, "timing_sum_s/reward_hidden": 3.0}

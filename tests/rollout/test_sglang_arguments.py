@@ -13,8 +13,8 @@ def graphs(memory: float = H100, device: str = "cuda", **settings) -> dict:
     return cuda_graphs(arguments_of(EngineSettings("folder", device, "bfloat16", 1024, **settings)), memory)
 
 
-@pytest.mark.parametrize(("responses", "most"), [(64, 64), (512, 512), (1024, 512)])
-def test_graphs_are_for_as_many_responses_as_run_up_to_512_and_none_for_prefills(responses, most):
+@pytest.mark.parametrize(("responses", "most"), [(64, 64), (1024, 1024), (2048, 1024)])
+def test_graphs_are_for_as_many_responses_as_run_up_to_1024_and_none_for_prefills(responses, most):
     assert graphs(max_num_seqs=responses) == {"cuda_graph_max_bs_decode": most, **NO_PREFILL}
 
 
@@ -37,7 +37,7 @@ def test_what_a_user_decides_of_generating_stays(extra):
     ids=str,
 )
 def test_what_a_user_decides_of_prefills_stays(extra):
-    assert graphs(extra=extra) == {"cuda_graph_max_bs_decode": 512}
+    assert graphs(extra=extra) == {"cuda_graph_max_bs_decode": 1024}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_nothing_is_said_where_all_is_decided(settings):
 
 @pytest.mark.parametrize("extra", [{"debug_cuda_graph": True}, {"enable_profile_cuda_graph": True}], ids=str)
 def test_what_else_is_said_of_graphs_changes_nothing(extra):
-    assert graphs(extra=extra) == {"cuda_graph_max_bs_decode": 512, **NO_PREFILL}
+    assert graphs(extra=extra) == {"cuda_graph_max_bs_decode": 1024, **NO_PREFILL}
 
 
 @pytest.mark.parametrize("memory", [0, 24_564, 46_068])

@@ -175,12 +175,25 @@ def test_time_left_follows_the_last_steps(make_run):
     assert row.endswith(duration_text(2 * 70))  # the slow ones are forgotten
 
 
+def test_time_left_leaves_out_the_first_step_and_compilation(make_run):
+    clock = Clock()
+    progress, out = plain_progress(make_run(total_steps=12), clock)
+    with progress:
+        clock.now += 50  # the engine starts
+        for seconds, compiling in ((30, 20), (10, 0), (30, 20)):
+            clock.now += seconds
+            times = {"timing_s/step": seconds, "perf/compile_seconds": compiling}
+            progress.step(progress._pace.step + 1, {**METRICS, **times})
+    rows = [line.split()[-1] for line in out.getvalue().splitlines()[-3:]]
+    assert rows == [duration_text(each) for each in (30 * 11, 10 * 10, 10 * 9)]
+
+
 def test_a_resumed_run_counts_on_from_its_step(make_run):
     clock = Clock()
     progress, out = plain_progress(make_run(resume_step=15), clock)
     with progress:
         clock.now += 10
-        progress.step(16, METRICS)
+        progress.step(16, {**METRICS, "timing_s/step": 10.0})
     assert "steps 16 to 20" in out.getvalue()
     assert out.getvalue().splitlines()[-1].endswith(duration_text(10 * 4))
 

@@ -157,12 +157,16 @@ def test_the_report_can_be_written_again_by_hand(finished_run, repository, tmp_p
     assert done.stdout.strip() == str(finished_run / "README.md")
     failed = subprocess.run([*command, tmp_path / "none"], cwd=repository, capture_output=True, text=True, timeout=60)
     assert failed.returncode == 1
-    assert failed.stderr.startswith("there is no")
+    assert failed.stderr == (
+        f"{tmp_path}/none/metrics.jsonl does not exist. "
+        "The report needs the metrics that trainer.logger=[file] writes.\n"
+    )
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_report_that_cannot_be_written_says_so(finished_run):
     (finished_run / "README.md").mkdir()
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_report(finished_run)
 
 

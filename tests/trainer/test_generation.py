@@ -168,7 +168,7 @@ def test_prompts_that_hold_responses_already_are_refused(small, tmp_path, capsys
     table = pq.read_table(small / "train.parquet")
     pq.write_table(table.append_column("responses", pa.array(["x"] * table.num_rows)), tmp_path / "in.parquet")
     assert main(arguments(small, tmp_path / "out.parquet", data__path=tmp_path / "in.parquet")) == 1
-    assert "has a column 'responses', which will be written: rename it" in capsys.readouterr().err
+    assert "has a column 'responses', which this run writes: rename it" in capsys.readouterr().err
 
 
 def test_prompts_with_images_are_refused_before_anything_starts(small, tmp_path, capsys):

@@ -15,6 +15,6 @@ def words(*kept: Checkpoint, finished: bool = True) -> str:
 
 
 def test_a_run_that_saved_nothing_says_so():
-    assert words() == "Finished after step 4. Everything is in run; no checkpoint was saved (trainer.save_freq)."
+    assert words() == "Finished after step 4. All files are in run; no checkpoint was saved (trainer.save_freq)."
     kept = Checkpoint(Path("run/global_step_4"), 4)
-    assert words(kept) == "Finished after step 4. Everything is in run, the last checkpoint in global_step_4."
+    assert words(kept) == "Finished after step 4. All files are in run, the last checkpoint in global_step_4."

@@ -312,7 +312,7 @@ def test_ctrl_c_stops_after_the_step_and_the_same_command_goes_on(small, tmp_pat
     assert process.returncode == 130
     assert "Traceback" not in output
     stopped = metrics_of(tmp_path)[-1]["step"]
-    assert f"The same command goes on from step {stopped + 1}" in output
+    assert f"The same command continues at step {stopped + 1}" in output
     assert main(arguments(small, tmp_path, trainer__total_training_steps=stopped + 1)) == 0
     assert metrics_of(tmp_path)[-1]["step"] == stopped + 1
 

@@ -1,4 +1,4 @@
-"""What can be known of an evaluation before it starts, and what it will do as a text."""
+"""Checks of an evaluation before it starts, and its plan as text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check(loaded: Loaded[EvalConfig], *, dry_run: bool) -> Findings:
-    """All that is wrong, problems of loading included. Asks no network, imports no torch."""
+    """All findings, problems of loading included. Does not use the network or import torch."""
     config, findings = loaded.draft, Findings(notices=list(loaded.notices))
     data, scorer = config.data, config.custom_reward_function
     columns = {
@@ -46,7 +46,7 @@ def check(loaded: Loaded[EvalConfig], *, dry_run: bool) -> Findings:
 
 
 def _check_lines(findings: Findings, file: str, columns: dict[str, str]) -> None:
-    """The file is there, and its first line has the columns."""
+    """Checks that the file exists and that its first line has the columns."""
     try:
         with Path(file).expanduser().open(encoding="utf-8") as lines:
             first = json.loads(next(lines, "{}"))

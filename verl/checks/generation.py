@@ -1,5 +1,7 @@
-"""What can be known of a generation run before it starts, and what it will do as a text. As for PPO, whose checks of
-engine and devices these are: the same keys have the same limits, without ``actor_rollout_ref`` in front."""
+"""Checks of a generation run before it starts, and its plan as text.
+
+Engine and devices are checked as in training, where the same keys have ``actor_rollout_ref`` in front.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ PREFIX = "actor_rollout_ref."
 
 
 def check(loaded: Loaded[GenerationConfig], *, dry_run: bool) -> Findings:
-    """All that is wrong, problems of loading included. Asks no network, imports no torch."""
+    """All findings, problems of loading included. Does not use the network or import torch."""
     config, shared = loaded.draft, Findings()
     plan = plan_of(config)
     check_engine(shared, plan, dry_run)
@@ -61,12 +63,12 @@ def plan_of(config: GenerationConfig) -> EnginePlan:
 
 
 def plan_gpus() -> int:
-    """GPUs that torch can use here."""
+    """The number of GPUs that torch can use here."""
     return 0 if torch_is_cpu_build() else installed_gpus()
 
 
 def prompt_rows(findings: Findings, config: GenerationConfig) -> int | None:
-    """Rows of the prompts, as far as they can be read."""
+    """The number of prompts; None if the files cannot be read."""
     columns = {config.data.prompt_key: "name the column of the chat messages in data.prompt_key"}
     rows = check_parquet(findings, "data.path", config.data.path, columns)
     limit = config.data.max_samples
@@ -74,10 +76,10 @@ def prompt_rows(findings: Findings, config: GenerationConfig) -> int | None:
 
 
 def check_file_name(findings: Findings, key: str, file: str) -> None:
-    """A new file whose format its name says."""
+    """Checks that the file is new and that its name tells its format."""
     path = Path(file).expanduser()
     if path.suffix not in SUFFIXES:
-        findings.problem(key, file, "its name does not say how to write it", "end it in .parquet or .jsonl")
+        findings.problem(key, file, "its name does not tell its format", "end it in .parquet or .jsonl")
     elif path.exists():
         findings.problem(key, file, "it is there already", "name another file, or move that one away")
 
@@ -93,7 +95,7 @@ def _sampling(findings: Findings, config: GenerationConfig) -> None:
 
 
 def _as_typed(findings: Findings) -> Findings:
-    """With the keys' names as they are here."""
+    """The findings with the names that the keys have in generation."""
 
     def here(text: str) -> str:
         return text.replace(PREFIX, "")

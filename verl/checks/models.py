@@ -1,4 +1,4 @@
-"""Checks of model paths: a folder in Hugging Face layout, or a hub id, of which only the local cache is looked at."""
+"""Checks of model paths: a folder in Hugging Face format, or a hub id, which is looked up in the local cache only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 class ModelFacts:
     """What a model's folder says without loading it. max_positions: its context length in tokens; None if unsaid.
     parameters: in its files; head: of these, in the output embeddings. dtype: as torch names it. labels: of a sequence
-    classifier, which it is by its architectures, or says none (classifies)."""
+    classifier, which it is by its architectures, or says none (classifies). architectures: None if unsaid."""
 
     folder: Path
     max_positions: int | None
@@ -41,12 +41,23 @@ class ModelFacts:
     dtype: str | None = None
     labels: int = 2
     classifies: bool = True
+    model_type: str | None = None
+    architectures: tuple[str, ...] | None = None
 
 
 def check_model(findings: Findings, key: str, path: str) -> ModelFacts | None:
     """None: no model was found, or it is only on the hub."""
     folder = find_folder(findings, key, path)
     return None if folder is None else _check_folder(findings, key, path, folder)
+
+
+def check_architecture(findings: Findings, key: str, path: str, facts: ModelFacts | None, engine: str) -> None:
+    """Notes what an inference engine is told about a model whose config.json does not name its class."""
+    if facts is not None and facts.model_type and facts.architectures is None:
+        findings.notices.append(
+            f"{key}={path}: its config.json names no architectures, by which {engine} chooses the model's class; "
+            f"{engine} is given the causal language model of model_type={facts.model_type}"
+        )
 
 
 def check_tokenizer_of(findings: Findings, section: str, model: PolicyModelConfig, facts: ModelFacts | None) -> None:
@@ -65,7 +76,7 @@ def check_tokenizer_path(findings: Findings, key: str, path: str) -> None:
 
 
 def check_tokenizer(findings: Findings, key: str, path: str, folder: Path, elsewhere: str) -> None:
-    """elsewhere: the key that names another folder for it."""
+    """Checks the tokenizer of a folder. elsewhere: the key that can name another folder for it."""
     found = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
     if not found:
         fix = f"save the tokenizer there, or name its folder in {elsewhere}"
@@ -75,7 +86,7 @@ def check_tokenizer(findings: Findings, key: str, path: str, folder: Path, elsew
 
 
 def find_folder(findings: Findings, key: str, path: str) -> Path | None:
-    """The local folder of a path or a hub id; None, said in ``findings``, where there is none."""
+    """The local folder of a path or hub id. If there is none, None, and ``findings`` says why."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -123,7 +134,9 @@ def _check_folder(findings: Findings, key: str, path: str, folder: Path) -> Mode
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)  # as transformers
     architectures = config.get("architectures")
     classifies = not architectures or any("Classification" in name for name in architectures)
-    return ModelFacts(folder, text.get("max_position_embeddings"), parameters, head, dtype, labels, classifies)
+    positions, kind = text.get("max_position_embeddings"), config.get("model_type")
+    named = tuple(architectures) if architectures else None
+    return ModelFacts(folder, positions, parameters, head, dtype, labels, classifies, kind, named)
 
 
 def _check_weights(findings: Findings, key: str, path: str, folder: Path) -> None:
@@ -152,7 +165,7 @@ def _is_pointer(file: Path) -> bool:
 
 
 def _damage(file: Path) -> str | None:
-    """What is wrong with a weight file, as far as its header tells, which only safetensors have."""
+    """What is wrong with a weight file by its header. Only safetensors files have one."""
     if file.suffix != ".safetensors":
         return None
     try:
@@ -167,7 +180,7 @@ def _damage(file: Path) -> str | None:
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begin, and what it says of its tensors. Raises one of ``NO_HEADER``, or
+    """The offset of the data of a safetensors file, and its entries by tensor. Raises one of ``NO_HEADER``, or
     OSError."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
@@ -185,8 +198,8 @@ def _shards(index: Path) -> list[str]:
 
 
 def parameter_counts(folder: Path) -> tuple[int | None, int]:
-    """Parameters in the folder's safetensors files, read from their headers, and of these the output embeddings'; None
-    where there are none to read."""
+    """The number of parameters in the folder's safetensors files, by their headers, and how many of them are output
+    embeddings. None if there is no such file."""
     total = head = 0
     for file in folder.glob("*.safetensors"):
         try:
@@ -200,7 +213,7 @@ def parameter_counts(folder: Path) -> tuple[int | None, int]:
 
 
 def _text_config(config: dict) -> dict:
-    """A vision-language model keeps its language model's settings in a config of their own."""
+    """The settings of the language model, which a vision-language model keeps in ``text_config``."""
     return config.get("text_config") or config
 
 
@@ -220,4 +233,4 @@ def _nearest(folder: Path) -> str:
     close = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
     if close:
         return f"the nearest name there is {parent / close[0]}"
-    return f"the path is good up to {parent}; name a folder, or a hub id like Qwen/Qwen3-0.6B"
+    return f"the path exists up to {parent}; name a folder, or a hub id like Qwen/Qwen3-0.6B"

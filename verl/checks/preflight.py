@@ -1,4 +1,4 @@
-"""Everything that can be known before a run starts, checked before it starts, all of it in one report."""
+"""Checks everything that can be checked before a run starts, and reports all problems together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
 from verl.checks.inert import Run, find_inert
-from verl.checks.models import ModelFacts, check_model, check_tokenizer_of, check_tokenizer_path
+from verl.checks.models import (
+    ModelFacts,
+    check_architecture,
+    check_model,
+    check_tokenizer_of,
+    check_tokenizer_path,
+)
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.checks.servers import check_servers
 from verl.checks.settings import ROLLOUT, check_context, check_settings
@@ -37,15 +43,15 @@ if TYPE_CHECKING:
 
 DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")  # a key in a text
 
-# Weights are saved in fp32, and so are Adam's two moments; the Hugging Face export is another copy of the weights.
+# Weights and Adam's two moments are saved in fp32. The Hugging Face export is another copy of the weights.
 CHECKPOINT_BYTES, EXPORT_BYTES = 12, 4
 
 
 def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
-    """The plan of the run and all that is wrong with it, problems of loading included.
+    """The plan of the run and all findings, problems of loading included.
 
-    In a dry run what only another machine could tell (its GPUs, its engines) is unchecked; in a real one it is a
-    problem. Nothing here asks the network or imports torch.
+    What only another machine can show (its GPUs, its engines) is listed as unchecked in a dry run, and is a problem in
+    a real run. The checks do not use the network or import torch.
     """
     config, findings = loaded.draft, Findings(notices=list(loaded.notices))
     train_rows, val_rows = _data(findings, config, dry_run, loaded.set_keys)
@@ -70,19 +76,19 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
 
 
 def unexplained(problems: list[Problem], faults: list[Problem]) -> list[Problem]:
-    """Those that do not follow from what loading found at fault."""
+    """The problems that do not follow from the problems of loading (``faults``)."""
     return [problem for problem in problems if not _follows(problem, faults)]
 
 
 def _follows(problem: Problem, faults: list[Problem]) -> bool:
-    """Whether it is about a key that loading found at fault, or took for what an unknown one was meant to be: that key
-    stands at its default now, which is not what the user wants."""
+    """Whether the problem names a key that a fault names, as wrong or as the nearest to an unknown key. That key has
+    its default now, which is not what the user wants."""
     named = set(DOTTED.findall(f"{problem.key} {problem.why}"))
     return any(named & set(DOTTED.findall(f"{fault.key} {fault.fix}")) for fault in faults)
 
 
 def _data(findings: Findings, config: Config, dry_run: bool, set_keys: frozenset[str]) -> tuple[int | None, int | None]:
-    """Rows of the training and validation data, as far as they can be read."""
+    """The number of rows of the training and validation data; None if they cannot be read."""
     data, trainer = config.data, config.trainer
     columns = {
         data.prompt_key: "name the column of the chat messages in data.prompt_key",
@@ -114,10 +120,13 @@ def _at_most(rows: int | None, limit: int) -> int | None:
 
 
 def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, ModelSize]:
-    """Sizes of the models that could be looked at, by role. A path that two keys share is looked at once."""
+    """The sizes of the models whose files can be read, by role. A path that two keys share is read once."""
     actor, critic = config.actor_rollout_ref.model, config.critic.model
     found = _model(findings, config, "actor", "actor_rollout_ref.model.path", actor.path)
     check_tokenizer_of(findings, "actor_rollout_ref.model", actor, found.get("actor"))
+    if plan.engine in ADAPTERS and "architectures" not in actor.override_config:
+        title = ADAPTERS[plan.engine].title
+        check_architecture(findings, "actor_rollout_ref.model.path", actor.path, found.get("actor"), title)
     if plan.critic and critic.path != actor.path:
         found |= _model(findings, config, "critic", "critic.model.path", critic.path)
     elif plan.critic and "actor" in found:
@@ -155,7 +164,7 @@ def _one_label(findings: Findings, reward: RewardModelModelConfig, facts: ModelF
 
 
 def _size(facts: ModelFacts, whole: bool) -> ModelSize | None:
-    """whole: with its output embeddings; a critic has a head of a few thousand parameters instead."""
+    """whole: with output embeddings. A critic has a head of a few thousand parameters instead."""
     if facts.parameters is None:
         return None
     return ModelSize(facts.parameters - (0 if whole else facts.head), facts.dtype)
@@ -191,7 +200,7 @@ def check_engine(findings: Findings, plan: EnginePlan, dry_run: bool) -> None:
 
 
 def _splits(plan: EnginePlan, size: int) -> bool:
-    """Into tensor-parallel groups, each within a node or on all devices of several."""
+    """Whether the devices divide into tensor-parallel groups, each within a node or on all devices of several."""
     return plan.world_size % size == 0 and (plan.devices_per_node % size == 0 or size % plan.devices_per_node == 0)
 
 
@@ -219,11 +228,9 @@ def _adapter(findings: Findings, plan: EnginePlan, adapter: Adapter, dry_run: bo
         why = f"one {adapter.title} is on one node here, which has {plan.devices_per_node} devices"
         fix = f"set it to at most {plan.devices_per_node}, or {ROLLOUT}.name=sglang"
         findings.problem(f"{ROLLOUT}.tensor_model_parallel_size", plan.tensor_parallel, why, fix)
-    if adapter.pass_has_all and rollout.max_num_batched_tokens < rollout.max_num_seqs:
-        why = (
-            f"{adapter.title} wants room in a pass for a token of each of {ROLLOUT}.max_num_seqs={rollout.max_num_seqs}"
-        )
-        fix = f"set it to at least {rollout.max_num_seqs}, or {ROLLOUT}.max_num_seqs lower"
+    if adapter.pass_has_all and rollout.max_num_batched_tokens < plan.max_num_seqs:
+        why = f"{adapter.title} wants room in a pass for a token of each of {ROLLOUT}.max_num_seqs={plan.max_num_seqs}"
+        fix = f"set it to at least {plan.max_num_seqs}, or {ROLLOUT}.max_num_seqs lower"
         findings.problem(f"{ROLLOUT}.max_num_batched_tokens", rollout.max_num_batched_tokens, why, fix)
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         if rollout.mode == "colocated" and "expandable_segments:true" in os.environ.get(variable, "").lower():
@@ -295,7 +302,8 @@ def _files(findings: Findings, config: Config, plan: RunPlan) -> None:
 
 
 def checkpoint_bytes(config: Config, plan: RunPlan) -> int | None:
-    """What the run's checkpoints take at most: as many as are kept, and the one being written. None if unknown."""
+    """The most disk space of the run's checkpoints, in bytes: those that are kept and the one being written. None if
+    unknown."""
     contents = {"actor": config.actor_rollout_ref.actor.checkpoint.save_contents}
     if plan.critic:
         contents["critic"] = config.critic.checkpoint.save_contents

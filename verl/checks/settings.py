@@ -1,4 +1,4 @@
-"""Checks of settings against each other: batch arithmetic, contradictions, lengths. Pure: no file is looked at."""
+"""Checks of settings against each other: batch arithmetic, contradictions, lengths. No file is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 REF = "actor_rollout_ref.ref"
 
-# Whose micro-batches -> the keys that set their size in sequences and in tokens.
+# Name of the micro-batches -> the keys of their size in sequences and in tokens.
 SPLIT_KEYS = {
     "actor": (f"{ACTOR}.ppo_micro_batch_size_per_gpu", f"{ACTOR}.ppo_max_token_len_per_gpu"),
     "critic": ("critic.ppo_micro_batch_size_per_gpu", "critic.ppo_max_token_len_per_gpu"),
@@ -41,7 +41,7 @@ def check_settings(findings: Findings, config: Config, plan: RunPlan) -> None:
 
 
 def splits(plan: RunPlan) -> dict[str, MicroBatching]:
-    """Every way in which a rank's rows are cut, by the names of SPLIT_KEYS."""
+    """The micro-batches of a rank, by the names of SPLIT_KEYS."""
     updates = {"actor": plan.actor.micro_batching} | ({"critic": plan.critic.micro_batching} if plan.critic else {})
     return updates | plan.forwards
 
@@ -50,10 +50,8 @@ def splits(plan: RunPlan) -> dict[str, MicroBatching]:
 
 
 def _mini_batches(findings: Findings, config: Config, plan: RunPlan) -> None:
-    """A step's prompts are whole mini-batches, and a mini-batch's trajectories spread evenly over the ranks.
-
-    Then a step's trajectories do too, being whole mini-batches.
-    """
+    """Checks that a step's prompts are whole mini-batches, and that a mini-batch's trajectories divide evenly among
+    the ranks."""
     sizes = {f"{ACTOR}.ppo_mini_batch_size": config.actor_rollout_ref.actor.ppo_mini_batch_size}
     if plan.critic and config.critic.ppo_mini_batch_size not in sizes.values():
         sizes["critic.ppo_mini_batch_size"] = config.critic.ppo_mini_batch_size
@@ -74,7 +72,7 @@ def _mini_batches(findings: Findings, config: Config, plan: RunPlan) -> None:
 
 
 def _fix_mini_batch(size: int, plan: RunPlan) -> str:
-    """The nearest size that works with this batch, and the nearest batch that works with this size."""
+    """How to fix it: the nearest size that works with this batch, or the nearest batch that works with this size."""
     working = [m for m in _divisors(plan.prompts) if m * plan.samples % plan.world_size == 0]
     fixes = [f"set it to {min(working, key=lambda m: abs(m - size))}"] if working else []
     if size * plan.samples % plan.world_size == 0:

@@ -1,4 +1,4 @@
-"""What can be known of a supervised run before it starts, and its plan as a text."""
+"""Checks of a supervised run before it starts, and its plan as text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:
-    """All that is wrong, problems of loading included. Asks no network, imports no torch."""
+    """All findings, problems of loading included. Does not use the network or import torch."""
     config, findings = loaded.draft, Findings(notices=list(loaded.notices))
     rows = train_rows(findings, config)
     data, trainer = config.data, config.trainer

@@ -35,7 +35,7 @@ from verl.engine.flops import ForwardFlops, peak_flops
 from verl.engine.model import Kind, empty_model, read_config, read_model, wrap, write_model
 from verl.engine.optim import Optimizer
 from verl.engine.packing import MicroBatch, Packer
-from verl.engine.precision import Masters, compute_dtype
+from verl.engine.precision import MasterWeights, compute_dtype
 from verl.memory.device_memory import SPARE, Peak
 from verl.plan import MicroBatching
 
@@ -107,14 +107,14 @@ class TrainEngine:
     def _build_optimizer(self, config: OptimConfig, grad_clip: float | None, steps: int, on_host: bool) -> None:
         """on_host: its state is made there, and need never fit on the device as a whole."""
         home = CPU if on_host else self.device
-        self.masters = Masters(self.module, self.compute_dtype, world_size() > 1, self.device, home)
+        self.masters = MasterWeights(self.module, self.compute_dtype, world_size() > 1, self.device, home)
         if world_size() == 1:
             self.root.to(self.device)
         self.optimizer = optimizer = Optimizer(self.masters, config, grad_clip, steps, home)
         self._state = offload.MovableTensors(optimizer.movable(), self._copies, loaded=not on_host)
         # bytes, beside an update: found out in each
         self._state_room: int | None = 0 if self.device.type == "cuda" else None
-        self._most_of_others = 0
+        self._peak_of_others = 0
 
     def _build(self, model_config: ModelConfig, fsdp_config: FSDPConfig, seed: int) -> Any:
         stored = torch.float32 if self.trainable else self.compute_dtype
@@ -187,7 +187,7 @@ class TrainEngine:
         peak = Peak(self.device)
         metrics = self._update(table, loss_fn, batching, temperature, entropy)
         if self.device.type == "cuda" and not metrics["skipped"]:
-            self._find_room(peak.bytes)
+            self._measure_optimizer_room(peak.bytes)
         return metrics
 
     def _update(
@@ -330,12 +330,12 @@ class TrainEngine:
     def params_loaded(self) -> bool:
         return self._params.loaded
 
-    def _find_room(self, peak: int) -> None:
+    def _measure_optimizer_room(self, peak: int) -> None:
         """peak: bytes of the device that were taken at most in an update, what is loaded of the state among them."""
-        self._most_of_others = max(self._most_of_others, peak - self._state.loaded_bytes)
-        self._state_room = self._ours() - self._most_of_others - SPARE
+        self._peak_of_others = max(self._peak_of_others, peak - self._state.loaded_bytes)
+        self._state_room = self._device_bytes() - self._peak_of_others - SPARE
 
-    def _ours(self) -> int:
+    def _device_bytes(self) -> int:
         """Bytes of the device that this process has or could take."""
         return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
 
@@ -367,7 +367,7 @@ class TrainEngine:
         state = checkpoint.load(Path(path), self._state_tensors())
         if self.optimizer is not None:
             self.optimizer.steps = state["schedule_steps"]
-            self.masters.publish()
+            self.masters.copy_to_params()
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
         params = self.masters.by_name if self.optimizer is not None else dict(self.module.named_parameters())

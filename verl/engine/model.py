@@ -110,6 +110,22 @@ def read_config(model: ModelConfig, kind: Kind) -> transformers.PreTrainedConfig
     return config
 
 
+def architectures(model: ModelConfig) -> list[str]:
+    """The names of the causal language model's class, for an inference engine: as its config.json says, or else the
+    class that transformers has for its model type. UserError if there is neither."""
+    config = read_config(model, "policy")
+    if config.architectures:
+        return list(config.architectures)
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if config.model_type not in known:
+        raise UserError(
+            f"model.path={model.path}: its config.json names no architectures, and transformers knows no causal "
+            f"language model of model_type={config.model_type}. Add a line such as "
+            '"architectures": ["Qwen2ForCausalLM"] to config.json'
+        )
+    return [known[config.model_type]]
+
+
 def read_model(
     model: ModelConfig, kind: Kind, config: transformers.PreTrainedConfig, dtype: torch.dtype, seed: int
 ) -> transformers.PreTrainedModel:

@@ -47,12 +47,12 @@ class Copies:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def mark(self) -> Mark:
+    def record(self) -> CopyEvent:
         """Of what has been copied until now."""
-        return Mark(self.device, None if self._stream is None else self._stream.record_event())
+        return CopyEvent(self.device, None if self._stream is None else self._stream.record_event())
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def on_side_stream(self) -> Iterator[None]:
         """Copies inside start once the device has done what it was told before, and nothing waits for them."""
         if self._stream is None:
             yield
@@ -74,12 +74,12 @@ class Copies:
             tensor.record_stream(torch.cuda.default_stream(self.device))
         return tensor
 
-    def brought(self, tensor: torch.Tensor) -> torch.Tensor:
+    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself where it is on the device already, else a copy."""
         return tensor if tensor.is_cuda else self.to_device(tensor)
 
 
-class Mark:
+class CopyEvent:
     """A point in a stream of copies."""
 
     def __init__(self, device: torch.device, event: torch.cuda.Event | None):
@@ -96,7 +96,7 @@ class Mark:
             self._event.synchronize()
 
 
-class HostPlaces:
+class HostBuffers:
     """A place on the host for each of these tensors, in a few pieces of memory, pinned if the machine has a GPU.
 
     Pieces are made as places are first asked for: what moves there one by one never needs twice the memory.
@@ -169,13 +169,13 @@ def through_device(
     """``work(number, tensors)`` on each bucket: tensors that are on the device already, and of those on the host copies
     that go back afterwards. While a bucket is worked on, the next one comes in and the one before goes out."""
     outward = Copies(copies.device)
-    gone: list[Mark] = []
+    gone: list[CopyEvent] = []
 
-    def fetch(number: int) -> tuple[list[torch.Tensor], Mark]:
+    def fetch(number: int) -> tuple[list[torch.Tensor], CopyEvent]:
         if number >= IN_FLIGHT:
             gone[number - IN_FLIGHT].finish()  # its memory is free again
-        with copies.beside():
-            return [copies.brought(place) for place in buckets[number]], copies.mark()
+        with copies.on_side_stream():
+            return [copies.on_device(place) for place in buckets[number]], copies.record()
 
     coming = fetch(0) if buckets else None
     for number, places in enumerate(buckets):
@@ -184,11 +184,11 @@ def through_device(
         coming = fetch(number + 1) if number + 1 < len(buckets) else None
         arrived.wait()
         work(number, tensors)
-        with outward.beside():
+        with outward.on_side_stream():
             for tensor, place in zip(tensors, places, strict=True):
                 if tensor is not place:
                     outward.to_host(tensor, place)
-            gone.append(outward.mark())
+            gone.append(outward.record())
     outward.finish()
 
 
@@ -228,7 +228,7 @@ def span(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return flat.set_(storage, first.data_ptr() - storage.data_ptr(), (nbytes,), (1,))
 
 
-def apart(copied: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def split_like(copied: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """A copy of their ``span`` as copies of each of them."""
     if len(tensors) == 1:
         return [copied]
@@ -253,10 +253,10 @@ class MovableTensors:
         """loaded: whether they are on the device now."""
         self._tensors, self._copies = tensors, copies
         self._on_device = len(tensors) if loaded else 0  # the first of them
-        self._host = HostPlaces(tensors) if copies.moves and not loaded else None
+        self._host = HostBuffers(tensors) if copies.moves and not loaded else None
         self.changed = self._host is None
         if self._host:
-            with self._whole_or_closed():
+            with self._all_or_nothing():
                 for tensor, place in zip(tensors, self._host, strict=True):
                     give_storage(tensor, place.copy_(local(tensor)))
 
@@ -272,8 +272,8 @@ class MovableTensors:
     def refresh(self) -> None:
         """Begin to bring their places on the host up to date, so that an offload to come has nothing left to copy."""
         if self._on_device and self._copies.moves and self.changed:
-            self._host = self._host or HostPlaces(self._tensors)
-            with self._whole_or_closed(), self._copies.beside():
+            self._host = self._host or HostBuffers(self._tensors)
+            with self._all_or_nothing(), self._copies.on_side_stream():
                 pairs = zip(map(local, self._tensors[: self._on_device]), self._host, strict=False)
                 for tensors, places in spans(pairs):
                     self._copies.to_host(span(tensors), span(places))
@@ -306,16 +306,16 @@ class MovableTensors:
 
     def _to_device(self, count: int) -> None:
         coming = iter(self._tensors[self._on_device : count])
-        with self._copies.beside():  # FSDP may have put one that it pads elsewhere
+        with self._copies.on_side_stream():  # FSDP may have put one that it pads elsewhere
             for (places,) in spans((local(tensor),) for tensor in self._tensors[self._on_device : count]):
-                for storage in apart(self._copies.to_device(span(places)), places):
+                for storage in split_like(self._copies.to_device(span(places)), places):
                     self._give(next(coming), storage)
 
     def _give(self, tensor: torch.Tensor, storage: torch.Tensor) -> None:
         give_storage(tensor, storage)
 
     @contextmanager
-    def _whole_or_closed(self) -> Iterator[None]:
+    def _all_or_nothing(self) -> Iterator[None]:
         """Nothing stays pinned where not all of it could be."""
         try:
             yield
@@ -343,12 +343,12 @@ class MovableModule(MovableTensors):
         super()._to_host()
         if self._padded:  # FSDP copies them on the host
             self._copies.finish()
-        self._tell_fsdp()
+        self._update_fsdp()
 
     def _to_device(self, count: int) -> None:
         super()._to_device(count)
         self._copies.wait()
-        self._tell_fsdp()
+        self._update_fsdp()
 
     def _give(self, tensor: torch.Tensor, storage: torch.Tensor) -> None:
         if isinstance(tensor, DTensor):
@@ -356,7 +356,7 @@ class MovableModule(MovableTensors):
         else:
             give_storage(tensor, storage)
 
-    def _tell_fsdp(self) -> None:
+    def _update_fsdp(self) -> None:
         """``_apply`` is what ``Module.to`` calls: there FSDP learns where its shards are now. It swaps a parameter's
         contents with those of another tensor, for tied parameters once for each of their names."""
         if not self._given:

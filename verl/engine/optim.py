@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from verl.engine.distributed import full
 from verl.engine.offload import Copies, give_storage, local, through_device
-from verl.engine.precision import Masters
+from verl.engine.precision import MasterWeights
 
 if TYPE_CHECKING:
     from verl.config.sections.parts import OptimConfig
@@ -28,7 +28,7 @@ class Optimizer:
 
     def __init__(
         self,
-        masters: Masters,
+        masters: MasterWeights,
         config: OptimConfig,
         grad_clip: float | None,
         total_steps: int,
@@ -71,7 +71,7 @@ class Optimizer:
                 torch._foreach_mul_([local(gradient) for gradient in gradients.values()], factor)
             if copies is None:
                 self._adamw(list(gradients), *(list(map(local, kind)) for kind in self._tensors_of(gradients)))
-                self.masters.publish()
+                self.masters.copy_to_params()
             else:
                 self._step_through_device(list(gradients), copies)
         self.masters.drop_gradients()
@@ -84,7 +84,7 @@ class Optimizer:
             bucket = buckets[number]
             masters, exp_avg, exp_avg_sq = self._split(bucket, tensors)
             self._adamw(bucket, masters, exp_avg, exp_avg_sq)
-            self.masters.publish(dict(zip(bucket, masters, strict=True)))
+            self.masters.copy_to_params(dict(zip(bucket, masters, strict=True)))
 
         through_device([list(map(local, self._on_host(bucket))) for bucket in buckets], copies, work)
 

@@ -26,7 +26,7 @@ def compute_dtype(name: DType, device: torch.device) -> torch.dtype:
     return getattr(torch, resolve_dtype(name, device.type))
 
 
-class Masters:
+class MasterWeights:
     """by_name: the masters under the module's parameter names (tied parameters once). home: where separate ones live.
     separate: whether the parameters are others."""
 
@@ -65,7 +65,7 @@ class Masters:
             param.grad = None
 
     @torch.no_grad()
-    def publish(self, values: Mapping[str, torch.Tensor] | None = None) -> None:
+    def copy_to_params(self, values: Mapping[str, torch.Tensor] | None = None) -> None:
         """The masters' values become the parameters' (after a step or a load). values: what some of them hold."""
         if self.separate:
             for name, master in (self.by_name if values is None else values).items():

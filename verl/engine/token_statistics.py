@@ -119,4 +119,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _parts(length: int, size: int) -> Iterator[slice]:
+    """As few as will do, all of about the same length: a last one of a single row would be compiled anew."""
+    size = max(1, -(-length // -(-length // size))) if length else size
     return (slice(start, min(start + size, length)) for start in range(0, length, size))

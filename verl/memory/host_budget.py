@@ -65,7 +65,7 @@ class Devices:
 
 
 @dataclass(frozen=True)
-class Held:
+class ModelMemory:
     """Bytes of one model in the memory of one machine, of all its ranks together.
 
     weights, optimizer: for good. building: while it is built, beside what was built before. gradients, exporting: while
@@ -89,7 +89,7 @@ class Held:
 class HostBudget:
     """Of one machine. models: in the order in which they are built. saving: bytes, while a checkpoint is written."""
 
-    models: tuple[Held, ...]
+    models: tuple[ModelMemory, ...]
     saving: int
 
     @property
@@ -116,12 +116,12 @@ class HostBudget:
 
 def budget_of(models: Sequence[Model], devices: Devices, *, saves: bool, node: int = 0) -> HostBudget:
     """saves: whether checkpoints are. node: the machine; the first also has whole models for a while."""
-    held = tuple(_held(model, devices, first=node == 0) for model in models)
+    held = tuple(_memory_of(model, devices, first=node == 0) for model in models)
     state = max((devices.per_node * _share(model, devices) * 12 for model in models if model.trained), default=0)
     return HostBudget(held, min(2 * int(state), FILES * devices.per_node) if saves else 0)
 
 
-def _held(model: Model, devices: Devices, first: bool) -> Held:
+def _memory_of(model: Model, devices: Devices, first: bool) -> ModelMemory:
     on_cpu, alone = devices.kind == "cpu", devices.count == 1
     computed = resolve_dtype(model.settings.dtype, devices.kind)
     separate = model.trained and computed != "float32" and alone  # its masters are not its parameters
@@ -136,7 +136,7 @@ def _held(model: Model, devices: Devices, first: bool) -> Held:
         optimizer = int(here * (12 if separate else 8))
     moving = 0 if on_cpu else min(optimizer, PIECE * devices.per_node)
     exports = model.exports and first and not (on_cpu and alone)
-    return Held(
+    return ModelMemory(
         model.role,
         model.section,
         weights,

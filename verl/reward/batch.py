@@ -1,4 +1,4 @@
-"""All of a step's samples in one call of the user's function (reward_model.reward_manager=batch)."""
+"""Scores all samples of a step in one call of the user's function (reward_model.reward_manager=batch)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from verl.reward.pool import Outcome, WorkerPool
+from verl.reward.pool import CallResult, WorkerPool
 from verl.reward.scorers import ScorerSpec, load_function, parse
 
 ARGUMENTS = {
@@ -20,33 +20,35 @@ ARGUMENTS = {
 
 
 class BatchPool:
-    """Like ``WorkerPool``, but samples are gathered until ``flush``. timeout: seconds of the one call."""
+    """Like ``WorkerPool``, but ``flush`` scores all samples in one call. timeout: seconds for that call."""
 
     def __init__(self, spec: ScorerSpec, *, timeout: float):
         self._pool = WorkerPool(make_batch_scorer, [spec], workers=1, timeout=timeout)
-        self._gathered: list[tuple[dict[str, Any], Future[Outcome]]] = []
+        self._samples: list[tuple[dict[str, Any], Future[CallResult]]] = []
 
-    def submit(self, sample: dict[str, Any]) -> Future[Outcome]:
-        future: Future[Outcome] = Future()
-        self._gathered.append((sample, future))
+    def submit(self, sample: dict[str, Any]) -> Future[CallResult]:
+        future: Future[CallResult] = Future()
+        self._samples.append((sample, future))
         return future
 
     def flush(self) -> None:
-        """Score what was gathered. What befalls the call befalls each of its samples."""
-        if not self._gathered:
+        """Score the collected samples in one call. If the call fails, each of its samples fails."""
+        if not self._samples:
             return
-        gathered, self._gathered = self._gathered, []
-        outcome = self._pool.submit([sample for sample, _ in gathered]).result()
-        for index, (_, future) in enumerate(gathered):
-            future.set_result(outcome if outcome.failure else replace(outcome, value=outcome.value[index]))
+        samples_and_futures, self._samples = self._samples, []
+        result = self._pool.submit([sample for sample, _ in samples_and_futures]).result()
+        for index, (_, future) in enumerate(samples_and_futures):
+            future.set_result(result if result.failure else replace(result, value=result.value[index]))
 
     def close(self) -> None:
         self._pool.close()
 
 
 def make_batch_scorer(spec: ScorerSpec) -> Callable[[list[dict[str, Any]]], list[tuple[float, str]]]:
-    """samples -> (score, JSON object of the other values) of each. The function is called with lists, named as above,
-    and returns a list of what ``compute_score`` returns."""
+    """A function from samples to (score, JSON object of the other values) of each sample.
+
+    It calls the user's function with the lists named in ``ARGUMENTS``. The user's function returns a list of values as
+    ``compute_score`` returns them."""
     function = load_function(spec, ARGUMENTS.values())
 
     def score(samples: list[dict[str, Any]]) -> list[tuple[float, str]]:

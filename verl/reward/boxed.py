@@ -1,4 +1,4 @@
-"""The last ``\\boxed{...}`` of a text: where answers to mathematical questions are put."""
+"""Finds the last ``\\boxed{...}`` of a text, which holds the answer to a mathematical question."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ OPENING = re.compile(r"\\f?boxed\s*(\{|(?=\s[^\s{]))")  # \boxed{...}, or \boxed
 
 
 def last_boxed(text: str) -> str | None:
-    """What is in the last box that is closed, braces inside it counted; None without one."""
+    """The content of the last box with balanced braces, or None."""
     for opening in reversed(list(OPENING.finditer(text))):
         rest = text[opening.end() :]
         if not opening[1]:
@@ -19,7 +19,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _closing(text: str) -> int | None:
-    """Where the brace is that closes one open before ``text``. A backslash makes the character behind it plain."""
+    """Index of the brace that closes one opened before ``text``, or None. A backslash escapes the next character."""
     depth, escaped = 1, False
     for place, character in enumerate(text):
         if not escaped and character in "{}":

@@ -1,13 +1,13 @@
-"""Programs, scored by the tests that they pass in a sandbox.
+"""Scores programs by the tests that they pass in a sandbox.
 
-The ground truth is JSON, one of
+The ground truth is JSON in one of these forms:
 
     {"inputs": [text, ...], "outputs": [text, ...]}                  a program: standard input and output
     {"fn_name": name, "inputs": [arguments, ...], "outputs": [...]}  a function, or a method of a class Solution
-    {"asserts": [statement, ...], "setup": code}                     statements that must not raise; also "test_list",
-                                                                     "assert_case"
+    {"asserts": [statement, ...], "setup": code}                     statements that must not raise; "test_list" and
+                                                                     "assert_case" are other names of "asserts"
 
-What is expected stays outside of the sandbox; only of statements it cannot, for they run beside the solution.
+Expected outputs stay outside the sandbox. Only statements run inside, beside the solution.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from verl.reward.sandbox import Limits, Sandbox
 
 BLOCK = re.compile(r"^[ \t]*```(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 ASSERTS = ("asserts", "test_list", "assert_case")
-TOLERANCE = 1e-6  # of numbers with a decimal point, relative and absolute
+TOLERANCE = 1e-6  # relative and absolute, for numbers with a decimal point
 
-# Solutions to function tasks are written for sites that import these.
+# Sites with function tasks import these before a solution.
 PRELUDE = """\
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
 from bisect import *; from collections import *; from functools import *; from heapq import *
 from itertools import *; from math import *; from typing import *
 """
-# Reads {"mark", "name", "arguments"}, or {"mark", "tests"}, after the solution has run, and ends with the mark and the
-# value. A solution that ends the process leaves no mark.
+# Runs the solution, reads {"mark", "name", "arguments"} or {"mark", "tests"}, and prints the mark and the value last.
+# If the solution ends the process, no mark is printed.
 CALLER = """\
 import json, sys
 source = open("solution.py", encoding="utf-8").read()
@@ -55,7 +55,7 @@ print("\\n" + task["mark"] + json.dumps(value))
 """.replace("PRELUDE", repr(PRELUDE))
 
 
-# (sandbox, code) -> why the test failed, "" when it passed
+# (sandbox, code) -> why the test failed, or "" if it passed
 Test = Callable[[Sandbox, str], str]
 
 
@@ -74,11 +74,13 @@ def compute_score(
     total_seconds: float = 15.0,
     max_tests: int | None = None,
 ) -> dict[str, Any]:
-    """{"score", "acc": 1.0 when every test passed, else 0.0, "passed": the share that did, "failure": the first one's}.
+    """{"score", "acc": 1.0 if every test passed, else 0.0, "passed": share of tests that passed, "failure": the first
+    failure or ""}.
 
     limits: see ``sandbox.Limits``.
-    score_by: "all": the score is ``acc``, and testing ends with the first failure; "share": it is ``passed``.
-    total_seconds: no test begins after them; those not reached have failed. max_tests: only the first so many.
+    score_by: "all": the score is ``acc``, and testing stops at the first failure; "share": the score is ``passed``.
+    total_seconds: no test starts after this time. Tests that were not started count as failed.
+    max_tests: runs at most this number of tests.
     """
     tests = read_tests(ground_truth)[:max_tests]
     code = find_code(solution_str)
@@ -86,11 +88,11 @@ def compute_score(
     passed = 0
     if code is not None:
         failures = []
-        with Sandbox(Limits(**limits)) as place:
+        with Sandbox(Limits(**limits)) as box:
             end = time.monotonic() + total_seconds
             for test in tests:
                 late = time.monotonic() >= end
-                failure = "the tests took too long" if late else test(place, code)
+                failure = "the tests took too long" if late else test(box, code)
                 passed += not failure
                 failures += [failure] if failure else []
                 if late or (failures and score_by == "all"):
@@ -101,13 +103,13 @@ def compute_score(
 
 
 def find_code(text: str) -> str | None:
-    """The last fenced block that is Python's or nobody's. The last fence may be missing."""
+    """The last fenced block marked as Python or without a language. Its closing fence may be missing."""
     blocks = [code for language, code in BLOCK.findall(text) if language.lower() in ("python", "python3", "py", "")]
     return blocks[-1] if blocks else None
 
 
 def read_tests(ground_truth: str) -> list[Test]:
-    """ValueError for what is none of the forms above."""
+    """The tests of a ground truth. Raises ValueError if it has none of the forms above."""
     try:
         truth = json.loads(ground_truth)
     except ValueError as error:
@@ -128,60 +130,62 @@ def read_tests(ground_truth: str) -> list[Test]:
 def _program(given: Any, expected: Any) -> Test:
     given, expected = _text(given), _text(expected)
 
-    def run(place: Sandbox, code: str) -> str:
-        ending = place.run(code, stdin=given)
-        if ending.reason:
-            return ending.reason
-        return "" if same_output(ending.stdout, expected) else "it printed something else"
+    def run(box: Sandbox, code: str) -> str:
+        result = box.run(code, stdin=given)
+        if result.reason:
+            return result.reason
+        return "" if same_output(result.stdout, expected) else "it printed something else"
 
     return run
 
 
 def _text(value: Any) -> str:
-    """A list is its lines."""
+    """The value as text. A list holds the lines."""
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _call(name: str, arguments: Any, expected: Any) -> Test:
-    """arguments: a list, or text with a JSON value a line. expected: the value, or a list with nothing but it."""
+    """A test that calls a function.
+
+    arguments: a list, or text with one JSON value per line. expected: the value, or a list of just the value."""
     if isinstance(arguments, str):
         arguments = [json.loads(line) for line in arguments.splitlines() if line.strip()]
     if isinstance(expected, str):
-        with suppress(ValueError):  # else it is the text
+        with suppress(ValueError):  # not JSON: the text itself is expected
             expected = json.loads(expected)
 
-    def run(place: Sandbox, code: str) -> str:
-        failure, value = _in_process(place, code, {"name": name, "arguments": arguments})
+    def run(box: Sandbox, code: str) -> str:
+        failure, value = _in_process(box, code, {"name": name, "arguments": arguments})
         if failure:
             return failure
         alone = isinstance(expected, list) and len(expected) == 1 and same_value(value, expected[0])
-        return "" if alone or same_value(value, expected) else "it returned something else"
+        return "" if alone or same_value(value, expected) else "the returned value is wrong"
 
     return run
 
 
 def _statements(tests: str) -> Test:
-    return lambda place, code: _in_process(place, code, {"tests": tests})[0]
+    return lambda box, code: _in_process(box, code, {"tests": tests})[0]
 
 
-def _in_process(place: Sandbox, code: str, task: dict[str, Any]) -> tuple[str, Any]:
-    """(why it failed or "", the value)."""
+def _in_process(box: Sandbox, code: str, task: dict[str, Any]) -> tuple[str, Any]:
+    """(why the test failed or "", the value)."""
     mark = secrets.token_hex(16)
     stdin = json.dumps({**task, "mark": mark}) + "\n"
-    ending = place.run(CALLER, stdin=stdin, files={"solution.py": code})
-    if ending.reason:
-        return ending.reason, None
-    _, marked, text = ending.stdout.rpartition(mark)
+    result = box.run(CALLER, stdin=stdin, files={"solution.py": code})
+    if result.reason:
+        return result.reason, None
+    _, marked, text = result.stdout.rpartition(mark)
     if not marked:
-        return "it ended before the test did", None
+        return "the program ended before the test finished", None
     try:
         return "", json.loads(text)
     except (ValueError, RecursionError):
-        return "what it returned cannot be read", None
+        return "the returned value cannot be read", None
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Line by line, word by word; white space at the ends of lines and of the whole does not count."""
+    """Whether both texts have the same words on the same lines. White space around lines and texts does not count."""
     one, other = ([line.split() for line in text.strip().splitlines()] for text in (printed, expected))
     return len(one) == len(other) and all(map(_same_words, one, other))
 
@@ -201,7 +205,7 @@ def _same_word(one: str, other: str) -> bool:
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Equal as JSON (a tuple is a list), floats within the tolerance."""
+    """Whether the values are equal as JSON, floats within ``TOLERANCE``."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same_value, one, other))
     if isinstance(one, dict) and isinstance(other, dict):

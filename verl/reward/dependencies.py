@@ -1,4 +1,4 @@
-"""What a scorer is missing on this machine."""
+"""A dependency of a scorer that is missing on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class MissingDependency(NamedTuple):
-    """why: the scorer cannot run here. fix: what to do."""
+    """why: the reason that the scorer cannot run here. fix: what the user can do."""
 
     why: str
     fix: str

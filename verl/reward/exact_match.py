@@ -1,4 +1,4 @@
-"""Answers that are right when they are the same text."""
+"""Scores answers that must be the same text as the ground truth."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def compute_score(
     score: float = 1.0,
     wrong_score: float = 0.0,
 ) -> dict[str, Any]:
-    """{"score", "acc": 1.0 or 0.0, "pred": the answer found, or None}. Runs of white space count as one space.
+    """{"score", "acc": 1.0 or 0.0, "pred": the answer, or None}. Each run of white space counts as one space.
 
-    marker: the answer is what is behind its last occurrence, none found without it; None: the whole response.
+    marker: the answer is the text after its last occurrence; a response without it has no answer. None: the answer is
+        the whole response.
     """
     _, found, answer = solution_str.rpartition(marker) if marker else ("", True, solution_str)
     right = bool(found) and _plain(answer, ignore_case) == _plain(ground_truth, ignore_case)

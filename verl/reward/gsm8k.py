@@ -1,17 +1,17 @@
-"""The scorer of GSM8K and of any task whose answer is one number, right when it equals the ground truth as a number."""
+"""Scores GSM8K and other tasks with one number as answer. The answer and the ground truth are compared as numbers."""
 
 from __future__ import annotations
 
 import re
 from typing import Any, Literal
 
-# A sign only where it is not a minus between two numbers; "$" may stand before or after it. Commas only as thousands
-# separators. Possessive (++): backtracking must not take the 12 of "125" or of "12/5" for a number.
+# A minus between two numbers is not a sign. "$" may stand before or after the sign. Commas separate thousands only.
+# Possessive quantifiers (++) keep backtracking from matching the 12 of "125" or of "12/5".
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]])[-+\u2212])?(?:[$€£](?P<inner>[-+\u2212])?)?"
     r"(?P<digits>(?>\d{1,3}(?:,\d{3})++(?!\d)(?:\.\d++)?|\d++(?:\.\d++)?|(?<![\d.])\.\d++))"
 )
-# The marker, and a number right behind it: white space and bold marks may stand between; a fraction is not a number.
+# The marker, white space or bold marks, and a number. A fraction is not a number.
 MARKED = re.compile(r"####[\s*]*" + NUMBER.pattern + r"(?!\s*/\s*\d)")
 
 
@@ -25,10 +25,10 @@ def compute_score(
     score: float = 1.0,
     format_score: float = 0.0,
 ) -> dict[str, Any]:
-    """{"score", "acc": 1.0 or 0.0, "pred": the answer found, in plain digits, or None}.
+    """{"score", "acc": 1.0 or 0.0, "pred": the answer in ``canonical`` form, or None}.
 
-    method: "strict": the number behind the last "####" that has one; "flexible": the last number of the text.
-    score: for a right answer; format_score: for a wrong one that could be read; no answer found is always 0.
+    method: "strict": the number after the last "####" that precedes a number; "flexible": the last number of the text.
+    score: for a right answer. format_score: for a wrong answer. The score without any answer is 0.
     """
     gold = canonical(ground_truth.strip())
     if gold is None:
@@ -46,9 +46,10 @@ def find_answer(text: str, method: str) -> str | None:
 
 
 def canonical(number: str) -> str | None:
-    """Equal for equal numbers, and only for them: no separators, currency, plus, needless zeros; None if not a number.
+    """The number without separators, currency, plus sign and redundant zeros, or None if it is not a number.
 
-    "$1,234.50" -> "1234.5", "42." -> "42", "-0.0" -> "0", "42%" -> "42". Text, not a float: exact for any length.
+    Two results are equal if and only if the numbers are equal: "$1,234.50" -> "1234.5", "42." -> "42", "-0.0" -> "0",
+    "42%" -> "42". The result is text, so it is exact for any length.
     """
     found = NUMBER.match(number)
     if found is None or number[found.end() :] not in ("", ".", "%", ".%", "%."):

@@ -1,4 +1,4 @@
-"""Answers that are JSON, right when they have the same content: order of keys, white space, 1 or 1.0 do not count."""
+"""Scores answers in JSON by content. The order of keys, white space, and 1 or 1.0 make no difference."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def compute_score(
     score: float = 1.0,
     format_score: float = 0.0,
 ) -> dict[str, Any]:
-    """{"score", "acc": 1.0 or 0.0, "valid": whether there is JSON}. score: for the right content; format_score: for
-    JSON with another one; no JSON is always 0.
+    """{"score", "acc": 1.0 or 0.0, "valid": 1.0 if the response has JSON}.
 
-    The JSON is the last fenced block, else the whole response.
+    The JSON is the last fenced block, or the whole response.
+    score: for the right content. format_score: for other JSON. The score without JSON is 0.
     """
     try:
         gold = json.loads(ground_truth)
@@ -37,7 +37,7 @@ def compute_score(
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal as JSON: true is not 1."""
+    """Whether the values are equal as JSON. ``true`` is not 1."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):

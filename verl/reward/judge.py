@@ -1,12 +1,14 @@
-"""What a judge (a language model that is asked for scores) is asked, and what it takes to ask it: without a network."""
+"""The question for the judge (a language model that gives scores), and the checks of its settings. Uses no network."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from verl.reward.dependencies import MissingDependency
 
@@ -31,34 +33,48 @@ PLACES = re.compile(r"\{(prompt|response|ground_truth)\}")
 
 
 def missing(**settings: Any) -> MissingDependency | None:
-    """What the judge's settings (reward.judge) lack to be asked."""
+    """The first thing that ``reward.judge`` lacks before the judge can be asked, or None."""
     for name in ("url", "model"):
         if not settings[name]:
             return MissingDependency("a judge scores a data source of this run", f"set reward.judge.{name}")
+    if not _is_address(settings["url"]):
+        return MissingDependency(
+            f"reward.judge.url={settings['url']} is not a web address", "set it to http://HOST:PORT/v1, for example"
+        )
+    if importlib.util.find_spec("openai") is None:
+        return MissingDependency("the judge needs the package openai", 'run pip install -e ".[judge]"')
     variable = settings["api_key_env"]
     if variable and not os.environ.get(variable):
         return MissingDependency(
-            f"reward.judge.api_key_env={variable}, and no such variable is set", f"export {variable}=..."
+            f"reward.judge.api_key_env={variable}, but this environment variable is not set", f"export {variable}=..."
         )
     try:
         groups = re.compile(settings["pattern"]).groups
     except re.error as error:
-        return MissingDependency(f"reward.judge.pattern is no regular expression ({error})", "mend it")
+        return MissingDependency(f"reward.judge.pattern is not a regular expression ({error})", "correct it")
     if groups != 1:
         return MissingDependency(
-            f"reward.judge.pattern has {groups} groups", "put the number, and only it, in parentheses"
+            f"reward.judge.pattern has {groups} groups", "put parentheses around the number and nothing else"
         )
     if settings["lowest"] >= settings["highest"]:
         return MissingDependency(
-            f"no number is from reward.judge.lowest={settings['lowest']:g} to highest", "raise highest"
+            f"reward.judge.lowest={settings['lowest']:g} is not below highest={settings['highest']:g}", "raise highest"
         )
     if settings["template"] and "{response}" not in settings["template"]:
-        return MissingDependency("reward.judge.template does not hold the response", "put {response} into it")
+        return MissingDependency("reward.judge.template lacks the response", "put {response} into it")
     return None
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets or a port that cannot be read
+        return False
+
+
 def fill(template: str, sample: Mapping[str, Any]) -> str:
-    """The template with {prompt}, {response} and {ground_truth}; other braces stay, and so do those in the texts."""
+    """The template with {prompt}, {response} and {ground_truth} filled in. All other braces stay as they are."""
     texts = {
         "prompt": conversation(json.loads(sample["prompt"])),
         "response": sample["solution_str"],
@@ -68,7 +84,7 @@ def fill(template: str, sample: Mapping[str, Any]) -> str:
 
 
 def conversation(messages: list[dict[str, Any]]) -> str:
-    """The text of a single message; of several, each behind its role."""
+    """The text of a single message, or several messages with their roles."""
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -1,7 +1,6 @@
-"""A language model behind an OpenAI-compatible API that is asked for each response's score.
+"""Asks a language model behind an OpenAI-compatible API for the score of each response.
 
-Asking is waiting: it happens in one thread of the run's own process, many questions at a time, not in the processes
-that run scorers.
+One thread of the run's own process sends all questions, many at a time. The processes that run scorers take no part.
 """
 
 from __future__ import annotations
@@ -20,21 +19,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from verl.errors import UserError
 from verl.reward.judge import TEMPLATE, fill
-from verl.reward.pool import Outcome
+from verl.reward.pool import CallResult
 
 if TYPE_CHECKING:
     from verl.config.sections.models import JudgeConfig
 
-PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that may be better the next time
+TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses after which the next try may succeed
 LONGEST_WAIT = 60.0  # seconds between two tries
 
 
 class NoAnswerError(Exception):
-    """No score came of a try. final: nor would it of another one. wait: seconds that the server asks to wait."""
+    """A try gave no score. final: another try would fail as well. wait: seconds to wait, as the server asked."""
 
     def __init__(self, why: str, *, final: bool = False, wait: float | None = None):
         super().__init__(why)
@@ -42,12 +39,13 @@ class NoAnswerError(Exception):
 
 
 class Judge:
-    """Asks in the order in which samples come, up to ``concurrency`` at a time; answers are kept in ``cache``.
-    UserError for a cache that cannot be used."""
+    """Sends questions in the order of ``submit``, at most ``concurrency`` at a time. Keeps answers in ``cache``.
+
+    Raises UserError if the cache cannot be used."""
 
     def __init__(self, config: JudgeConfig):
         self._config = config
-        self._key = os.environ[config.api_key_env] if config.api_key_env else None
+        self._key = os.environ[config.api_key_env] if config.api_key_env else ""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
         self._thread.start()
@@ -58,27 +56,33 @@ class Judge:
             raise UserError(f"reward.judge.cache={config.cache} cannot be used: {error}") from error
 
     async def _open(self) -> None:
+        from openai import AsyncOpenAI, Omit  # the import takes two seconds, and few runs have a judge
+
         config = self._config
         self._cache = Cache(Path(config.cache).expanduser()) if config.cache else None
-        self._client = httpx.AsyncClient(
+        # The client's own retries have a fixed backoff and do not cover answers without a score.
+        self._client = AsyncOpenAI(
+            base_url=config.url,
+            api_key=self._key or "none",  # else the client takes OPENAI_API_KEY, which may belong to another service
             timeout=config.timeout,
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            limits=httpx.Limits(max_connections=config.concurrency),
+            max_retries=0,
         )
-        self._free = asyncio.Semaphore(config.concurrency)
+        self._headers: Any = {} if self._key else {"Authorization": Omit()}
+        self._slots = asyncio.Semaphore(config.concurrency)
 
-    def submit(self, sample: Mapping[str, Any]) -> Future[Outcome]:
-        """sample: prompt (JSON list of messages), solution_str, ground_truth. The outcome's value is as a scorer's."""
-        return asyncio.run_coroutine_threadsafe(self._outcome(sample), self._loop)
+    def submit(self, sample: Mapping[str, Any]) -> Future[CallResult]:
+        """Future of the result, whose value is that of a scorer. sample: prompt (JSON list of messages), solution_str,
+        ground_truth."""
+        return asyncio.run_coroutine_threadsafe(self._result(sample), self._loop)
 
-    async def _outcome(self, sample: Mapping[str, Any]) -> Outcome:
+    async def _result(self, sample: Mapping[str, Any]) -> CallResult:
         question = fill(self._config.template or TEMPLATE, sample)
-        async with self._free:
+        async with self._slots:
             begun = time.monotonic()
             try:
                 number, text = await self._answer(question)
             except NoAnswerError as error:
-                return Outcome(
+                return CallResult(
                     failure="error",
                     detail=f"reward.judge.url={self._config.url}: {error}",
                     fatal=self._config.on_failure == "error",
@@ -86,10 +90,10 @@ class Judge:
                     ended=time.monotonic(),
                 )
         value = number, json.dumps({"judge": text}, ensure_ascii=False)
-        return Outcome(value, begun=begun, ended=time.monotonic())
+        return CallResult(value, begun=begun, ended=time.monotonic())
 
     async def _answer(self, question: str) -> tuple[float, str]:
-        """The number and the text that it stands in, from the cache or after as many tries as it may take."""
+        """The score and the whole answer, from the cache or from the model after at most ``retries`` further tries."""
         config = self._config
         body = {
             "model": config.model,
@@ -98,12 +102,12 @@ class Judge:
             "max_tokens": config.max_tokens,
         }
         if self._cache and (known := self._cache.get(body)) is not None:
-            with suppress(NoAnswerError):  # where the pattern or the range has changed since
-                return self._number(known), known
+            with suppress(NoAnswerError):  # the pattern or the range may have changed since
+                return self._score(known), known
         for tried in range(config.retries + 1):
             try:
                 text = await self._ask(body)
-                number = self._number(text)
+                score = self._score(text)
                 break
             except NoAnswerError as error:
                 if error.final:
@@ -114,53 +118,57 @@ class Judge:
                 await asyncio.sleep(min(wait, LONGEST_WAIT))
         if self._cache:
             self._cache.put(body, text)
-        return number, text
+        return score, text
 
     async def _ask(self, body: dict[str, Any]) -> str:
-        url = f"{str(self._config.url).rstrip('/')}/chat/completions"
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
+
         try:
-            async with asyncio.timeout(self._config.timeout):
-                answer = await self._client.post(url, json=body)
-        except TimeoutError as error:
+            async with asyncio.timeout(self._config.timeout):  # of the whole answer; the client's is that of each read
+                completion = await self._client.chat.completions.create(**body, extra_headers=self._headers)
+        except (TimeoutError, APITimeoutError) as error:
             raise NoAnswerError(f"no answer within {self._config.timeout:g} s") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NoAnswerError(f"{type(error).__name__} {error}".strip()) from error
-        if answer.status_code != 200:
-            said = self._without_key(answer.text.strip()[:300])
-            wait = answer.headers.get("retry-after", "")
+        except APIConnectionError as error:
+            raise NoAnswerError(f"{type(error.__cause__).__name__} {error.__cause__ or error}") from error
+        except APIStatusError as error:
+            wait = error.response.headers.get("retry-after", "")
             raise NoAnswerError(
-                f"status {answer.status_code} {said}".strip(),
-                final=answer.status_code not in PASSING,
+                f"status {error.status_code} {self._shortened(error.response.text)}".strip(),
+                final=error.status_code not in TRANSIENT,
                 wait=float(wait) if wait.isdigit() else None,
-            )
+            ) from error
+        except ValueError as error:
+            raise NoAnswerError(f"the answer is not JSON: {self._shortened(str(error))}") from error
         try:
-            text = answer.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise NoAnswerError(f"not a chat completion: {self._without_key(answer.text[:300])!r}") from error
+            text = completion.choices[0].message.content
+        except (AttributeError, LookupError, TypeError) as error:  # the client does not check that fields exist
+            raise NoAnswerError(f"the answer is not a chat completion: {self._shortened(str(completion))}") from error
         if not isinstance(text, str):
             raise NoAnswerError("the answer has no text")
         return text
 
-    def _without_key(self, text: str) -> str:
+    def _shortened(self, text: str) -> str:
+        """The start of the text, without the API key."""
+        text = text.strip()[:300]
         return text.replace(self._key, "***") if self._key else text
 
-    def _number(self, text: str) -> float:
+    def _score(self, text: str) -> float:
         config = self._config
         found = re.findall(config.pattern, text)
         if not found:
-            raise NoAnswerError(f"no number in the answer (reward.judge.pattern): {text.strip()[-200:]!r}")
+            raise NoAnswerError(f"reward.judge.pattern finds no number in the answer: {text.strip()[-200:]!r}")
         try:
             number = float(found[-1])
         except ValueError as error:
-            raise NoAnswerError(f"{found[-1]!r} is not a number (reward.judge.pattern)") from error
+            raise NoAnswerError(f"reward.judge.pattern finds {found[-1]!r}, which is not a number") from error
         if not config.lowest <= number <= config.highest:
             raise NoAnswerError(
-                f"{number:g} is not from {config.lowest:g} to {config.highest:g} (reward.judge.lowest ...)"
+                f"the score {number:g} is outside reward.judge.lowest={config.lowest:g} to highest={config.highest:g}"
             )
         return number
 
     def close(self) -> None:
-        """Questions under way are dropped, and their futures cancelled."""
+        """Cancel all pending questions and their futures. A second call has no effect."""
         if not self._thread.is_alive():
             return
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
@@ -176,13 +184,13 @@ class Judge:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._client.aclose()
+        await self._client.close()
         if self._cache:
             self._cache.close()
 
 
 class Cache:
-    """Answers by what was asked (model, prompt, sampling), in a SQLite file that several runs may share."""
+    """Answers by request body (model, prompt, sampling), in a SQLite file that several runs may share."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)

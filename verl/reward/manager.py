@@ -1,4 +1,4 @@
-"""Scores for finished episodes: each sample in a killable process, while others are still being generated."""
+"""Scores finished episodes in killable processes while other episodes are still being generated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from verl.data.tokenizer import decode
 from verl.errors import UserError
 from verl.reward.batch import BatchPool
 from verl.reward.judge_client import Judge
-from verl.reward.pool import Outcome, WorkerPool
+from verl.reward.pool import CallResult, WorkerPool
 from verl.reward.scorers import ScorerSpec, check_scorers, make_scorer, scorer_of, scorers_of, settings_of
 
 if TYPE_CHECKING:
@@ -28,12 +28,16 @@ log = logging.getLogger(__name__)
 
 
 class RewardManager:
-    """Scores responses with the data source's scorer, or with the user's function.
+    """Scores responses with the scorer of their data source, or with the user's function.
 
-    data_sources: all that will be scored; UserError at once for one without a scorer, or whose scorer cannot run here,
-    as for a user's function that cannot be loaded. batch: the user's function takes all of a step's samples in one
-    call. tokenizer: None where only texts are scored. error_log: a jsonl file; every sample that could not be scored is
-    added to it. warn: told of them.
+    data_sources: all data sources of the run.
+    batch: the user's function takes all samples of a step in one call.
+    tokenizer: None if only texts are scored.
+    error_log: a JSONL file that gets a line for every sample whose scoring failed.
+    warn: called with a summary of the failures of a step.
+
+    Raises UserError if a data source has no scorer, if a scorer cannot run on this machine, or if the user's function
+    cannot be loaded.
     """
 
     def __init__(
@@ -65,14 +69,15 @@ class RewardManager:
     def _pool_of(self, spec: ScorerSpec) -> WorkerPool:
         return WorkerPool(make_scorer, [spec], workers=self._config.num_workers, timeout=self._config.timeout)
 
-    def submit(self, episode: Mapping[str, Any], response_ids: Sequence[int]) -> Future[Outcome]:
-        """Begin to score one response. episode: its data_source, prompt, ground_truth and extra_info (JSON text).
+    def submit(self, episode: Mapping[str, Any], response_ids: Sequence[int]) -> Future[CallResult]:
+        """Start to score one response. Pass the returned future to ``collect``.
 
-        The outcome's value is (score, JSON object of the scorer's other values); give it to ``collect``."""
+        episode: data_source, prompt, ground_truth and extra_info (JSON text). The value of the result is (score, JSON
+        object of the scorer's other values)."""
         return self.submit_text(episode, self._decode(response_ids))
 
-    def submit_text(self, episode: Mapping[str, Any], response: str) -> Future[Outcome]:
-        """As ``submit``."""
+    def submit_text(self, episode: Mapping[str, Any], response: str) -> Future[CallResult]:
+        """Like ``submit``, for a response as text."""
         sample = {name: episode[name] for name in ("data_source", "ground_truth", "extra_info")}
         sample["solution_str"] = response
         if self._judge and scorer_of(episode["data_source"], self._config.data_sources) == "judge":
@@ -84,31 +89,30 @@ class RewardManager:
         assert self._tokenizer is not None
         return decode(self._tokenizer, ids)
 
-    def collect(self, table: pa.Table, futures: Sequence[Future[Outcome]]) -> tuple[pa.Table, dict[str, float]]:
-        """Wait for the scores of the table's rows; add ``score`` and ``reward_extra``. Also metrics.
+    def collect(self, table: pa.Table, futures: Sequence[Future[CallResult]]) -> tuple[pa.Table, dict[str, float]]:
+        """The table with the columns ``score`` and ``reward_extra``, and metrics. Waits for all futures.
 
-        A sample that could not be scored gets ``reward.error_score`` and is logged; UserError when more than
-        ``reward.max_error_share`` of the rows are such, or when the judge failed and ``reward.judge.on_failure`` says
-        so."""
+        A sample whose scoring failed gets ``reward.error_score`` and is logged. Raises UserError if the share of such
+        samples exceeds ``reward.max_error_share``, or if the judge failed and ``reward.judge.on_failure=error``."""
         begun = time.monotonic()
         if isinstance(self._pool, BatchPool):
             self._pool.flush()
-        outcomes = [future.result() for future in futures]
-        failed = [row for row, outcome in enumerate(outcomes) if outcome.failure]
+        results = [future.result() for future in futures]
+        failed = [row for row, result in enumerate(results) if result.failure]
         if failed:
-            self._report(table, outcomes, failed)
-        scores = [outcome.value or (self._config.error_score, "{}") for outcome in outcomes]
-        timeouts = sum(outcome.failure == "timeout" for outcome in outcomes)
+            self._report(table, results, failed)
+        scores = [result.value or (self._config.error_score, "{}") for result in results]
+        timeouts = sum(result.failure == "timeout" for result in results)
         metrics = {
             "reward/errors": float(len(failed) - timeouts),
             "reward/timeouts": float(timeouts),
-            **hidden_time(outcomes, begun),
+            **hidden_time(results, begun),
         }
         table = with_columns(table, score=[score for score, _ in scores], reward_extra=[extra for _, extra in scores])
         return table, metrics
 
     def score_table(self, table: pa.Table) -> tuple[pa.Table, dict[str, float]]:
-        """``submit`` for every row, then ``collect``."""
+        """``submit`` every row, then ``collect``."""
         rows = table.select(["data_source", "prompt", "ground_truth", "extra_info", "response_ids"]).to_pylist()
         return self.collect(table, [self.submit(row, row["response_ids"]) for row in rows])
 
@@ -123,33 +127,36 @@ class RewardManager:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _report(self, table: pa.Table, outcomes: Sequence[Outcome], failed: list[int]) -> None:
+    def _report(self, table: pa.Table, results: Sequence[CallResult], failed: list[int]) -> None:
         rows = table.take(pa.array(failed, pa.int64())).to_pylist()
-        entries = [self._entry(row, outcomes[index]) for row, index in zip(rows, failed, strict=True)]
+        entries = [self._log_entry(row, results[index]) for row, index in zip(rows, failed, strict=True)]
         if self._error_log:
             try:
                 self._error_log.parent.mkdir(parents=True, exist_ok=True)
                 with self._error_log.open("a") as file:
                     file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
             except OSError as error:
-                self._warn(f"{self._error_log} could not be written: {error}")
-        first = next((outcome for outcome in outcomes if outcome.fatal), outcomes[failed[0]])
-        where = f"; all are in {self._error_log}" if self._error_log else ""
+                self._warn(f"{self._error_log} cannot be written: {error}")
+        first = next((result for result in results if result.fatal), results[failed[0]])
+        where = f" (all are in {self._error_log})" if self._error_log else ""
+        detail = first.detail.strip().splitlines()[-1]
         summary = (
-            f"{len(failed)} of {len(outcomes)} samples could not be scored and get {self._config.error_score}{where}. "
-            f"The first ({first.failure}): {first.detail.strip().splitlines()[-1]}"
+            f"{len(failed)} of {len(results)} samples could not be scored{where}. "
+            f"Their score is {self._config.error_score}. First failure ({first.failure}): {detail}"
         )
         if first.fatal:
-            raise UserError(f"{summary}\nreward.judge.on_failure=error ends the run; error_score would go on.")
-        if len(failed) > self._config.max_error_share * len(outcomes):
-            raise UserError(f"{summary}\nThat is over reward.max_error_share={self._config.max_error_share}.")
+            raise UserError(
+                f"{summary}\nreward.judge.on_failure=error stops the run. With error_score it would continue."
+            )
+        if len(failed) > self._config.max_error_share * len(results):
+            raise UserError(f"{summary}\nThis exceeds reward.max_error_share={self._config.max_error_share}.")
         self._warn(summary)
 
-    def _entry(self, row: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
+    def _log_entry(self, row: dict[str, Any], result: CallResult) -> dict[str, Any]:
         return {
             "uid": row.get("uid"),
-            "failure": outcome.failure,
-            "detail": outcome.detail,
+            "failure": result.failure,
+            "detail": result.detail,
             "data_source": row["data_source"],
             "prompt": json.loads(row["prompt"]),
             "response": row["response"] if "response" in row else self._decode(row["response_ids"]),
@@ -157,9 +164,9 @@ class RewardManager:
         }
 
 
-def hidden_time(outcomes: Sequence[Outcome], collected: float) -> dict[str, float]:
-    """Seconds spent on scoring, over all samples, and how many of them before the scores were asked for: those cost the
-    run nothing."""
-    spent = sum(outcome.ended - outcome.begun for outcome in outcomes)
-    hidden = sum(max(0.0, min(outcome.ended, collected) - outcome.begun) for outcome in outcomes)
+def hidden_time(results: Sequence[CallResult], collected: float) -> dict[str, float]:
+    """Metrics: seconds of scoring summed over all samples, and the part before ``collected``, which did not delay the
+    run."""
+    spent = sum(result.ended - result.begun for result in results)
+    hidden = sum(max(0.0, min(result.ended, collected) - result.begun) for result in results)
     return {"timing_sum_s/reward_scoring": spent, "timing_sum_s/reward_hidden": hidden}

@@ -1,6 +1,6 @@
-"""Competition mathematics as DAPO scores it (Yu et al. 2025): +1 for the right answer, -1 for any other response.
+"""Scores competition mathematics as DAPO does (Yu et al. 2025): +1 for the right answer, -1 for any other response.
 
-Answers are compared as texts, after the clean-up of Minerva's evaluation (Lewkowycz et al. 2022, appendix D.1).
+Answers are compared as texts after the normalization of Minerva's evaluation (Lewkowycz et al. 2022, appendix D.1).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ UNITS = re.compile(
     r"\b(?:units?|degrees?|percent|dollars?|cents?|square|cubic|feet|foot|inch(?:es)?|miles?|yards?|points?|ways|"
     r"hours?|minutes?|seconds?|days?|cm|mm|km|meters?|mph|integers?)\b"
 )
-# In this order. A fraction or root of single characters gets its braces; spaces go last, for words end at them.
+# Applied in this order. Fractions and roots of single characters get braces. Spaces go last, since they end words.
 REWRITES = (
     (re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
@@ -41,9 +41,9 @@ def compute_score(
     score: float = 1.0,
     wrong_score: float = -1.0,
 ) -> dict[str, Any]:
-    """{"score", "acc": 1.0 or 0.0, "pred": the answer found, cleaned up, or None}.
+    """{"score", "acc": 1.0 or 0.0, "pred": the normalized answer, or None}.
 
-    method: "answer": the last line with "Answer:" (what is behind it); "boxed": the last box.
+    method: "answer": the text after the last "Answer:"; "boxed": the content of the last box.
     """
     if method == "boxed":
         found = last_boxed(solution_str)
@@ -56,7 +56,7 @@ def compute_score(
 
 
 def normalise(answer: str) -> str:
-    """The answer without what does not change it: dollars, boxes, units, spaces, commas in numbers, "x=" before it."""
+    """The answer without dollars, boxes, units, spaces, commas in numbers, and a leading "x="."""
     boxed = last_boxed(answer)
     text = (boxed if boxed is not None else answer).strip().strip("*")
     text = text.rsplit("=", 1)[-1]

@@ -1,4 +1,4 @@
-"""What a reward model reads: each row's prompt and response, as token ids of its own tokenizer if it differs."""
+"""Builds the reward model's inputs: prompt and response of each row as token ids of the reward model's tokenizer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ KEY = "reward_model.model"
 
 
 class RewardModelInputs:
-    """tokenizer: the policy's. pad_token_id: of the reward model's config; as transformers has it, the score is that of
-    the last token that is another one.
+    """Converts a table of responses into rows for the reward model.
 
-    With ``input_tokenizer`` responses are decoded by it, and the conversation goes through the chat template of the
-    reward model's own tokenizer. Else token ids stay as they are, which takes the same tokenizer: UserError if not.
+    tokenizer: the policy's tokenizer.
+    pad_token_id: from the reward model's config. As in transformers, the score is that of the last other token.
+
+    With ``input_tokenizer``, it decodes the responses, and the reward model's own tokenizer encodes the conversation
+    through its chat template. Without it, the token ids stay as they are. Raises UserError if the two tokenizers then
+    have different vocabularies.
     """
 
     def __init__(self, config: RewardModelConfig, tokenizer: PreTrainedTokenizerBase, pad_token_id: int | None):
@@ -37,18 +40,18 @@ class RewardModelInputs:
             assert own is not None
             if not own.chat_template:
                 raise UserError(
-                    f"{KEY}.path={model.path}: its tokenizer has no chat template to put conversations into"
+                    f"{KEY}.path={model.path}: its tokenizer has no chat template, which conversations need"
                 )
             self._reader, self._writer = load_tokenizer(model.input_tokenizer, trust), own
         elif own is not None and own.get_vocab() != tokenizer.get_vocab():
             raise UserError(
-                f"{KEY}.path={model.path} has another vocabulary than the policy's tokenizer. Set "
-                f"{KEY}.input_tokenizer to the policy's, and responses are tokenised again for the reward model."
+                f"{KEY}.path={model.path}: its vocabulary differs from that of the policy's tokenizer. Set "
+                f"{KEY}.input_tokenizer to the policy's tokenizer: responses are then tokenized again."
             )
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """The rows as the training engine takes them for values: prompt_ids is all that the model reads, response_ids
-        one token behind it, which is never looked at and whose value is that of the last token read."""
+        """Rows for ``TrainEngine.values``: prompt_ids holds the whole input. response_ids holds one token after it,
+        which the model never reads; its value is the value of the last token of the input."""
         rows = table.select(["prompt", "prompt_ids", "response_ids"]).to_pylist()
         read = [self._without_padding(self._ids(row)) for row in rows]
         behind = Ragged.from_rows([[0]] * len(read), np.int32)

@@ -1,4 +1,4 @@
-"""Multiple choice: the letter that a response settles on."""
+"""Scores multiple choice by the letter that a response chooses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def compute_score(
     score: float = 1.0,
     wrong_score: float = 0.0,
 ) -> dict[str, Any]:
-    """{"score", "acc": 1.0 or 0.0, "pred": the letter found, or None}. ground_truth: a letter."""
+    """{"score", "acc": 1.0 or 0.0, "pred": the chosen letter, or None}. ground_truth: a letter."""
     gold = ALONE.fullmatch(ground_truth.strip().upper())
     if gold is None:
         raise ValueError(f"the ground truth {ground_truth!r} is not a letter")
@@ -31,8 +31,9 @@ def compute_score(
 
 
 def find_letter(text: str) -> str | None:
-    """In the last box; else behind the last "answer is", "Answer:", "option" and the like; else alone on the last
-    line."""
+    """The letter that the text chooses, or None.
+
+    It is the letter in the last box, or after the last "answer is", "Answer:" or "option", or on the last line."""
     boxed = last_boxed(text)
     if boxed is not None and (found := ALONE.fullmatch(re.sub(r"\\text\w*\{(.*)\}", r"\1", boxed))):
         return found[1]

@@ -1,7 +1,8 @@
-"""Calls in processes of their own, each under a time limit: a call that hangs or dies costs itself and nothing else.
+"""Runs calls in processes with a time limit. A call that hangs or dies affects no other call.
 
-One supervising thread owns the processes. Each has a pipe of its own and at most one item at a time, so it is always
-known which item a dead or hanging process was at, and killing one cannot harm another's messages.
+One supervising thread owns the processes. Each process has its own pipe and at most one item at a time. The thread
+therefore knows which item a dead or hanging process was running, and killing one process cannot damage the messages of
+another.
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ from typing import Any, Literal
 
 from verl.errors import UserError
 
-Call = tuple[Any, Future]  # the item; its Future[Outcome]
-START_LIMIT = 120.0  # seconds until a process must be ready: it may import large packages
+Call = tuple[Any, Future]  # the item and its Future[CallResult]
+START_LIMIT = 120.0  # seconds for a process to start; it may import large packages
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a call. failure: None when it returned ``value``; else ``detail`` says more. fatal: the run is not
-    to go on without its value. begun, ended: by ``time.monotonic``."""
+class CallResult:
+    """The result of a call.
+
+    failure: None if the call returned ``value``; otherwise ``detail`` describes the failure.
+    fatal: the run must stop, since it needs the value.
+    begun, ended: start and end of the call by ``time.monotonic``.
+    """
 
     value: Any = None
     failure: Literal["error", "timeout", "died"] | None = None
@@ -43,14 +48,14 @@ class Outcome:
 
 
 class WorkerPool:
-    """``make(*args)(item)`` for every item, in ``workers`` processes.
+    """Calls ``make(*args)(item)`` for every item, in ``workers`` processes.
 
-    make: a module-level function, called once in each process; what it returns is called with the items. A UserError
-        that it raises comes out of ``WorkerPool(...)``. Items and values must be picklable.
-    timeout: seconds a call may take, counted from when a process begins it; then the process is killed.
+    make: a module-level function. Each process calls it once and passes the items to the function that it returns. If
+        it raises UserError, ``WorkerPool(...)`` raises it. Items and values must be picklable.
+    timeout: seconds that a call may take from its start. After that the process is killed.
 
-    Each process leads a process group: Ctrl-C at the terminal does not reach it, and killing it also ends what it has
-    started. It ends by itself when the process that made the pool is gone.
+    Each process leads a process group, so Ctrl-C at the terminal does not reach it, and killing it also kills the
+    processes that it started. It exits when the process that made the pool exits.
     """
 
     def __init__(self, make: Callable[..., Callable[[Any], Any]], args: Iterable[Any], *, workers: int, timeout: float):
@@ -58,8 +63,8 @@ class WorkerPool:
         self._pending: deque[Call] = deque()
         self._broken: BaseException | None = None
         self._closing = False
-        self._bell, self._doorstep = socket.socketpair()
-        self._bell.setblocking(False)
+        self._wakeup_sender, self._wakeup = socket.socketpair()
+        self._wakeup_sender.setblocking(False)
         self._started = threading.Event()
         self._count, self._workers = workers, list[_Worker]()
         self._thread = threading.Thread(target=self._supervise, name="worker-pool", daemon=True)
@@ -70,69 +75,69 @@ class WorkerPool:
             self.close()
             raise self._broken
 
-    def submit(self, item: Any) -> Future[Outcome]:
-        """The outcome of the call, however it ends. The future itself fails only when no process can be started."""
+    def submit(self, item: Any) -> Future[CallResult]:
+        """Future of the call's result, also if the call fails. The future fails only if no process can be started."""
         if self._closing:
             raise RuntimeError("the pool is closed")
-        future: Future[Outcome] = Future()
+        future: Future[CallResult] = Future()
         self._pending.append((item, future))
-        self._ring()
+        self._wake()
         return future
 
     def close(self) -> None:
-        """Kill every process; calls that have not ended are cancelled. Closing twice is no error."""
+        """Kill every process and cancel all unfinished calls. A second call has no effect."""
         if not self._closing:
             self._closing = True
-            self._ring()
+            self._wake()
             self._thread.join()
-            self._bell.close()
-            self._doorstep.close()
+            self._wakeup_sender.close()
+            self._wakeup.close()
             atexit.unregister(self.close)
 
-    def _ring(self) -> None:
-        with suppress(BlockingIOError):  # a full buffer will wake the supervisor as well
-            self._bell.send(b"!")
+    def _wake(self) -> None:
+        with suppress(BlockingIOError):  # a full buffer wakes the supervisor as well
+            self._wakeup_sender.send(b"!")
 
     def _supervise(self) -> None:
         try:
-            # Processes start with Ctrl-C held back, until each leads a group of its own (see _serve). Python's
-            # resource tracker, which the first would start, lets it through again.
+            # SIGINT stays blocked in a new process until the process leads its own group (_serve). Python starts its
+            # resource tracker with the first process and then unblocks SIGINT, so the tracker is started before.
             resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             self._workers += (_Worker(self._make, self._args) for _ in range(self._count))
             while not self._closing:
-                self._hand_out()
-                self._wait()
-        except BaseException as error:  # the caller's futures carry it
+                self._dispatch()
+                self._poll()
+        except BaseException as error:  # passed on through the futures of the caller
             self._broken = error
         for worker in self._workers:
             if worker.call:
                 self._pending.appendleft(worker.call)
                 worker.call = None
             worker.kill()
-        self._give_up()
+        self._fail_pending()
         self._started.set()
         while not self._closing:
-            self._doorstep.recv(1 << 12)
-            self._give_up()
+            self._wakeup.recv(1 << 12)
+            self._fail_pending()
 
-    def _hand_out(self) -> None:
+    def _dispatch(self) -> None:
         for worker in self._workers:
             while self._pending and worker.idle:
                 call = self._pending.popleft()
                 if call[1].cancelled():
                     continue
-                if not worker.begin(call, self._timeout):
+                if not worker.start(call, self._timeout):
                     self._pending.appendleft(call)
                     break
 
-    def _wait(self) -> None:
-        """Until something happens; then take what came from the processes, and replace those that died or hang."""
+    def _poll(self) -> None:
+        """Wait for an event. Then read the processes' messages and replace the processes that died or hang."""
         limit = min(worker.deadline for worker in self._workers)
-        sources: list[Any] = [self._doorstep, *(worker.pipe for worker in self._workers)]
+        sources: list[Any] = [self._wakeup, *(worker.pipe for worker in self._workers)]
         ready = wait(sources, None if limit == float("inf") else max(0.0, limit - time.monotonic()))
-        if self._doorstep in ready:
-            self._doorstep.recv(1 << 12)
+        if self._wakeup in ready:
+            self._wakeup.recv(1 << 12)
         for index, worker in enumerate(self._workers):
             alive = worker.receive() if worker.pipe in ready else time.monotonic() < worker.deadline
             if worker.ready:
@@ -140,10 +145,10 @@ class WorkerPool:
             if not alive:
                 worker.kill()
                 if not worker.ready:
-                    raise UserError(worker.broken)
+                    raise UserError(worker.start_error)
                 self._workers[index] = _Worker(self._make, self._args)
 
-    def _give_up(self) -> None:
+    def _fail_pending(self) -> None:
         while self._pending:
             _, future = self._pending.popleft()
             if self._broken is None or self._closing:
@@ -153,7 +158,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process, the call it is at, and until when it may take."""
+    """One process, its current call and the deadline of that call."""
 
     def __init__(self, make: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]):
         context = multiprocessing.get_context("spawn")
@@ -161,7 +166,7 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, make, args), name="verl-worker")
         self.process.start()
         theirs.close()
-        self.ready, self.broken = False, ""
+        self.ready, self.start_error = False, ""
         self.call: Call | None = None
         self.begun = 0.0
         self.deadline, self.limit = time.monotonic() + START_LIMIT, START_LIMIT
@@ -170,8 +175,8 @@ class _Worker:
     def idle(self) -> bool:
         return self.ready and self.call is None
 
-    def begin(self, call: Call, limit: float) -> bool:
-        """False when the process has died while idle: its closed pipe will say so at the next wait."""
+    def start(self, call: Call, limit: float) -> bool:
+        """False if the process died while idle. The next ``_poll`` sees its closed pipe."""
         self.call, self.limit, self.begun = call, limit, time.monotonic()
         self.deadline = self.begun + limit
         try:
@@ -180,48 +185,47 @@ class _Worker:
             self.call, self.deadline = None, float("inf")
             return False
         except Exception as error:
-            self._finish(Outcome(failure="error", detail=f"the item cannot be sent to a process: {error!r}"))
+            self._finish(CallResult(failure="error", detail=f"the item cannot be sent to a process: {error!r}"))
         return True
 
     def receive(self) -> bool:
-        """Take its message; False when it has died instead, or could not start."""
+        """Read one message of the process. False if the process died or could not start."""
         try:
             kind, value = self.pipe.recv()
-        except Exception:  # its end is closed, or what came through is not a message
+        except Exception:  # the pipe is closed, or the bytes cannot be unpickled
             return False
-        if kind == "broken":
-            self.broken = value
+        if kind == "failed":
+            self.start_error = value
             return False
         if kind == "ready":
             self.ready, self.deadline = True, float("inf")
         else:
-            self._finish(Outcome(value) if kind == "value" else Outcome(failure="error", detail=value))
+            self._finish(CallResult(value) if kind == "value" else CallResult(failure="error", detail=value))
         return True
 
     def kill(self) -> None:
-        """Kill it and what it started. Its call, if one was under way, ends as timed out or died."""
+        """Kill the process and its children. Its current call fails as "timeout" or "died"."""
         late = time.monotonic() >= self.deadline
         if pid := self.process.pid:
-            with suppress(ProcessLookupError, PermissionError):  # before it is reaped: the number is still its own
+            with suppress(ProcessLookupError, PermissionError):  # before it is reaped, so that the pid is still valid
                 os.killpg(pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
         self.pipe.close()
-        ended = (
-            f"took longer than {self.limit:g} s" if late else f"its process ended with {_end(self.process.exitcode)}"
-        )
+        exit_text = f"its process ended with {_exit_text(self.process.exitcode)}"
+        ended = f"took longer than {self.limit:g} s" if late else exit_text
         if self.ready:
-            self._finish(Outcome(failure="timeout" if late else "died", detail=ended))
+            self._finish(CallResult(failure="timeout" if late else "died", detail=ended))
         else:
-            self.broken = self.broken or f"a worker process could not start: {ended}"
+            self.start_error = self.start_error or f"a worker process could not start: {ended}"
 
-    def _finish(self, outcome: Outcome) -> None:
+    def _finish(self, result: CallResult) -> None:
         call, self.call, self.deadline = self.call, None, float("inf")
         if call is not None and call[1].set_running_or_notify_cancel():
-            call[1].set_result(replace(outcome, begun=self.begun, ended=time.monotonic()))
+            call[1].set_result(replace(result, begun=self.begun, ended=time.monotonic()))
 
 
-def _end(code: int | None) -> str:
+def _exit_text(code: int | None) -> str:
     if code is not None and code < 0:
         with suppress(ValueError):
             return f"signal {signal.Signals(-code).name}"
@@ -229,19 +233,19 @@ def _end(code: int | None) -> str:
 
 
 def _serve(pipe: Connection, make: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]) -> None:
-    """A worker process: say "ready", then answer each item."""
+    """Main function of a worker process: sends "ready", then the value or error of each item."""
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops one held back since the start
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # discards a SIGINT that is pending since the start
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # for what the calls start
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # inherited by processes that the calls start
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         call = make(*args)
     except UserError as error:
-        pipe.send(("broken", str(error)))
+        pipe.send(("failed", str(error)))
         return
     except BaseException as error:
-        pipe.send(("broken", f"a worker process could not start:\n{traceback_tail(error)}"))
+        pipe.send(("failed", f"a worker process could not start:\n{traceback_tail(error)}"))
         return
     pipe.send(("ready", None))
     while True:
@@ -251,7 +255,7 @@ def _serve(pipe: Connection, make: Callable[..., Callable[[Any], Any]], args: tu
             return
         try:
             pipe.send(("value", call(item)))
-        except BaseException as error:  # a user's function may raise anything, SystemExit too
+        except BaseException as error:  # the user's function may raise anything, also SystemExit
             pipe.send(("error", traceback_tail(error)))
 
 

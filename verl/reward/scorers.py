@@ -1,4 +1,4 @@
-"""Which function scores a sample: the data source's own, or the user's from a file. Runs in the scoring processes."""
+"""Selects the function that scores a sample: by data source, or the user's own. Runs in the scoring processes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """compute_score: None of the judge, which is not a function to be run (``verl.reward.judge``).
-    missing(**settings): what is lacking to run it here, or None."""
+    """compute_score: None for the judge, which ``verl.reward.judge_client`` asks.
+    missing(**settings): the dependency that is missing on this machine, or None."""
 
     compute_score: Scorer | None
     missing: Callable[..., MissingDependency | None] = lambda **settings: None
@@ -49,7 +49,7 @@ SCORERS: dict[str, BuiltIn] = {
     "judge": BuiltIn(None, judge.missing),
 }
 
-# Patterns of data sources, and the scorer of each. A scorer's own name is one, too.
+# Pattern of data sources -> scorer. A scorer's name is also a data source.
 DATA_SOURCES = {
     "openai/gsm8k": "gsm8k",
     "verl/arithmetic": "gsm8k",
@@ -68,8 +68,12 @@ DATA_SOURCES = {
 
 @dataclass(frozen=True)
 class ScorerSpec:
-    """Picklable. path: the user's file ("": by data source). kwargs: the user's, or {scorer name: its settings}.
-    data_sources: the user's own, see ``scorer_of``."""
+    """What a scoring process needs to make its scorer; picklable.
+
+    path: the user's file; "" selects the scorer by data source.
+    kwargs: those of the user's function, or {scorer name: its settings}.
+    data_sources: patterns of the user, see ``scorer_of``.
+    """
 
     path: str = ""
     name: str = "compute_score"
@@ -84,7 +88,8 @@ def settings_of(config: RewardConfig) -> dict[str, dict[str, Any]]:
 
 
 def make_scorer(spec: ScorerSpec) -> Callable[[dict[str, Any]], tuple[float, str]]:
-    """sample (compute_score's four arguments, extra_info as JSON text) -> (score, JSON object of the other values)."""
+    """A function from a sample (the four ``ARGUMENTS``, extra_info as JSON text) to (score, JSON object of the other
+    values)."""
     users = load_function(spec) if spec.path else None
     imported = {name: import_scorer(name) for name in spec.data_sources.values() if ":" in name}
 
@@ -104,8 +109,10 @@ def make_scorer(spec: ScorerSpec) -> Callable[[dict[str, Any]], tuple[float, str
 
 
 def scorer_of(data_source: str | None, users: Mapping[str, str]) -> str | None:
-    """The scorer's name, or "module:function"; None when none is known. users: patterns of the user's own data sources
-    and their scorers, which come before ours; of several patterns that fit, the first counts."""
+    """The scorer's name, "module:function", or None if no scorer is known.
+
+    users: the user's patterns of data sources and their scorers. They precede ``DATA_SOURCES``. The first pattern that
+    matches counts."""
     if data_source is None:
         return None
     for pattern, name in (*users.items(), *DATA_SOURCES.items()):
@@ -115,55 +122,55 @@ def scorer_of(data_source: str | None, users: Mapping[str, str]) -> str | None:
 
 
 def scorers_of(data_sources: Iterable[str | None], users: Mapping[str, str]) -> list[str]:
-    """The scorers of these data sources; UserError where there is none of a name."""
+    """The scorers of these data sources. Raises UserError if a data source has none."""
     found = {source: scorer_of(source, users) for source in data_sources}
     if unknown := sorted(str(source) for source, name in found.items() if name is None):
-        raise UserError(f"no scorer is known for the data source {' or '.join(map(repr, unknown))}. {HOW_TO_NAME_ONE}")
+        raise UserError(f"the data source {' or '.join(map(repr, unknown))} has no scorer. {HOW_TO_NAME_ONE}")
     return sorted({name for name in found.values() if name is not None})
 
 
 def check_scorers(names: Iterable[str], settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """UserError for one that cannot run on this machine. settings: {scorer name: its settings}."""
+    """Raises UserError if one of them cannot run on this machine. settings: {scorer name: its settings}."""
     for name in names:
-        if name in SCORERS and (lack := SCORERS[name].missing(**settings[name])):
-            raise UserError(str(lack))
+        if name in SCORERS and (dependency := SCORERS[name].missing(**settings[name])):
+            raise UserError(str(dependency))
 
 
 HOW_TO_NAME_ONE = (
-    f"Say which one is meant: reward.data_sources={{NAME: SCORER}}, a scorer being {', '.join(SCORERS)} or "
-    "module:function; or name a function of your own: custom_reward_function.path=FILE.py"
+    f"Set reward.data_sources={{NAME: SCORER}}, where SCORER is {', '.join(SCORERS)} or module:function, or set "
+    "custom_reward_function.path=FILE.py to use your own function"
 )
 
 
 def import_scorer(place: str) -> Scorer:
-    """The function at "package.module:function"; UserError when it cannot be had."""
-    where = f"reward.data_sources names the scorer {place}"
+    """The function at "package.module:function". Raises UserError if it cannot be imported."""
+    where = f"reward.data_sources: scorer {place}"
     module_name, _, function_name = place.partition(":")
     try:
         module = importlib.import_module(module_name)
     except BaseException as error:
-        raise UserError(f"{where}, whose module cannot be imported:\n{traceback_tail(error)}") from error
+        raise UserError(f"{where}: its module cannot be imported:\n{traceback_tail(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"{where}, but {module_name} has no function {function_name}")
+        raise UserError(f"{where}: {module_name} has no function {function_name}")
     return function
 
 
 def parse(answer: Any) -> tuple[float, str]:
-    """What a scorer returned -> (score, JSON object of the other values); ValueError without a finite score."""
+    """(score, JSON object of the other values) of a scorer's return value. Raises ValueError without a finite score."""
     values = dict(answer) if isinstance(answer, Mapping) else {"score": answer}
     if "score" not in values:
-        raise ValueError(f'the dict that the reward function returned has no "score"; its keys: {sorted(values)}')
+        raise ValueError(f'the reward function returned a dict without "score"; its keys: {sorted(values)}')
     score = plain(values.pop("score"))
     if isinstance(score, str | list | dict) or score is None or not math.isfinite(score):
         raise ValueError(
-            f'the reward function must return a finite number or a dict with one as "score", not {answer!r}'
+            f'the reward function must return a finite number, or a dict with a finite "score", not {answer!r}'
         )
     return float(score), json.dumps({str(key): plain(value) for key, value in values.items()}, ensure_ascii=False)
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: arrays and tensors as lists or numbers, numbers not finite as null, the unknown as its str."""
+    """The value as JSON types: arrays and tensors become lists or numbers, non-finite numbers None, the rest str."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set):
@@ -176,17 +183,17 @@ def plain(value: Any) -> Any:
 
 
 def load_function(spec: ScorerSpec, names: Iterable[str] = ARGUMENTS) -> Scorer:
-    """The user's function; UserError, naming the key to mend, when it cannot be had, or called with these arguments."""
+    """The user's function. Raises UserError if it cannot be imported, or cannot be called with these arguments."""
     path = Path(spec.path)
     where = f"custom_reward_function.path={path}"
     if not path.is_file():
-        raise UserError(f"{where}: there is no such file")
+        raise UserError(f"{where}: no such file")
     loader = importlib.util.spec_from_file_location("verl_custom_reward_function", path)
     if loader is None or loader.loader is None:
         raise UserError(f"{where} is not a Python file (.py)")
     module = importlib.util.module_from_spec(loader)
     sys.modules[module.__name__] = module
-    sys.path.append(str(path.parent))  # the file may import its neighbours
+    sys.path.append(str(path.parent))  # the file may import modules beside it
     try:
         loader.loader.exec_module(module)
     except BaseException as error:
@@ -203,6 +210,6 @@ def load_function(spec: ScorerSpec, names: Iterable[str] = ARGUMENTS) -> Scorer:
     except TypeError as error:
         raise UserError(
             f"{where}: {spec.name}{inspect.signature(function)} cannot be called with the keyword arguments "
-            f"{', '.join(arguments)} (those after the fourth from custom_reward_function.reward_kwargs): {error}"
+            f"{', '.join(arguments)} (the first four, and custom_reward_function.reward_kwargs): {error}"
         ) from error
     return function

@@ -1,4 +1,4 @@
-"""Answers that are mathematical expressions, right when they are equal as mathematics (math-verify)."""
+"""Scores mathematical expressions by mathematical equality (math-verify)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def compute_score(
     score: float = 1.0,
     wrong_score: float = 0.0,
 ) -> dict[str, Any]:
-    """{"score", "acc": 1.0 or 0.0, "pred": the answer found, as text, or None}.
+    """{"score", "acc": 1.0 or 0.0, "pred": the answer as text, or None}.
 
-    The answer is the last box's content, else the last expression that math-verify finds. ground_truth: LaTeX or plain,
-    in a box, between dollars or bare.
+    The answer is the content of the last box, or the last expression that math-verify finds. ground_truth: LaTeX or
+    plain text, in a box, between dollars or bare.
     """
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no time limit: the pool's is enough
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns if it has no time limit; the pool has one
     bare = "$" not in ground_truth and "\\boxed" not in ground_truth
     gold = parse(_boxed(ground_truth) if bare else ground_truth, parsing_timeout=0)
     if not gold:

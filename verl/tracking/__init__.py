@@ -1,4 +1,4 @@
-"""What a run tells its user, while it goes and afterwards.
+"""Progress, metrics and reports of a run.
 
     run = RunInfo(project, experiment, folder, config, total_steps, resume_step)
     with build_trackers(["console", "file", "tensorboard"], run) as trackers:
@@ -7,13 +7,13 @@
         with timer("gen"), trackers.progress.stage("rollout", total=128) as stage:
             stage.advance(tokens=311)  # one more response is finished
         ...
-        trackers.log(metrics, step)  # to every logger; the console prints its row and moves its bar
+        trackers.log(metrics, step)  # to every logger; the console prints a row and advances its bar
         rows = generation_rows(table, decode, step)
-        trackers.dump(folder / "validation", step, rows)  # every sample, as a file
-        trackers.log_samples(rows[:3], step)  # some, for every logger that shows texts or tables
+        trackers.dump(folder / "validation", step, rows)  # all samples, as a file
+        trackers.log_samples(rows[:3], step)  # a few, to every logger that shows texts or tables
     write_report(folder)
 
-docs/tracking.md says what a run's folder then holds.
+docs/tracking.md lists the files in a run's folder.
 """
 
 from verl.tracking.progress import Progress

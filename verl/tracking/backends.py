@@ -1,6 +1,6 @@
-"""Where metrics are kept. One class a logger; ``verl.tracking.trackers`` has the registry.
+"""Loggers that store metrics, one class each. ``verl.tracking.trackers`` has the registry.
 
-A backend may raise from its constructor (the run does not start) and from ``log`` and ``close`` (the run goes on).
+If a constructor raises, the run does not start. If ``log`` or ``close`` raises, the run continues.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Backend:
         raise NotImplementedError
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """For a backend that has a place for texts."""
+        """Store samples, if the backend can show texts."""
 
     def close(self) -> None: ...
 
 
 class JsonlBackend(Backend):
-    """``metrics.jsonl``: a line a step, ``step`` first, then the metrics by name. A number that is not finite is null.
+    """``metrics.jsonl``: one line per step: ``step``, then the metrics by name. Non-finite numbers are null.
 
-    On resume the lines after ``run.resume_step`` go, so that the file ends as that of a run that never stopped.
+    A resumed run removes the lines after ``run.resume_step``. The file then equals that of an uninterrupted run.
     """
 
     def __init__(self, run: RunInfo):
@@ -56,7 +56,7 @@ class JsonlBackend(Backend):
 
 
 def drop_later_lines(path: Path, step: int) -> None:
-    """Keep the whole lines of steps up to ``step``."""
+    """Keep only complete lines of steps up to ``step``."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
@@ -67,7 +67,7 @@ def drop_later_lines(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> int | None:
-    """None for a line that was cut off, as when the machine went down while writing it."""
+    """The line's step, or None if the line is incomplete, as after a power failure."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -77,10 +77,11 @@ def _step_of(line: bytes) -> int | None:
 
 
 class TensorBoardBackend(Backend):
-    """Event files in ``tensorboard/``, one a start of the run. The records are made by tensorboard and written here, in
-    step with the run (its own writer's thread reports a full disk as a traceback).
+    """Event files in ``tensorboard/``, one per start of the run.
 
-    What an earlier start logged after ``run.resume_step`` is hidden by tensorboard's own means: a session-start event.
+    Tensorboard makes the records, and this class writes them. Tensorboard's own writer runs in a thread, where a full
+    disk ends in a traceback. A session-start event makes tensorboard hide what an earlier start logged after
+    ``run.resume_step``.
     """
 
     def __init__(self, run: RunInfo):
@@ -115,7 +116,7 @@ class TensorBoardBackend(Backend):
         self._file.append(framed.getvalue())
 
     def _write_text(self, tag: str, text: str, step: int) -> None:
-        """For tensorboard's text page, which reads Markdown: as an indented block."""
+        """Write a text for tensorboard's text page. The page shows Markdown, so the text is an indented block."""
         from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
         from tensorboard.util.tensor_util import make_tensor_proto
 
@@ -126,7 +127,7 @@ class TensorBoardBackend(Backend):
 
 
 def _event_file_name(folder: Path) -> str:
-    """Tensorboard reads a folder's files in the order of their names: this one comes after all that are there."""
+    """A name that sorts after all existing files. Tensorboard reads files in the order of their names."""
     earlier = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
     stamp = max([int(time.time()), *(number + 1 for number in earlier)])
     return f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"

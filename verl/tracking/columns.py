@@ -1,4 +1,4 @@
-"""The console's table: which metrics it shows, and how they become aligned rows of text."""
+"""The table on the console: the metrics that it shows, and their layout."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from statistics import fmean
 
 HEADER_EVERY = 25  # rows
 GAP = "  "
-Line = tuple[str, str]  # its text and rich style
+Line = tuple[str, str]  # text and rich style
 
 
 @dataclass(frozen=True)
 class Column:
-    """metrics: the first of these names that a step reports is shown. rank: the highest go first where space is short.
-    format: of the number, cut down to ``width`` characters if need be."""
+    """A column of the table.
+
+    metrics: the column shows the first of these names that the step reports.
+    format: format of the number. Numbers wider than ``width`` lose digits.
+    rank: on a narrow console the columns with the highest rank are dropped first."""
 
     title: str
     metrics: tuple[str, ...]
@@ -28,8 +31,8 @@ class Column:
         return "" if value is None else number_text(value, self.format, self.width)
 
 
-VALIDATION = "validation"  # stands for the mean of the sources' core accuracy or reward
-LEFT = "left"  # stands for the time left
+VALIDATION = "validation"  # mean over data sources of the core accuracy or reward
+LEFT = "left"  # time left
 COLUMNS = (
     Column("score", ("critic/score/mean",), ".3f", 6, 1),
     Column("valid", (VALIDATION,), ".3f", 6, 2),
@@ -50,7 +53,7 @@ COLUMNS = (
 
 
 def number_text(value: float, spec: str, width: int) -> str:
-    """In at most ``width`` characters, with fewer digits and an exponent if need be (7 always suffice)."""
+    """The number in at most ``width`` characters (at least 7), if necessary with fewer digits and an exponent."""
     if not math.isfinite(value):
         return str(value)
     if spec == "time":
@@ -60,7 +63,7 @@ def number_text(value: float, spec: str, width: int) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """h:mm:ss, with days in front where there are any."""
+    """The duration as h:mm:ss, or Nd h:mm:ss from one day on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -68,7 +71,7 @@ def duration_text(seconds: float) -> str:
 
 
 def validation_means(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Data source -> its ``val-core/{source}/{acc or reward}/mean@N``."""
+    """{data source: value of ``val-core/{source}/{acc or reward}/mean@N``}"""
     means = {}
     for name, value in metrics.items():
         if name.startswith("val-core/"):
@@ -79,7 +82,7 @@ def validation_means(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class Rows:
-    """Steps as lines of text. A column appears with the first step that has its metric, under a new header."""
+    """Formats steps as lines of text. A column appears, with a new header, at the first step that has its metric."""
 
     def __init__(self, total_steps: int):
         self._total = total_steps
@@ -89,9 +92,9 @@ class Rows:
         self._since_header = 0
 
     def lines(self, step: int, metrics: Mapping[str, float], left: float | None, width: int | None) -> list[Line]:
-        """The step's row, with the header before it when it is due; nothing for a step without any of the columns.
+        """The step's row, after a header if one is due. Empty for a step without any metric of the table.
 
-        left: seconds. width: of the console, in characters; None when lines may have any length."""
+        left: remaining seconds. width: width of the console in characters, or None for no limit."""
         known = dict(metrics)
         if means := validation_means(metrics):
             known[VALIDATION] = fmean(means.values())

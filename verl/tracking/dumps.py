@@ -1,4 +1,4 @@
-"""Generations on disk, for people and scripts to read: ``{folder}/{step}.jsonl`` (or ``.parquet``), a row a sample."""
+"""Writes generations to ``{folder}/{step}.jsonl`` (or ``.parquet``), one row per sample."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import pyarrow.parquet as pq
 
 from verl.tracking.files import written_whole
 
-SHOWN_TEXT = 400  # characters of a prompt or answer on the console
+SHOWN_TEXT = 400  # characters of a prompt or response on the console
 DumpFormat = Literal["jsonl", "parquet"]
 Decode = Callable[[list[list[int]]], list[str]]
 
 
 def generation_rows(table: pa.Table, decode: Decode, step: int) -> list[dict[str, Any]]:
-    """A row a trajectory: input, output, gts (the ground truth), score, step, then what else the table tells of it.
+    """One row per sample: input, output, gts (the ground truth), score, step, response_tokens, and optional fields.
 
-    table: columns prompt_ids, response_ids, ground_truth, score of ``verl.data.schema``; uid, data_source,
-    finish_reason and reward_extra (whose entries become fields) where present. decode: a batch of token ids to texts.
+    table: has the columns prompt_ids, response_ids, ground_truth and score of ``verl.data.schema``. The columns uid,
+        data_source, finish_reason and reward_extra are optional. The entries of reward_extra become fields.
+    decode: converts lists of token ids to texts.
     """
     columns = {
         "input": decode(table["prompt_ids"].to_pylist()),
@@ -45,7 +46,7 @@ def generation_rows(table: pa.Table, decode: Decode, step: int) -> list[dict[str
 def dump_rows(
     folder: Path, step: int, rows: pa.Table | Sequence[Mapping[str, Any]], file_format: DumpFormat = "jsonl"
 ) -> Path:
-    """Write the rows as a file of that step, whole or not at all; a file that is there is replaced."""
+    """The file that now holds the rows. It is written atomically and replaces an earlier file of the step."""
     path = Path(folder) / f"{step}.{file_format}"
     with written_whole(path) as partial:
         if file_format == "parquet":
@@ -59,24 +60,24 @@ def dump_rows(
 
 
 def _as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """With the fields of all rows, null where one has none."""
+    """A table with the fields of all rows. Missing values are null."""
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.table({name: [row.get(name) for row in rows] for name in names})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What ``dump_rows`` wrote."""
+    """The rows of a file that ``dump_rows`` wrote."""
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def sample_text(row: Mapping[str, Any], step: int) -> str:
-    """A sample for the eye: the end of its prompt and the beginning of its answer, each line indented."""
-    prompt, answer = row["input"].strip(), row["output"].strip()
+    """A sample for the eye: the end of its prompt and the beginning of its response, each line indented."""
+    prompt, response = row["input"].strip(), row["output"].strip()
     prompt = prompt if len(prompt) <= SHOWN_TEXT else "..." + prompt[-SHOWN_TEXT:]
-    answer = answer if len(answer) <= SHOWN_TEXT else answer[:SHOWN_TEXT] + "..."
+    response = response if len(response) <= SHOWN_TEXT else response[:SHOWN_TEXT] + "..."
     lines = [f"validation sample, step {step}, score {row['score']:g}, reference {row.get('gts')}"]
     lines += [f"    {line}" for line in prompt.splitlines()]
-    lines += [f"  > {line}" for line in answer.splitlines() or [""]]
+    lines += [f"  > {line}" for line in response.splitlines() or [""]]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, whatever happens to the process or the disk."""
+"""Files that stay complete if the process dies or the disk is full."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 class AppendFile:
-    """A file that grows by whole records.
+    """A file to which records are appended whole.
 
-    A record that could not be written (no space, say) leaves nothing of itself behind, and is written together with the
-    next one. What ``append`` has returned from survives the death of the process.
+    If a record cannot be written, for example on a full disk, the file stays unchanged, and the next ``append`` writes
+    both records. A record survives the death of the process once ``append`` has returned.
     """
 
     def __init__(self, path: Path):
@@ -43,7 +43,7 @@ class AppendFile:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it gets its name when the block ends well, else it is removed."""
+    """A temporary path beside ``path``. It replaces ``path`` if the block succeeds; else it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:

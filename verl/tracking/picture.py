@@ -1,4 +1,4 @@
-"""The run's curves as one picture."""
+"""Draws the curves of a run as one picture."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ SMOOTHING = 0.08  # a moving average over this share of the steps
 
 @dataclass(frozen=True)
 class Series:
-    """label: in the legend. name: of the metric; one that ends in "*" stands for all that begin so and end in suffix.
-    noisy: drawn faint under its moving average."""
+    """A metric in a panel.
+
+    label: text in the legend.
+    name: name of the metric, or a prefix with "*". A prefix matches all metrics whose last part starts with ``suffix``.
+    noisy: the curve is faint, and its moving average is drawn over it."""
 
     label: str
     name: str
@@ -30,7 +33,7 @@ class Panel:
     title: str
     series: tuple[Series, ...]
     unit: str = ""
-    share: bool = False  # of 0..1, where its values are
+    share: bool = False  # the axis shows 0 to 1 if all values lie there
 
 
 PANELS = (
@@ -52,8 +55,7 @@ PANELS = (
 
 
 def draw_curves(metrics: Sequence[Step], path: Path, title: str) -> bool:
-    """A panel for each kind of metric that the steps hold, as a PNG. metrics: each step's, with "step". False (and no
-    picture) when there is nothing to draw."""
+    """Whether a PNG was written to ``path``; False if no panel has metrics. metrics: one dict per step, with "step"."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -65,7 +67,10 @@ def draw_curves(metrics: Sequence[Step], path: Path, title: str) -> bool:
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, fontweight="bold")
     grid = figure.add_gridspec(rows, 2)
-    places = [(0, slice(None)), *((row, column) for row in range(1, rows) for column in (0, 1))]  # the first one wide
+    places = [
+        (0, slice(None)),
+        *((row, column) for row in range(1, rows) for column in (0, 1)),
+    ]  # the first panel takes a whole row
     if len(panels) % 2 == 0:
         places[:1] = [(0, 0), (0, 1)]
     for place, (panel, curves) in zip(places, panels, strict=True):
@@ -118,7 +123,7 @@ def _draw_panel(axes: Any, panel: Panel, curves: list[_Curve]) -> None:
     axes.set_ylabel(panel.unit, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
-    axes.margins(y=0.12)  # room for the numbers at a curve's ends
+    axes.margins(y=0.12)  # room for the numbers at both ends of a curve
     axes.spines[["top", "right"]].set_visible(False)
     if panel.share and all(0 <= value <= 1 for curve in curves for value in curve.values):
         axes.set_ylim(-0.12, 1.12)
@@ -127,7 +132,7 @@ def _draw_panel(axes: Any, panel: Panel, curves: list[_Curve]) -> None:
 
 
 def _mark(axes: Any, step: float, value: float, color: str, *, above: bool) -> None:
-    """The number at one end of a curve, on the side that the curve does not take."""
+    """Write a value at one end of a curve, above or below it."""
     axes.annotate(
         f"{value:.3f}",
         (step, value),
@@ -140,7 +145,7 @@ def _mark(axes: Any, step: float, value: float, color: str, *, above: bool) -> N
 
 
 def moving_average(values: Sequence[float]) -> list[float]:
-    """Of the values around each, over a window of a share of all; the window is cut off at the ends."""
+    """Centered moving average over a ``SMOOTHING`` share of the values. The window is shorter at both ends."""
     half = round(len(values) * SMOOTHING / 2)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]

@@ -1,8 +1,8 @@
-"""What the console shows while a run goes on.
+"""The console output of a run.
 
-On a terminal: a row of numbers a step, and below the rows a bar for the run (steps, time left) and one for each stage
-that is under way. Elsewhere (a file, a pipe, CI): the same rows as plain lines, and a line on the stage that is under
-way when nothing was printed for a while.
+On a terminal: one row of numbers per step, and below the rows a bar for the run (steps, time left) and a bar for each
+running stage. In a file, a pipe or CI: the same rows as plain lines, and a line about the running stage if nothing was
+printed for ``QUIET_SECONDS``.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from verl.tracking.columns import Rows, duration_text
 from verl.tracking.dumps import sample_text
 from verl.tracking.run import RunInfo
 
-QUIET_SECONDS = 30.0  # after which a stage says where it is, where there are no bars
+QUIET_SECONDS = 30.0  # without bars, a stage prints its progress after this time without output
 STEPS_AVERAGED = 20
-MANY_STEPS, ROW_SECONDS = 200, 2.0  # a run of more steps than this prints a row at most that often
+MANY_STEPS, ROW_SECONDS = 200, 2.0  # a run of more than MANY_STEPS prints at most one row per ROW_SECONDS
 CONTROL_CHARACTERS = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 class Stage:
-    """A part of a step that is under way. ``total``: how many pieces it has, where it knows."""
+    """A running part of a step. total: number of items, or None if unknown."""
 
     def __init__(self, name: str, total: int | None, clock: Callable[[], float], moved: Callable[[], None]):
         self.name, self.total, self.done, self.tokens = name, total, 0, 0
         self._clock, self._started, self._moved = clock, clock(), moved
 
     def advance(self, n: int = 1, *, tokens: int = 0) -> None:
-        """``n`` more pieces are finished. tokens: how many more were generated, where their rate is of interest."""
+        """Count ``n`` finished items and, to show a rate, ``tokens`` generated tokens."""
         self.done += n
         self.tokens += tokens
         self._moved()
@@ -54,7 +54,7 @@ class Stage:
 
 
 class Progress:
-    """show: rows and bars; without it only notes and warnings are printed. clock: seconds, monotonic."""
+    """Prints rows, bars, notes and warnings. show: False prints only notes and warnings. clock: monotonic seconds."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._run, self._show, self._clock = run, show, clock
-        self._console = console or SteadyConsole(highlight=False, emoji=False)
+        self._console = console or RobustConsole(highlight=False, emoji=False)
         self._rows = Rows(run.total_steps)
         self._pace = Pace(run.resume_step or 0, run.total_steps, clock)
         self._bars: Bars | None = None
@@ -93,18 +93,18 @@ class Progress:
             self._bars = None
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """A step is done (or more is known of it): its row, and the run's bar."""
+        """Print the row of a finished step and advance the run's bar. More calls may add metrics of the step."""
         if step > self._pace.step:
-            self._pace.tick(step)
+            self._pace.tick(step, metrics.get("perf/compile_seconds", 0.0), metrics.get("timing_s/step"))
             if self._bars and self._run_bar is not None:
                 self._bars.update(self._run_bar, completed=step)
-        if self._show and not self._passed_over(step, metrics):
+        if self._show and not self._skips_row(step, metrics):
             width = self._console.width if self._bars else None
             for line, style in self._rows.lines(step, metrics, self._pace.seconds_left(), width):
                 self._print(line, style)
 
-    def _passed_over(self, step: int, metrics: dict[str, float]) -> bool:
-        """Whether this step of a run of many short ones gets no row: the last, and one with a validation, always do."""
+    def _skips_row(self, step: int, metrics: dict[str, float]) -> bool:
+        """Whether to print no row for this step, in a run of many steps. The last step and validations get one."""
         last = step >= self._run.total_steps
         if self._run.total_steps <= MANY_STEPS or last or any(name.startswith("val") for name in metrics):
             return False
@@ -115,7 +115,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
-        """Stages may lie in one another."""
+        """Show a running stage. Stages may be nested."""
         bars = self._bars
         bar: TaskID | None = None
 
@@ -123,13 +123,13 @@ class Progress:
             if bars and bar is not None:
                 bars.update(bar, completed=stage.done)
             else:
-                self._break_silence(stage)
+                self._print_if_quiet(stage)
 
         stage = Stage(name, total, self._clock, moved)
         if bars:
             bar = bars.add_task(f"  {name}", total=total or None, of=stage)
         else:
-            self._break_silence(stage)
+            self._print_if_quiet(stage)
         try:
             yield stage
         finally:
@@ -147,7 +147,7 @@ class Progress:
     def warn(self, text: str) -> None:
         self._print(f"warning: {text}", "yellow")
 
-    def _break_silence(self, stage: Stage) -> None:
+    def _print_if_quiet(self, stage: Stage) -> None:
         if self._show and self._clock() - self._printed_at >= QUIET_SECONDS:
             count = f" {stage.count}" if stage.count else ""
             self._print(f"step {self._pace.step + 1}/{self._run.total_steps}, {stage.name}{count}, {stage.detail}")
@@ -156,31 +156,42 @@ class Progress:
         self._printed_at = self._clock()
         encoding = self._console.encoding
         shown = text.translate(CONTROL_CHARACTERS).encode(encoding, "replace").decode(encoding)
-        with suppress(OSError):  # the terminal is gone, or the disk behind it full: nowhere to say so
+        with suppress(OSError):  # the terminal is gone, or its disk is full
             self._console.print(Text(shown, style=style), soft_wrap=True)
 
 
-class SteadyConsole(Console):
-    """A console whose reader may go away (rich's own ends the process)."""
+class RobustConsole(Console):
+    """A console that raises if its reader is gone. Rich's own console ends the process."""
 
     def on_broken_pipe(self) -> None:
         raise
 
 
 class Pace:
-    """Time left, from how long the last steps took, whatever was done in them."""
+    """Estimates the time left from the duration of the last ``STEPS_AVERAGED`` steps.
+
+    What happens only once does not count: the seconds of compilation, and this run's first step as soon as there is
+    another."""
 
     def __init__(self, step: int, total_steps: int, clock: Callable[[], float]):
         self.step, self.total = step, total_steps
         self._clock, self._ticked_at = clock, clock()
         self._seconds: deque[float] = deque(maxlen=STEPS_AVERAGED)
+        self._steps = 0
 
     def start(self) -> None:
         self._ticked_at = self._clock()
 
-    def tick(self, step: int) -> None:
+    def tick(self, step: int, compile_seconds: float = 0.0, step_seconds: float | None = None) -> None:
+        """step_seconds: the step's own time, where that is known."""
         now = self._clock()
-        self._seconds.append((now - self._ticked_at) / (step - self.step))
+        self._steps += 1
+        seconds = (now - self._ticked_at) / (step - self.step)
+        first = self._steps == 1
+        seconds = min(seconds, step_seconds or seconds) if first else max(seconds - compile_seconds, 0.0)
+        if self._steps == 2:
+            self._seconds.clear()
+        self._seconds.append(seconds)
         self.step, self._ticked_at = step, now
 
     def seconds_left(self) -> float | None:
@@ -200,7 +211,7 @@ class Pace:
 
 
 class _Field(ProgressColumn):
-    """A text that the task's object (a Pace or a Stage) has at the moment of drawing."""
+    """Shows an attribute of the task's Pace or Stage, or the task's description."""
 
     max_refresh = None
 
@@ -214,7 +225,7 @@ class _Field(ProgressColumn):
 
 
 def _bar_columns(console_width: int) -> list[ProgressColumn]:
-    """With room to spare the columns keep their place from one stage to the next."""
+    """Columns of the bars. On a wide console they have a minimum width and stay aligned from stage to stage."""
     name_width, count_width = (16, 9) if console_width >= 80 else (None, None)
     return [
         _Field(None, "bold", min_width=name_width),

@@ -1,6 +1,6 @@
-"""The report that a run leaves in its folder: ``README.md``, ``curve.png`` and ``samples.md``, from its files alone.
+"""Writes the report of a run (``README.md``, ``curve.png``, ``samples.md``) from the files in its folder.
 
-``python -m verl.tracking.report FOLDER`` writes it again, also of a run that is still going on.
+``python -m verl.tracking.report FOLDER`` writes it again, also while the run is still going.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ OTHER_OUTCOMES = {"critic/score/mean": "training score", "train/loss": "loss", "
 
 
 def write_report(folder: Path, *, title: str | None = None, validation: Path | None = None) -> Path:
-    """validation: where the validation dumps are (``folder/validation``). Returns README.md's path.
+    """Path of the README.md that was written. validation: folder of the validation dumps (default: folder/validation).
 
-    UserError without metrics.jsonl (the run had no "file" logger), and where a file cannot be read or written."""
+    Raises UserError without metrics.jsonl (the run had no "file" logger), or if a file cannot be read or written."""
     try:
         return _write_report(folder, title or folder.name, validation or folder / "validation")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the report in {folder} could not be written: {error or type(error).__name__}") from error
+        raise UserError(f"the report in {folder} cannot be written: {error or type(error).__name__}") from error
 
 
 def _write_report(folder: Path, title: str, validation: Path) -> Path:
@@ -51,9 +51,9 @@ def _write_report(folder: Path, title: str, validation: Path) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """A dict a step, in order, with its number as "step"; lines of one step are put together. Null is read as nan."""
+    """One dict per step, in order, with the step as "step". Lines of the same step are merged. Null becomes nan."""
     if not path.exists():
-        raise UserError(f"there is no {path}: the report needs the metrics that trainer.logger=[file] writes")
+        raise UserError(f"{path} does not exist. The report needs the metrics that trainer.logger=[file] writes.")
     steps: dict[int, dict[str, float]] = {}
     for line in path.read_text().splitlines():
         record = json.loads(line)
@@ -63,15 +63,15 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def validation_dumps(folder: Path, metrics: Sequence[Step]) -> list[Path]:
-    """The dumps of the steps at which this run validated, in order (others may be left from an earlier run)."""
+    """The dumps of the steps with a validation, in order. Dumps of an earlier run are left out."""
     steps = [int(step["step"]) for step in metrics if any(name.startswith("val-") for name in step)]
     paths = (folder / f"{step}.{suffix}" for step in steps for suffix in ("jsonl", "parquet"))
     return [path for path in paths if path.exists()]
 
 
 def samples_text(before: Sequence[Row], after: Sequence[Row], first: str, last: str, count: int = SAMPLES) -> str:
-    """Answers to the same prompts at step ``first`` and step ``last``: prompts spread evenly over the data, not chosen
-    by their outcome. Rows: input, output, gts, score, as ``verl.tracking.dumps`` writes them."""
+    """Responses to the same prompts at step ``first`` and step ``last``. The prompts are spread evenly over the
+    data, not selected by score. before, after: rows with input, output, gts and score (``generation_rows``)."""
     then, now = _by_input(before), _by_input(after)
     shared = [text for text in then if text in now]
     chosen = [shared[i * len(shared) // count] for i in range(count)] if len(shared) > count else shared
@@ -87,7 +87,7 @@ def samples_text(before: Sequence[Row], after: Sequence[Row], first: str, last: 
 
 
 def _by_input(rows: Sequence[Row]) -> dict[str, Row]:
-    """Each prompt's first sample."""
+    """{prompt: its first sample}"""
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row["input"], row)
@@ -95,7 +95,7 @@ def _by_input(rows: Sequence[Row]) -> dict[str, Row]:
 
 
 def _fenced(text: str) -> str:
-    """As a block of Markdown, whatever it holds."""
+    """The text as a fenced Markdown block. The fence is longer than any run of backticks in the text."""
     if len(text) > LONGEST_TEXT:
         text = f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT:,} more characters)"
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
@@ -114,7 +114,7 @@ def summary_text(metrics: Sequence[Step], folder: Path, title: str, *, has_curve
 
 
 def _outcome(metrics: Sequence[Step]) -> str:
-    """From where to where the numbers went that a run is for."""
+    """Lines with steps, time, and the first and last value of validation, score and loss."""
     lines = [f"- steps: {int(metrics[-1]['step'])}" if metrics else "- no step was logged"]
     seconds = sum(step.get("timing_s/step", 0.0) for step in metrics)
     if seconds:
@@ -135,7 +135,8 @@ def _outcome(metrics: Sequence[Step]) -> str:
 
 
 def _stage_rows(metrics: Sequence[Step]) -> list[str]:
-    """timing_s/*: in all, a step that had the stage, share of the steps' time; the longest first, the whole last."""
+    """Table rows of timing_s/*: total, mean over the steps with the stage, share of the steps' time. Longest first, the
+    whole step last."""
     times: dict[str, list[float]] = defaultdict(list)
     for step in metrics:
         for name, value in step.items():
@@ -152,10 +153,10 @@ def _stage_rows(metrics: Sequence[Step]) -> list[str]:
 def _files(folder: Path, has_samples: bool) -> list[str]:
     lines = []
     if has_samples:
-        lines.append("[samples.md](samples.md): the same prompts' answers at the first and the last validation")
+        lines.append("[samples.md](samples.md): responses to the same prompts at the first and the last validation")
     if (folder / "config.yaml").exists():
         lines.append("[config.yaml](config.yaml): the resolved configuration")
-    lines.append("[metrics.jsonl](metrics.jsonl): every metric of every step")
+    lines.append("[metrics.jsonl](metrics.jsonl): all metrics of all steps")
     if (folder / "tensorboard").exists():
         lines.append(f"tensorboard: `tensorboard --logdir {folder / 'tensorboard'}`")
     checkpoints = [path for path in folder.glob("global_step_*") if path.name.rpartition("_")[2].isdigit()]
@@ -173,8 +174,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m verl.tracking.report", description="Write a run's report again.")
-    parser.add_argument("folder", type=Path, help="the run's folder, which holds metrics.jsonl")
+    parser = argparse.ArgumentParser(
+        prog="python -m verl.tracking.report", description="Write the report of a run again."
+    )
+    parser.add_argument("folder", type=Path, help="folder of the run, with metrics.jsonl")
     try:
         print(write_report(parser.parse_args().folder))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The run, as its trackers know it."""
+"""Facts about a run that its trackers use."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunInfo:
-    """folder: where the run leaves its files. config: the resolved configuration, as plain data. total_steps: the last
-    step's number. resume_step: the last step that the run goes on from, which is done; None for a run from the start.
+    """folder: folder of the run's files. config: resolved configuration as plain data. total_steps: number of the last
+    step. resume_step: last finished step of the resumed run; None for a run from the beginning.
     """
 
     project: str

@@ -1,7 +1,7 @@
-"""Experiment trackers of others: W&B, MLflow, SwanLab, Trackio. Each needs the extra of its name (``verl[wandb]``).
+"""External experiment trackers: W&B, MLflow, SwanLab, Trackio. Each needs the extra of its name (``verl[wandb]``).
 
-Where they write is decided as their own documentation says, by their environment variables; without any of them, what
-is kept on this machine is in the run's folder. A run that goes on does so under the same id, which the folder keeps.
+Their own environment variables decide where they write. By default, local files go to the run's folder. A resumed run
+keeps its ids, which ``loggers.json`` in the folder stores.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from verl.tracking.dumps import sample_text
 from verl.tracking.files import written_whole
 from verl.tracking.run import RunInfo
 
-COLUMNS = {"prompt": "input", "response": "output", "score": "score", "reference": "gts"}  # of a table of samples
+COLUMNS = {
+    "prompt": "input",
+    "response": "output",
+    "score": "score",
+    "reference": "gts",
+}  # column of a table of samples -> field of a row
 IDS = "loggers.json"
 
 
 class _RunWithTables(Backend):
-    """Of packages whose run takes metrics and tables in one way."""
+    """Base of the packages whose run object takes metrics and tables."""
 
     _run: Any
     _table: Any
@@ -43,8 +48,8 @@ class _RunWithTables(Backend):
 
 
 class WandbBackend(_RunWithTables):
-    """``wandb/``. WANDB_MODE=offline keeps it there for ``wandb sync``. A step that is done again after a resume is not
-    taken a second time: W&B's steps only grow."""
+    """Writes to ``wandb/``. With WANDB_MODE=offline the run stays there until ``wandb sync``. W&B's steps must
+    increase, so it ignores a step that is repeated after a resume."""
 
     def __init__(self, run: RunInfo):
         import wandb
@@ -53,7 +58,7 @@ class WandbBackend(_RunWithTables):
         self._run = wandb.init(
             project=run.project,
             name=run.experiment,
-            id=id_in(run, "wandb"),
+            id=run_id(run, "wandb"),
             resume="allow",
             dir=run.folder,
             config=run.config,
@@ -62,24 +67,24 @@ class WandbBackend(_RunWithTables):
 
 
 class MlflowBackend(Backend):
-    """At MLFLOW_TRACKING_URI, else in ``mlruns/``. Characters of a metric's name that MLflow refuses become ``_at_``
-    (@) or ``_``."""
+    """Writes to MLFLOW_TRACKING_URI, or to ``mlruns/``. In metric names, @ becomes ``_at_``, and other characters that
+    MLflow rejects become ``_``."""
 
     def __init__(self, run: RunInfo):
         import mlflow
         from mlflow.entities import Metric, Param
 
         if not mlflow.is_tracking_uri_set():
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a server or a database is for the user to run
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow otherwise asks for a server or a database
             mlflow.set_tracking_uri((run.folder / "mlruns").absolute().as_uri())
         self._client, self._metric = mlflow.MlflowClient(), Metric
         experiment = mlflow.set_experiment(run.project).experiment_id
-        known = kept_ids(run).get("mlflow") if run.resume_step is not None else None
+        known = saved_ids(run).get("mlflow") if run.resume_step is not None else None
         self._id = known or self._client.create_run(experiment, run_name=run.experiment).info.run_id
-        keep_id(run, "mlflow", self._id)
+        save_id(run, "mlflow", self._id)
         if known is None:
             params = iter([Param(key, str(value)[:6000]) for key, value in _flat(run.config)])
-            while some := list(islice(params, 100)):  # as many as MLflow takes at a time
+            while some := list(islice(params, 100)):  # MLflow's limit for one call
                 self._client.log_batch(self._id, params=some)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -99,7 +104,8 @@ class MlflowBackend(Backend):
 
 
 class SwanLabBackend(Backend):
-    """``swanlab/``. SWANLAB_MODE=offline keeps it there for ``swanlab sync``. Samples are texts: it has no tables."""
+    """Writes to ``swanlab/``. With SWANLAB_MODE=offline the run stays there until ``swanlab sync``. Samples are texts,
+    since SwanLab has no tables."""
 
     def __init__(self, run: RunInfo):
         import swanlab
@@ -108,7 +114,7 @@ class SwanLabBackend(Backend):
         swanlab.init(
             project=run.project,
             name=run.experiment,
-            id=id_in(run, "swanlab"),
+            id=run_id(run, "swanlab"),
             resume="allow",
             log_dir=str(run.folder / "swanlab"),
             config=run.config,
@@ -126,10 +132,10 @@ class SwanLabBackend(Backend):
 
 
 class TrackioBackend(_RunWithTables):
-    """In TRACKIO_DIR, else in ``trackio/``; on a Space where TRACKIO_SPACE_ID names one."""
+    """Writes to TRACKIO_DIR, or to ``trackio/``; with TRACKIO_SPACE_ID, to that Space."""
 
     def __init__(self, run: RunInfo):
-        os.environ.setdefault("TRACKIO_DIR", str(run.folder / "trackio"))  # read once, as trackio is imported
+        os.environ.setdefault("TRACKIO_DIR", str(run.folder / "trackio"))  # trackio reads it at import
         import trackio
 
         self._table = trackio.Table
@@ -153,36 +159,36 @@ SERVICES: dict[str, type[Backend]] = {
 
 
 def missing_package(logger: str) -> bool:
-    """Whether the package of this name's extra is not installed."""
+    """Whether the logger needs a package that is not installed."""
     return logger in SERVICES and importlib.util.find_spec(logger) is None
 
 
 # ---- ids of runs
 
 
-def kept_ids(run: RunInfo) -> dict[str, str]:
+def saved_ids(run: RunInfo) -> dict[str, str]:
     file = run.folder / IDS
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def keep_id(run: RunInfo, logger: str, value: str) -> None:
+def save_id(run: RunInfo, logger: str, value: str) -> None:
     with written_whole(run.folder / IDS) as partial:
-        partial.write_text(json.dumps(kept_ids(run) | {logger: value}))
+        partial.write_text(json.dumps(saved_ids(run) | {logger: value}))
 
 
-def id_in(run: RunInfo, logger: str) -> str:
-    """The id that this logger's run had, where the run goes on; else a new one."""
-    known = kept_ids(run).get(logger) if run.resume_step is not None else None
+def run_id(run: RunInfo, logger: str) -> str:
+    """The id of this logger's run: the saved one for a resumed run, otherwise a new one."""
+    known = saved_ids(run).get(logger) if run.resume_step is not None else None
     chosen = known or uuid.uuid4().hex[:8]
-    keep_id(run, logger, chosen)
+    save_id(run, logger, chosen)
     return chosen
 
 
-# ---- what is told
+# ---- contents
 
 
 def _table(rows: Sequence[Mapping[str, Any]], step: int) -> list[list[Any]]:
-    """The columns' names, then a list a sample."""
+    """The column names, then one list per sample."""
     return [["step", *COLUMNS], *([step, *(row.get(name) for name in COLUMNS.values())] for row in rows)]
 
 

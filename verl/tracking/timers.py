@@ -1,4 +1,4 @@
-"""Seconds by stage."""
+"""Measures seconds per stage."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 
 class StageTimer:
-    """``with timer("gen"): ...`` adds to ``timer.seconds["gen"]``, also when the stage fails."""
+    """``with timer("gen"): ...`` adds the elapsed time to ``timer.seconds["gen"]``, also if the block raises."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def reset(self) -> None:
-        """Begin the next step's."""
+        """Clear all seconds for the next step."""
         self.seconds = {}
 
     @contextmanager

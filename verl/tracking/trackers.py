@@ -1,4 +1,4 @@
-"""The loggers of a run (``trainer.logger``), told together."""
+"""All loggers of a run (``trainer.logger``) behind one object."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ LOGGERS = ("console", *BACKENDS)
 
 
 class Trackers:
-    """What a step reports goes to every backend and the console. A failure there never stops the run: it is reported
-    once, and tried again the next time."""
+    """Sends metrics and samples to every backend and to the console.
+
+    A failing backend does not stop the run: the first failure is printed, and every later call tries again."""
 
     def __init__(self, backends: dict[str, Backend], progress: Progress):
         self.progress = progress
@@ -35,14 +36,14 @@ class Trackers:
         self._reported: set[str] = set()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """``metrics``: name -> a number (Python's, numpy's or a tensor of one element)."""
+        """Log the metrics of a step. metrics: name -> number (Python, numpy, or a tensor with one element)."""
         numbers = {name: float(value) for name, value in metrics.items()}
         for name, backend in self._backends.items():
             self._try(f"logger {name!r}", partial(backend.log, numbers, step))
         self.progress.step(step, numbers)
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """A few generations (``verl.tracking.dumps.generation_rows``) to read."""
+        """Log a few generations (``verl.tracking.dumps.generation_rows``)."""
         for name, backend in self._backends.items():
             self._try(f"logger {name!r}", partial(backend.log_samples, rows, step))
         self.progress.samples(rows, step)
@@ -50,7 +51,7 @@ class Trackers:
     def dump(
         self, folder: Path, step: int, rows: pa.Table | Sequence[Mapping[str, Any]], file_format: DumpFormat = "jsonl"
     ) -> None:
-        """See ``verl.tracking.dumps.dump_rows``."""
+        """Write generations to a file, see ``verl.tracking.dumps.dump_rows``."""
         self._try(f"the dump to {folder}", partial(dump_rows, folder, step, rows, file_format))
 
     def close(self) -> None:
@@ -71,22 +72,22 @@ class Trackers:
     def _try(self, what: str, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # a logger's library may raise anything, and none of it is worth the run
+        except Exception as error:  # a logger's library may raise anything, and must not stop the run
             if what not in self._reported:
                 self._reported.add(what)
-                self.progress.warn(f"{what} failed ({error or type(error).__name__}); the run goes on")
+                self.progress.warn(f"{what} failed ({error or type(error).__name__}); the run continues")
 
 
 def build_trackers(names: Sequence[str], run: RunInfo) -> Trackers:
-    """Start these loggers. Without "console" among them only notes and warnings are printed.
+    """The started loggers. Without "console" only notes and warnings are printed.
 
-    Raises UserError naming each logger that is unknown, those whose package is missing, or the one that cannot start.
+    Raises UserError that names all unknown loggers, all loggers whose package is missing, or the one that cannot start.
     """
     unknown = [name for name in names if name not in LOGGERS]
     if unknown:
         raise UserError("; ".join(_unknown(name) for name in unknown) + f". Known loggers: {', '.join(LOGGERS)}")
-    if lacking := [name for name in names if missing_package(name)]:
-        raise UserError("; ".join(f"trainer.logger: {name!r}: {how_to_install(name)}" for name in lacking))
+    if missing := [name for name in names if missing_package(name)]:
+        raise UserError("; ".join(f"trainer.logger: {name!r}: {how_to_install(name)}" for name in missing))
     progress = Progress(run, show="console" in names)
     trackers = Trackers({}, progress)
     for name in dict.fromkeys(names):
@@ -94,11 +95,11 @@ def build_trackers(names: Sequence[str], run: RunInfo) -> Trackers:
             continue
         try:
             trackers._backends[name] = BACKENDS[name](run)
-        except Exception as error:  # as above: whatever it is, the user reads which logger and why
+        except Exception as error:  # the library may raise anything; the user needs the logger's name
             trackers.close()
             raise UserError(
                 f"trainer.logger: {name!r} cannot start ({error or type(error).__name__}). "
-                f"Mend that, or leave it out of trainer.logger={list(names)}"
+                f"Correct this, or remove it from trainer.logger={list(names)}"
             ) from error
     return trackers
 
@@ -109,4 +110,4 @@ def how_to_install(name: str) -> str:
 
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, LOGGERS, 1)
-    return f"trainer.logger: {name!r} is no logger" + (f" (did you mean {near[0]!r}?)" if near else "")
+    return f"trainer.logger: {name!r} is not a logger" + (f" (did you mean {near[0]!r}?)" if near else "")

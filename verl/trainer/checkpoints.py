@@ -1,7 +1,7 @@
-"""The checkpoints of a run: written whole or not at all, checked before use, kept to a number.
+"""Checkpoints of a run: written atomically, checked before use, and limited in number.
 
-``global_step_N/`` appears under its name only when all of it is on disk. ``manifest.json`` in it lists every file with
-size and checksum; a folder that does not match its manifest is named and the one before it used.
+``global_step_N/`` gets its name only once all its files are on disk. Its ``manifest.json`` lists every file with
+size and checksum. If a folder does not match its manifest, a warning names it, and the checkpoint before it is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 
 
 class SaveError(UserError):
-    """The checkpoint could not be written; what was there before is untouched."""
+    """The checkpoint could not be written. Earlier checkpoints are unchanged."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Checkpoint:
     step: int
 
     def damage(self) -> str | None:
-        """What is wrong with it, or None: every file is compared with the manifest."""
+        """The first difference between the files and the manifest, or None."""
         try:
             files = json.loads((self.folder / MANIFEST).read_text())["files"]
         except (OSError, ValueError, KeyError) as error:
@@ -59,44 +59,49 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """keep: how many to keep (None: all)."""
+    """The checkpoints in a folder. keep: number of checkpoints to keep; None or 0 keeps all."""
 
     def __init__(self, folder: Path, keep: int | None = None):
         self.folder, self.keep = Path(folder), keep
 
     def all(self) -> list[Checkpoint]:
-        """Oldest first."""
+        """All checkpoints, oldest first."""
         found = [(path, re.fullmatch(r"global_step_(\d+)", path.name)) for path in self.folder.glob("global_step_*")]
         return sorted((Checkpoint(path, int(match[1])) for path, match in found if match), key=lambda c: c.step)
 
     def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The newest one that is whole; each damaged one that is passed over is named through ``warn``."""
+        """The newest intact checkpoint, or None without checkpoints. ``warn`` gets a message about each damaged one.
+
+        Raises UserError if all are damaged."""
         checkpoints = self.all()
         for checkpoint in reversed(checkpoints):
             damage = checkpoint.damage()
             if damage is None:
                 return checkpoint
-            warn(f"checkpoint {checkpoint.folder} is damaged: {damage}. Trying the one before it.")
+            warn(f"checkpoint {checkpoint.folder} is damaged: {damage}. The checkpoint before it is tried.")
         if checkpoints:
             raise UserError(
-                f"every checkpoint in {self.folder} is damaged. "
-                "Move them away, or set trainer.resume_mode=disable, to start from the beginning."
+                f"all checkpoints in {self.folder} are damaged. "
+                "To start from the beginning, move them away or set trainer.resume_mode=disable."
             )
         return None
 
     def at(self, path: Path) -> Checkpoint:
-        """The checkpoint in this folder, checked."""
+        """The checkpoint in this folder. Raises UserError if it is not one, or is damaged."""
         match = re.fullmatch(r"global_step_(\d+)", path.resolve().name)
         if not match or not path.is_dir():
-            raise UserError(f"trainer.resume_from_path={path} is not a checkpoint: name a folder .../global_step_N")
+            raise UserError(
+                f"trainer.resume_from_path={path} is not a checkpoint: set it to a folder .../global_step_N"
+            )
         checkpoint = Checkpoint(path, int(match[1]))
         if damage := checkpoint.damage():
             raise UserError(f"trainer.resume_from_path={path} is damaged: {damage}")
         return checkpoint
 
     def set_aside(self, after: int) -> Path | None:
-        """Move checkpoints later than step ``after`` into a folder of their own, so that none is lost and none is taken
-        for one of the run that goes on from there. Gives that folder, None if there was nothing to move."""
+        """The new folder that holds all checkpoints later than step ``after``, or None if there are none.
+
+        They are moved so that a run that resumes at ``after`` neither overwrites them nor takes them for its own."""
         later = [checkpoint for checkpoint in self.all() if checkpoint.step > after]
         if not later:
             return None
@@ -113,12 +118,13 @@ class Checkpoints:
         return "No checkpoint was written before that: start from the beginning"
 
     def save(self, step: int, write: Callable[[Path], None], state: dict) -> Checkpoint:
-        """write(folder) puts the models there; ``state`` becomes trainer.json. SaveError if it does not fit.
+        """The saved checkpoint. ``write(folder)`` writes the models, and ``state`` becomes trainer.json.
 
-        state["sound"]: False if the last optimizer step was skipped."""
+        state["sound"]: False if the last optimizer step was skipped. Raises SaveError if a file cannot be written, for
+        example on a full disk."""
         final, partial = self.folder / f"global_step_{step}", self.folder / f".partial_global_step_{step}"
         try:
-            for left_over in self.folder.glob(".partial_global_step_*"):  # of a run that was killed while saving
+            for left_over in self.folder.glob(".partial_global_step_*"):  # left by a run that was killed while saving
                 shutil.rmtree(left_over)
             partial.mkdir(parents=True)
             write(partial)
@@ -138,7 +144,7 @@ class Checkpoints:
     def _why_not(self, final: Path, error: OSError) -> str:
         free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
         kept = self.all()
-        safe = f"{kept[-1].folder} is untouched" if kept else "there is no earlier checkpoint"
+        safe = f"{kept[-1].folder} is unchanged" if kept else "there is no earlier checkpoint"
         return f"could not write {final}: {error.strerror or error} ({free / 1e6:,.0f} MB free there); {safe}"
 
     def _prune(self) -> None:
@@ -151,7 +157,7 @@ class Checkpoints:
 
 
 def seal(folder: Path, step: int) -> None:
-    """Flush every file to disk and list them in the manifest."""
+    """Write the manifest and flush all files to disk."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb+") as file:

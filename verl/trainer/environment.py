@@ -1,4 +1,4 @@
-"""Settings of the process that libraries read when they are first loaded."""
+"""Process settings that libraries read at import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 
 
 def share_cores() -> None:
-    """Before torch is imported: OpenMP threads that wait give their core away instead of spinning. On a machine that
-    something else uses too, spinning makes small models many times slower. OMP_WAIT_POLICY, if set, stands."""
+    """Make waiting OpenMP threads sleep instead of spin. Call it before torch is imported.
+
+    On a machine with other work, spinning makes small models many times slower. OMP_WAIT_POLICY takes precedence if it
+    is set."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

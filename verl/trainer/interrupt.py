@@ -1,4 +1,4 @@
-"""Ctrl-C: the first asks for a stop at the next good point, the second stops at once."""
+"""Ctrl-C: the first requests a stop after the current step, the second stops at once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-INTERRUPTED = 130  # the exit code of a program that SIGINT ended
+INTERRUPTED = 130  # exit code of a program that SIGINT ended
 STOPPING = "stopping after this step (Ctrl-C again: at once)"
 
 
 class StopRequest:
-    """Context manager that takes over SIGINT and SIGTERM. ``requested`` turns true at the first one; a second raises
-    KeyboardInterrupt where the program is. say: told once, at the first."""
+    """Context manager that handles SIGINT and SIGTERM.
+
+    The first signal sets ``requested`` and calls ``say``. The second raises KeyboardInterrupt."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -31,7 +32,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            # An event loop that this ends would tell of each task it leaves behind.
+            # An interrupted event loop would log every unfinished task.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise KeyboardInterrupt
         self.requested = True

@@ -1,4 +1,4 @@
-"""What every training run does around its trainer, whatever it trains: its folder, where it starts, its last words."""
+"""What PPO and supervised runs share around their trainer: folder, start, interruption, report."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def say(findings: Findings) -> None:
 
 
 def run_folder(config: Config | SFTConfig, set_keys: Iterable[str]) -> Path:
-    """trainer.default_local_dir, made, with the resolved configuration in it."""
+    """trainer.default_local_dir, created if necessary, with the resolved configuration in config.yaml."""
     folder = folder_of(config.trainer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / "config.yaml") as partial:
             partial.write_text(resolved_yaml(config, set_keys))
     except OSError as error:
-        raise UserError(f"trainer.default_local_dir={folder} cannot be written to: {error}") from error
+        raise UserError(f"trainer.default_local_dir={folder} is not writable: {error}") from error
     return folder
 
 
@@ -47,7 +47,9 @@ def folder_of(trainer: RunConfig) -> Path:
 
 
 def where_to_start(trainer: RunConfig, checkpoints: Checkpoints, last_step: int) -> Checkpoint | None:
-    """The checkpoint that trainer.resume_mode asks for; None: from the beginning. Says so if it is the run's end."""
+    """The checkpoint selected by trainer.resume_mode, or None to start from the beginning.
+
+    Prints a message if the checkpoint is the end of the run."""
     if trainer.resume_mode == "disable":
         return None
     if trainer.resume_mode == "resume_path" and trainer.resume_from_path:
@@ -55,7 +57,7 @@ def where_to_start(trainer: RunConfig, checkpoints: Checkpoints, last_step: int)
     else:
         start = checkpoints.latest(warn=lambda text: print(f"warning: {text}"))
     if start and start.step >= last_step:
-        print(f"{start.folder} is the end of this run: nothing to do (trainer.resume_mode=disable starts anew)")
+        print(f"nothing to do: {start.folder} is the end of this run (trainer.resume_mode=disable starts it again)")
     return start
 
 
@@ -71,7 +73,7 @@ def run_info(config: Config | SFTConfig, folder: Path, last_step: int, start: Ch
 
 
 def finishes(fit: Callable[[], bool], abandon: Callable[[], None] = lambda: None) -> bool:
-    """Whether ``fit`` says so; a second Ctrl-C ends it without, and abandons what it was waiting for."""
+    """The result of ``fit``: whether the run finished. A second Ctrl-C calls ``abandon`` and gives False."""
     try:
         return fit()
     except KeyboardInterrupt:
@@ -99,7 +101,7 @@ def close_run(
     if "file" in trainer.logger:
         try:
             write_report(folder, validation=validation)
-        except UserError as error:  # the run is over and its result safe
+        except UserError as error:  # the run's results are saved already
             texts.append(f"warning: no report was written: {error}")
     texts.append(closing_words(trainer, folder, checkpoints.all(), step, finished))
     last_words("\n".join(texts))
@@ -107,27 +109,27 @@ def close_run(
 
 
 def last_words(text: str) -> None:
-    """Print; to stderr when stdout's reader is gone, as `tee` is after Ctrl-C."""
+    """Print to stdout, or to stderr if the reader of stdout is gone, as after Ctrl-C with `tee`."""
     try:
         print(text, flush=True)
     except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes it once more at its end)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the interpreter flushes it at exit)
         print(text, file=sys.stderr)
 
 
 def closing_words(trainer: RunConfig, folder: Path, kept: list[Checkpoint], step: int, finished: bool) -> str:
-    where = f"Everything is in {folder}" + (f", the last checkpoint in {kept[-1].folder.name}" if kept else "")
+    where = f"All files are in {folder}" + (f", the last checkpoint in {kept[-1].folder.name}" if kept else "")
     if finished:
         return f"Finished after step {step}. {where}{'' if kept else '; no checkpoint was saved (trainer.save_freq)'}."
     if kept and trainer.resume_mode == "auto":
-        advice = f"The same command goes on from step {kept[-1].step + 1}."
+        advice = f"The same command continues at step {kept[-1].step + 1}."
     elif kept:
-        advice = f"With trainer.resume_mode=auto the same command goes on from step {kept[-1].step + 1}."
+        advice = f"With trainer.resume_mode=auto the same command continues at step {kept[-1].step + 1}."
     elif trainer.save_freq > 0:
-        advice = "No checkpoint was written yet: the same command starts from the beginning."
+        advice = "No checkpoint was written yet, so the same command starts from the beginning."
     else:
         advice = (
             "No checkpoint was written, so the same command starts from the beginning: "
-            "set trainer.save_freq to be able to go on."
+            "set trainer.save_freq to be able to continue."
         )
-    return f"Stopped in or after step {step}. {where}. {advice}"
+    return f"Stopped during or after step {step}. {where}. {advice}"

@@ -100,7 +100,7 @@ def place(nnodes: int, devices_per_node: int, device: str, timeout: float) -> li
     ]
 
 
-def asked_of_nodes(seats: Sequence[Seat], question: Callable[[], T], timeout: float) -> list[tuple[Seat, T]]:
+def ask_nodes(seats: Sequence[Seat], question: Callable[[], T], timeout: float) -> list[tuple[Seat, T]]:
     """The first seat of each node, and what ``question`` answers in a process there. timeout: seconds."""
     first = [seat for seat in seats if seat.local_rank == 0]
     task = ray.remote(question)

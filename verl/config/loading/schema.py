@@ -1,4 +1,4 @@
-"""The keys of a configuration class: its tree of sections seen as dotted keys, and nested dicts addressed by them."""
+"""Dotted keys of a configuration class, and access to nested dicts by dotted key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from verl.config.sections.effects import Condition, NoEffect, ReadBy
 
 ABSENT: Final = PydanticUndefined
-MISSING: Final = "???"  # OmegaConf's sign for a required value that is not there
+MISSING: Final = "???"  # OmegaConf's mark for a required value that is missing
 
 
 @cache
@@ -92,14 +92,14 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def plain(tree: Any) -> Any:
-    """A copy of nested dicts and sections as dicts; of a section only what was set in it."""
+    """A copy of nested dicts and sections as dicts. Of a section, only the values that were set."""
     if isinstance(tree, BaseModel):
         return tree.model_dump(exclude_unset=True)
     return {key: plain(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def defaults_of(model: type[BaseModel]) -> dict[str, Any]:
-    """All defaults as nested dicts; one that comes from another key as a reference, a required key as MISSING."""
+    """All defaults as nested dicts. A default from another key is a reference, a required key is MISSING."""
     tree: dict[str, Any] = {}
     derived: dict[str, str] = getattr(model, "derived", {})
     for key, field in keys_of(model).items():

@@ -1,5 +1,5 @@
-"""What collected settings come to: references followed, types fitted, old batch sizes divided, what depends on other
-keys decided."""
+"""Resolves collected settings: follows references, converts types, divides old batch sizes, and decides defaults that
+depend on other keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACTOR = "actor_rollout_ref.actor"
 
 
 def resolve_references(settings: Settings) -> None:
-    """Replace ``${another.key}``, in terms of the settings and of the defaults."""
+    """Replaces ``${another.key}`` by that key's setting or default."""
     referring = [key for key in settings.origins if "${" in str(get(settings.tree, key))]
     if not referring:
         return
@@ -37,7 +37,7 @@ def resolve_references(settings: Settings) -> None:
 
 @contextmanager
 def _reported(settings: Settings, key: str) -> Iterator[None]:
-    """A reference that cannot be read or followed is a problem of its key."""
+    """Reports a reference that cannot be read or followed as a problem of its key."""
     try:
         yield
     except OmegaConfBaseException as error:
@@ -46,7 +46,7 @@ def _reported(settings: Settings, key: str) -> Iterator[None]:
 
 
 def fit_types(settings: Settings) -> None:
-    """Turn what was read into what was meant where the key's type says so: 5 is text for a key that takes text."""
+    """Converts values to their keys' types: 5 is text for a key that takes text."""
     known = keys_of(settings.schema)
     for key, origin in settings.origins.items():
         put(settings.tree, key, _fit(get(settings.tree, key), known[key].annotation, origin.text))
@@ -72,7 +72,7 @@ def _number(text: str) -> Any:
 
 
 def divide_over_ranks(settings: Settings) -> None:
-    """Old batch sizes of all ranks together become those of one."""
+    """Divides old batch sizes of all ranks together by the number of ranks."""
     world = 1
     for key in ("trainer.nnodes", "trainer.n_gpus_per_node"):
         size = get(settings.tree, key)
@@ -98,7 +98,7 @@ def decide_aggregation(settings: Settings) -> None:
 
 
 def decide_kl(settings: Settings) -> None:
-    """Who sets the coefficient of the KL penalty means to have the penalty, unless its switch says otherwise."""
+    """Turns the KL penalty on if the user set its coefficient and did not set its switch."""
     switch, coefficient = "algorithm.use_kl_in_reward", "algorithm.kl_ctrl.kl_coef"
     chosen = switch in settings.set_keys and get(settings.tree, switch) is not None
     if switch not in keys_of(settings.schema) or chosen or get(settings.tree, switch) is True:

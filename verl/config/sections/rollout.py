@@ -82,8 +82,10 @@ class EngineConfig(Section):
     max_model_len: PositiveInt | None = Field(
         None, description="Context length of the engine; null: data.max_prompt_length + data.max_response_length."
     )
-    max_num_seqs: Annotated[PositiveInt, ON_SERVERS] = Field(
-        1024, description="Responses that an engine generates at the same time."
+    max_num_seqs: Annotated[PositiveInt | None, ON_SERVERS] = Field(
+        None,
+        description="Responses that an engine generates at the same time; null: all of a step or a validation, up to "
+        "1024 for each replica.",
     )
     max_num_batched_tokens: Annotated[PositiveInt, ON_SERVERS] = Field(
         8192, description="Tokens per forward pass of the engine."

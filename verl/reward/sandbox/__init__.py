@@ -1,7 +1,7 @@
-"""A place for programs of unknown intent: they see an interpreter and an empty folder, and nothing of this machine.
+"""Runs untrusted programs. They see a Python interpreter and an empty folder, and nothing else of this machine.
 
-What stands between is Linux namespaces and resource limits (``inside.py``), which need no package and no root, but a
-kernel that lets this user make namespaces. ``missing`` tells whether it does, by trying.
+Linux namespaces and resource limits isolate them (``inside.py``). No package and no root user is needed. The kernel
+must allow this user to make namespaces. ``missing`` tries it out.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from typing import Any
 from verl.reward.dependencies import MissingDependency
 
 INSIDE = Path(__file__).with_name("inside.py")
-NOBODY = 65534  # whom programs run as, seen from outside, when this process is root's
-USER = 1000  # as inside.py has it
+NOBODY = 65534  # user of the programs, seen from outside, if this process runs as root
+USER = 1000  # same as in inside.py
 PYTHON = os.path.realpath(sys.executable)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program's run. memory_mb: address space of a process. processes: threads count. file_mb: of a file, and of
-    what is printed. disk_mb, files: of the working folder."""
+    """Limits for one run of a program.
+
+    memory_mb: address space of each process. processes: includes threads. file_mb: size of each file and of the output.
+    disk_mb, files: total size and number of files in the working folder.
+    """
 
     cpu_seconds: int
     wall_seconds: int
@@ -40,8 +43,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """exit: 0, an exit code, minus the signal that ended it, or None when the wall time ran out. stderr: its end."""
+class ProgramResult:
+    """exit: exit code, minus the number of a fatal signal, or None if the wall time ran out. stderr: the end of it."""
 
     exit: int | None
     stdout: str
@@ -49,23 +52,23 @@ class Ending:
 
     @property
     def reason(self) -> str:
-        """Why it did not end well; "" when it did."""
+        """Why the program failed, or ""."""
         if self.exit == 0:
             return ""
         if self.exit is None:
-            return "it took too long"
+            return "it exceeded its wall time"
         if self.exit == -signal.SIGXCPU:
-            return "it used up its CPU time"
+            return "it exceeded its CPU time"
         lines = self.stderr.strip().splitlines()
-        return lines[-1][-300:] if lines else f"it ended with {self.exit}"
+        return lines[-1][-300:] if lines else f"it ended with exit code {self.exit}"
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself could not be built, or broke."""
+    """The sandbox could not be made, or it broke."""
 
 
 class Sandbox:
-    """Runs Python programs, one after the other, each in an empty folder of its own."""
+    """Runs Python programs one at a time, each in a new, empty folder."""
 
     def __init__(self, limits: Limits):
         self._process = subprocess.Popen(
@@ -84,12 +87,12 @@ class Sandbox:
             self.close()
             raise
 
-    def run(self, program: str, stdin: str = "", files: dict[str, str] | None = None) -> Ending:
-        """program: Python source. files: further ones in its folder, name -> text."""
-        order = {"files": {"main.py": program, **(files or {})}, "stdin": stdin}
+    def run(self, program: str, stdin: str = "", files: dict[str, str] | None = None) -> ProgramResult:
+        """The result of a program. program: Python source. files: name -> text of further files in its folder."""
+        request = {"files": {"main.py": program, **(files or {})}, "stdin": stdin}
         argv = [PYTHON, "-I", "-S", "-B", "-X", "utf8", "main.py"]
-        answer = self._ask({**order, "argv": argv}, "exit")
-        return Ending(answer["exit"], answer["stdout"], answer["stderr"])
+        answer = self._ask({**request, "argv": argv}, "exit")
+        return ProgramResult(answer["exit"], answer["stdout"], answer["stderr"])
 
     def _ask(self, message: dict[str, Any], expected: str) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -98,7 +101,7 @@ class Sandbox:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
-            raise SandboxError("its first process is gone") from error
+            raise SandboxError("its first process has died") from error
         line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"error": "its first process has died"}
         if expected not in answer:
@@ -106,7 +109,7 @@ class Sandbox:
         return answer
 
     def _map_users(self) -> None:
-        """Who is who in the new user namespace: only a process outside of it may say so for more than one user."""
+        """Map the users of the new namespace. Only a process outside may map more than one user."""
         folder, uid, gid = f"/proc/{self._process.pid}", os.geteuid(), os.getegid()
         try:
             if uid == 0:
@@ -120,7 +123,7 @@ class Sandbox:
             raise SandboxError(f"its users could not be mapped: {error}") from error
 
     def close(self) -> None:
-        self._process.kill()  # with it all that it has started: see PR_SET_PDEATHSIG
+        self._process.kill()  # its children die with it (PR_SET_PDEATHSIG)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with suppress(BrokenPipeError):
@@ -135,14 +138,14 @@ class Sandbox:
 
 
 def interpreter_paths() -> list[str]:
-    """What the interpreter needs to run: its own file, its library, the machine's shared libraries."""
+    """Paths that the interpreter needs: its executable, its library and the shared libraries of the machine."""
     base = os.path.realpath(sys.base_prefix)
     folders = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{base}/lib", f"{base}/lib64"]
     paths = dict.fromkeys([*folders, PYTHON, "/etc/ld.so.cache"])
     return [path for path in paths if os.path.lexists(path)]
 
 
-# What no program may be able to do: each line that it prints names a wall that does not hold.
+# Tries everything that a program must not be able to do, and prints the name of each attempt that works.
 PROBE = """
 import ctypes, os, socket
 def works(name, attempt):
@@ -172,28 +175,28 @@ if children >= 100:
 print("end")
 """
 FIX = (
-    "run on Linux 5.14 or later, as root or with unprivileged user namespaces allowed (sysctl "
-    "user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0), in a container with --privileged; or "
-    "score with a function of your own that asks a service for it: custom_reward_function.path=FILE.py"
+    "run on Linux 5.14 or later, as root or with unprivileged user namespaces (sysctl user.max_user_namespaces, "
+    "kernel.apparmor_restrict_unprivileged_userns=0; in a container: --privileged); or set "
+    "custom_reward_function.path=FILE.py to a function that sends programs to a service"
 )
 
 
 def missing(limits: Limits) -> MissingDependency | None:
-    """Why programs cannot be sandboxed here; None when every wall holds."""
+    """Why programs cannot be sandboxed on this machine, or None if the isolation is complete."""
     if sys.platform != "linux":
-        return MissingDependency(f"programs can be sandboxed on Linux only, and this is {sys.platform}", FIX)
+        return MissingDependency(f"programs can be sandboxed only on Linux, and this is {sys.platform}", FIX)
     try:
-        with Sandbox(limits) as place:
-            ending = place.run(PROBE)
+        with Sandbox(limits) as sandbox:
+            result = sandbox.run(PROBE)
     except (SandboxError, OSError) as error:
         return MissingDependency(f"programs cannot be sandboxed on this machine ({error})", FIX)
-    found = ending.stdout.split("\n")[:-1]
-    if ending.exit != 0 or found[-1:] != ["end"]:
+    found = result.stdout.split("\n")[:-1]
+    if result.exit != 0 or found[-1:] != ["end"]:
         return MissingDependency(
-            f"programs cannot be sandboxed on this machine ({ending.reason or 'the trial was cut short'})", FIX
+            f"programs cannot be sandboxed on this machine ({result.reason or 'the test program ended early'})", FIX
         )
     if len(found) > 1:
         return MissingDependency(
-            f"the sandbox does not hold on this machine ({', '.join(sorted(set(found[:-1])))})", FIX
+            f"the sandbox is not tight on this machine ({', '.join(sorted(set(found[:-1])))})", FIX
         )
     return None

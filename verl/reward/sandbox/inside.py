@@ -1,18 +1,18 @@
-"""The first process of a sandbox. Run by a bare interpreter (``-I -S``), it imports nothing of ours.
+"""The first process of a sandbox. A bare interpreter (``-I -S``) runs it, and it imports nothing of this package.
 
-It moves into namespaces of its own (users, mounts, processes, network, IPC, host name), builds a root folder that holds
-an interpreter and nothing else, and then runs programs there as it is asked to, one at a time, each as an unprivileged
-user under limits and with fewer system calls, in a working folder that is made anew for it.
+It enters new namespaces (users, mounts, processes, network, IPC, host name) and builds a root folder that holds only an
+interpreter. Then it runs programs there, one at a time. Each program runs in a new working folder, as an unprivileged
+user, with limits and fewer system calls.
 
-Messages are JSON, a line each, on standard input and output, which no program ever holds:
+Messages are lines of JSON on standard input and output. Programs never hold these two files:
 
-    in:  Setup            out: {"unshared": true}, when the user namespace waits for its ids
+    in:  Setup            out: {"unshared": true}: the user namespace waits for its ids
     in:  {"mapped": true} out: {"ready": true}
-    in:  Order            out: Ending                   ... until the input ends
+    in:  Request          out: Result                   ... until the input ends
 
-    Setup:  {"paths": [...], "limits": {...}}   paths: seen inside, read-only, where they are outside
-    Order:  {"files": {name: text}, "argv": [...], "stdin": text}
-    Ending: {"exit": code or -signal, "late": whether the wall time ran out, "stdout": text, "stderr": text}
+    Setup:   {"paths": [...], "limits": {...}}   paths: visible inside at the same place, read-only
+    Request: {"files": {name: text}, "argv": [...], "stdin": text}
+    Result:  {"exit": code, -signal or null, "timed_out": whether the wall time ran out, "stdout": text, "stderr": text}
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-USER = 1000  # the programs' user and group, as numbered inside
+USER = 1000  # user and group of the programs, as numbered inside
 WORK = "/work"
-ROOT = "/proc"  # where the new root is put together: a folder that every machine has, and that nothing is taken from
-ERRORS_KEPT = 4000  # bytes of a program's standard error
+ROOT = "/proc"  # mount point of the new root while it is built: it exists everywhere, and none of its files are needed
+ERRORS_KEPT = 4000  # bytes of standard error that a result holds
 
 # linux/sched.h, linux/mount.h, linux/prctl.h
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
@@ -45,9 +45,9 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SECCOMP_MODE_FILTER = 2
 
-# Machine -> its number in linux/audit.h and the system calls that programs may not make: sockets of any kind; memory
-# that no limit counts (shared memory of System V, files in memory, keys); what reaches into the kernel or other
-# processes. In this order: socket, socketpair, shmget, memfd_create, memfd_secret, add_key, request_key, keyctl,
+# Machine -> its number in linux/audit.h and the forbidden system calls: sockets; memory that no limit counts (System V
+# shared memory, files in memory, keys); calls that reach into the kernel or into other processes. Their order is
+# socket, socketpair, shmget, memfd_create, memfd_secret, add_key, request_key, keyctl,
 # unshare, setns, ptrace, process_vm_readv, process_vm_writev, bpf, perf_event_open, userfaultfd, io_uring_setup.
 FORBIDDEN = {
     "x86_64": (0xC000003E, (41, 53, 29, 319, 447, 248, 249, 250, 272, 308, 101, 310, 311, 321, 298, 323, 425)),
@@ -61,7 +61,7 @@ class MountAttr(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")]
 
 
-def checked(result: int, what: str) -> None:
+def check(result: int, what: str) -> None:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -69,36 +69,36 @@ def checked(result: int, what: str) -> None:
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     arguments = [text.encode() if text else None for text in (source, target, kind)]
-    checked(libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None), f"mount {kind or source} {target}")
+    check(libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None), f"mount {kind or source} {target}")
 
 
 def prctl(option: int, value: int) -> None:
-    checked(libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl {option}")
+    check(libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl {option}")
 
 
-def say(message: dict[str, Any]) -> None:
+def send(message: dict[str, Any]) -> None:
     os.write(1, json.dumps(message).encode() + b"\n")
 
 
-def heard() -> dict[str, Any] | None:
+def receive() -> dict[str, Any] | None:
     line = sys.stdin.buffer.readline()
     return json.loads(line) if line else None
 
 
-# ---- the walls
+# ---- isolation
 
 
-def move_out() -> None:
-    """Into namespaces of our own, as far as they concern this process; new process ids begin with its first child."""
+def enter_namespaces() -> None:
+    """Enter new namespaces. The process namespace starts with the first child."""
     spaces = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
-    checked(libc.unshare(spaces), "unshare")
+    check(libc.unshare(spaces), "unshare")
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    say({"unshared": True})
-    if not heard():
+    send({"unshared": True})
+    if not receive():
         sys.exit(1)
     socket.sethostname("sandbox")
-    write("/proc/sys/user/max_user_namespaces", "0")  # a namespace of its own would give a program new powers
-    write("/proc/self/oom_score_adj", "1000")  # where memory runs out, what is in here goes first
+    write("/proc/sys/user/max_user_namespaces", "0")  # a further namespace would give a program privileges
+    write("/proc/self/oom_score_adj", "1000")  # if the machine runs out of memory, these processes are killed first
 
 
 def write(path: str, text: str) -> None:
@@ -107,26 +107,26 @@ def write(path: str, text: str) -> None:
 
 
 def build_root(paths: list[str]) -> None:
-    """``paths`` read-only, a few devices, and a root that cannot be written to; the old root is out of reach."""
+    """Build and enter a read-only root with ``paths`` and a few devices. Unmount the old root."""
     mount("", "/", "", MS_REC | MS_PRIVATE)
     mount("tmpfs", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4k,mode=755")
     for path in paths:
-        show(path)
+        bind(path)
     for device in ("null", "zero", "random", "urandom"):
-        show(f"/dev/{device}")
+        bind(f"/dev/{device}")
     os.mkdir(ROOT + WORK)
     os.symlink(WORK, ROOT + "/tmp")
     os.chdir(ROOT)
-    checked(libc.pivot_root(b".", b"."), "pivot_root")
-    checked(libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    check(libc.pivot_root(b".", b"."), "pivot_root")
+    check(libc.umount2(b".", MNT_DETACH), "umount of the old root")
     os.chdir("/")
     mount("", "/", "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
-def show(path: str) -> None:
-    """Make a path of the old root visible in the new one; a symbolic link is a link there, too."""
+def bind(path: str) -> None:
+    """Make a path of the old root visible in the new one. Symbolic links stay links."""
     place = ROOT + path
-    if os.path.lexists(place):  # below one that was shown before
+    if os.path.lexists(place):  # inside a folder that is visible already
         return
     os.makedirs(os.path.dirname(place), exist_ok=True)
     if os.path.islink(path):
@@ -140,10 +140,10 @@ def show(path: str) -> None:
     wanted = MountAttr(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID)
     size = ctypes.c_size_t(ctypes.sizeof(wanted))
     result = libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, place.encode(), AT_RECURSIVE, ctypes.byref(wanted), size)
-    checked(result, f"making {path} read-only (Linux 5.12 or later)")
+    check(result, f"making {path} read-only (Linux 5.12 or later)")
 
 
-def fresh_work(limits: dict[str, int]) -> None:
+def mount_work_folder(limits: dict[str, int]) -> None:
     options = f"size={limits['disk_mb']}m,nr_inodes={limits['files'] + 1},mode=700,uid={USER},gid={USER}"
     mount("tmpfs", WORK, "tmpfs", MS_NOSUID | MS_NODEV, options)
 
@@ -152,46 +152,46 @@ def fresh_work(limits: dict[str, int]) -> None:
 
 
 def serve(limits: dict[str, int]) -> None:
-    """The first process of the process namespace: when it ends, so does all that runs there."""
+    """Run as the first process of the process namespace. All other processes there end with it."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    prctl(PR_SET_DUMPABLE, 0)  # a program of the same user can neither trace it nor read its memory
-    say({"ready": True})
-    while (order := heard()) is not None:
-        fresh_work(limits)
-        say(run(order, limits))
-        checked(libc.umount2(WORK.encode(), MNT_DETACH), "umount")
+    prctl(PR_SET_DUMPABLE, 0)  # programs of the same user cannot trace this process or read its memory
+    send({"ready": True})
+    while (request := receive()) is not None:
+        mount_work_folder(limits)
+        send(run(request, limits))
+        check(libc.umount2(WORK.encode(), MNT_DETACH), "umount")
 
 
-def run(order: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
-    for name, text in order["files"].items():
+def run(request: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
+    for name, text in request["files"].items():
         write(f"{WORK}/{name}", text)
-    given, printed, complained = (os.memfd_create(name) for name in ("stdin", "stdout", "stderr"))
-    with os.fdopen(os.dup(given), "wb") as stream:
-        stream.write(order["stdin"].encode("utf-8", "replace"))
-    os.lseek(given, 0, os.SEEK_SET)
+    in_, out, err = (os.memfd_create(name) for name in ("stdin", "stdout", "stderr"))
+    with os.fdopen(os.dup(in_), "wb") as stream:
+        stream.write(request["stdin"].encode("utf-8", "replace"))
+    os.lseek(in_, 0, os.SEEK_SET)
     program = os.fork()
     if program == 0:
         try:
-            become(order["argv"], limits, (given, printed, complained))
+            exec_program(request["argv"], limits, (in_, out, err))
         except OSError as error:
-            os.write(complained, f"the program could not be started: {error}".encode())
+            os.write(err, f"the program could not be started: {error}".encode())
         finally:
             os._exit(127)
     code = wait_for(program, limits["wall_seconds"])
-    end_all()
-    ending = {
+    kill_all()
+    result = {
         "exit": code,
-        "late": code is None,
-        "stdout": content(printed, limits["file_mb"] << 20),
-        "stderr": content(complained, ERRORS_KEPT, last=True),
+        "timed_out": code is None,
+        "stdout": read_file(out, limits["file_mb"] << 20),
+        "stderr": read_file(err, ERRORS_KEPT, last=True),
     }
-    for file in (given, printed, complained):
+    for file in (in_, out, err):
         os.close(file)
-    return ending
+    return result
 
 
-def become(argv: list[str], limits: dict[str, int], files: tuple[int, int, int]) -> None:
-    """Turn this process into the program. Its capabilities go with the change of user, or else with the exec."""
+def exec_program(argv: list[str], limits: dict[str, int], files: tuple[int, int, int]) -> None:
+    """Turn this process into the program. The change of user or the exec drops its capabilities."""
     for number, file in enumerate(files):
         os.dup2(file, number)
     os.closerange(3, 1 << 16)
@@ -202,11 +202,11 @@ def become(argv: list[str], limits: dict[str, int], files: tuple[int, int, int])
         "AS": limits["memory_mb"] << 20,
         "FSIZE": limits["file_mb"] << 20,
         "NOFILE": limits["open_files"],
-        "NPROC": limits["processes"] + (0 if os.getuid() == 0 else 2),  # these processes of the same user count, too
+        "NPROC": limits["processes"] + (0 if os.getuid() == 0 else 2),  # the sandbox's own two processes count too
         "CORE": 0,
         "MEMLOCK": 0,
     }.items():
-        limit(getattr(resource, f"RLIMIT_{name}"), value, value + (name == "CPU"))  # of CPU time, first a SIGXCPU
+        limit(getattr(resource, f"RLIMIT_{name}"), value, value + (name == "CPU"))  # SIGXCPU, a second later SIGKILL
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(USER, USER, USER)
@@ -218,31 +218,31 @@ def become(argv: list[str], limits: dict[str, int], files: tuple[int, int, int])
 
 
 def limit(kind: int, soft: int, hard: int) -> None:
-    """No higher than this process is limited itself."""
+    """Set a limit, but no higher than the hard limit of this process."""
     own = resource.getrlimit(kind)[1]
     most = float("inf") if own == resource.RLIM_INFINITY else own
     resource.setrlimit(kind, (int(min(soft, most)), int(min(hard, most))))
 
 
 def forbid_calls() -> None:
-    """FORBIDDEN system calls fail with EPERM from here on (seccomp), in this process and in all that it starts."""
+    """Make FORBIDDEN system calls fail with EPERM (seccomp) in this process and its future children."""
     if os.uname().machine not in FORBIDDEN:
         raise OSError(f"no list of system calls for {os.uname().machine}")
     architecture, calls = FORBIDDEN[os.uname().machine]
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # instructions of BPF: (code, jump if true, if false, value)
+    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # BPF instructions: (code, jump if true, if false, value)
     allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
     program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    program += [(at_least, len(calls) + 1, 0, 0x40000000)]  # x86's other table of numbers
+    program += [(at_least, len(calls) + 1, 0, 0x40000000)]  # the x32 system calls of x86-64
     program += [(equal, len(calls) - index, 0, call) for index, call in enumerate(calls)]
     program += [(answer, 0, 0, allow), (answer, 0, 0, refuse)]
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     filter_ = struct.pack("HP", len(program), ctypes.addressof(buffer))
-    checked(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_char_p(filter_), 0, 0), "seccomp")
+    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_char_p(filter_), 0, 0), "seccomp")
 
 
 def wait_for(process: int, seconds: int) -> int | None:
-    """Its exit code, or minus the signal that ended it; None when it is still there after that time."""
+    """The exit code, minus the number of a fatal signal, or None if the process is still running after ``seconds``."""
     handle = os.pidfd_open(process)
     try:
         if not select.select([handle], [], [], seconds)[0]:
@@ -252,8 +252,8 @@ def wait_for(process: int, seconds: int) -> int | None:
         os.close(handle)
 
 
-def end_all() -> None:
-    """Every process of the namespace but this one, children of children too."""
+def kill_all() -> None:
+    """Kill all other processes of the namespace and wait for them."""
     while True:
         with suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
@@ -263,24 +263,24 @@ def end_all() -> None:
             return
 
 
-def content(file: int, limit: int, last: bool = False) -> str:
+def read_file(file: int, limit: int, last: bool = False) -> str:
     size = os.fstat(file).st_size
     start = max(0, size - limit) if last else 0
     return os.pread(file, min(size, limit), start).decode("utf-8", "replace")
 
 
 def main() -> None:
-    setup = heard()
+    setup = receive()
     assert setup is not None
     try:
-        move_out()
+        enter_namespaces()
         build_root(setup["paths"])
         first = os.fork()
         if first == 0:
             serve(setup["limits"])
             os._exit(0)
     except OSError as error:
-        say({"error": error.strerror if error.filename is None else str(error)})
+        send({"error": error.strerror if error.filename is None else str(error)})
         os._exit(1)
     os.waitpid(first, 0)
 

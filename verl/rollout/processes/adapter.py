@@ -76,6 +76,7 @@ class Adapter:
     pass_has_all: whether max_num_batched_tokens has to have room for a token of each of max_num_seqs responses.
     capabilities, keeps_weights: as a ``Backend`` has them. arguments: that the server gets; environment: of the
     processes of a part, from the inherited one. describe: what the server told of itself, for the user.
+    milestones: of its start: regular expression of a line of its log -> what it is doing from then on.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Adapter:
     arguments: Callable[[EngineSettings, NodeShare], dict[str, Any]]
     environment: Callable[[EngineSettings, Mapping[str, str], NodeShare], dict[str, str]]
     describe: Callable[[Mapping[str, Any]], str]
+    milestones: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def installed(self) -> bool:

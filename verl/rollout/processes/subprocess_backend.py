@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,14 @@ from verl.rollout.client.backend import EngineDied, GenerateRequest, Listener, T
 from verl.rollout.contract.base import MemoryTag
 from verl.rollout.processes.adapter import WHOLE, Adapter, EngineSettings, NodeShare
 from verl.rollout.processes.engine_process import EngineProcess
+from verl.rollout.processes.start_log import StartLog
 from verl.rollout.weights.checksums import Piece, differences
 from verl.rollout.weights.receiver import SENDERS_VARIABLE
 from verl.rollout.weights.sender import Endpoint, ReceiverLost, Session, WeightSender
 
 GIB = 1 << 30
 START_TIMEOUT = 1800.0  # a first start compiles kernels, or reads a large model from a slow disk
+START_LOOK = 0.5  # seconds between two looks at its log meanwhile
 BREAK_TIMEOUT = 30.0  # seconds in which an engine notices that a weight update was broken off
 
 
@@ -50,6 +54,7 @@ class SubprocessBackend:
     log: file of its output. bucket_bytes: of one of the two buckets of a weight update.
     part: of the replica. sender, senders: this process's, and where each tensor-parallel rank of the part finds its
         own; None: one is made for all of them.
+    note: called with what the engine is doing while it starts.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class SubprocessBackend:
         part: NodeShare = WHOLE,
         sender: WeightSender | None = None,
         senders: Mapping[int, Endpoint] | None = None,
+        note: Callable[[str], None] = lambda text: None,
     ):
         self.adapter, self.settings = adapter, settings
         self.keeps_weights, self.capabilities = adapter.keeps_weights(settings), adapter.capabilities(settings)
@@ -84,13 +90,21 @@ class SubprocessBackend:
             on_death=self._died,
         )
         try:
-            arguments = adapter.arguments(settings, part)
-            self.facts: dict[str, Any] = self.process.call("start", arguments, timeout=START_TIMEOUT)
+            milestones = StartLog(log, adapter.milestones, note, adapter.title)
+            self.facts = self._start(adapter.arguments(settings, part), milestones)
         except BaseException:  # it takes no leave while it starts
             self.process.close(timeout=0)
             self._close_sender()
             raise
         self.end_tokens = frozenset(self.facts.get("end_tokens", ()))
+
+    def _start(self, arguments: dict[str, Any], log: StartLog) -> dict[str, Any]:
+        """Facts about the engine, once it is up."""
+        started, deadline = self.process.ask("start", arguments), time.monotonic() + START_TIMEOUT
+        while not started.done() and time.monotonic() < deadline:
+            wait([started], timeout=START_LOOK)
+            log.look()
+        return self.process.wait_for(started, "start", timeout=0)
 
     def describe(self) -> str:
         return self.adapter.describe(self.facts)

@@ -88,11 +88,11 @@ class _Session:
         self._holder.load([(place.name, place.view(bucket)) for place in places])
         _synchronize(bucket)
 
-    def load_from(self, handle: Any, place: Place, whole: bool) -> None:
-        """A tensor with a buffer of its own. whole: the handle is of the tensor, and not of its bytes."""
-        tensor = opened(handle)
-        self._holder.load([(place.name, tensor if whole else place.view(tensor))])
-        _synchronize(tensor)
+    def load_from(self, handle: Any, place: Place) -> None:
+        """A tensor with a buffer of its own."""
+        buffer = opened(handle)
+        self._holder.load([(place.name, place.view(buffer))])
+        _synchronize(buffer)
 
     def loaded(self) -> None:
         self._holder.finish()

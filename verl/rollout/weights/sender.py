@@ -4,7 +4,7 @@
           └──> bucket 1 is filled meanwhile
 
 A bucket is filled again only after every receiver has said that its copies out of it are done on the device, not
-merely enqueued. A tensor larger than a bucket goes by itself, without a copy where it lies on the receivers' device.
+merely enqueued. A tensor larger than a bucket goes by itself, in a buffer of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from verl.errors import UserError
 from verl.rollout.client.backend import WeightStream
-from verl.rollout.weights.buckets import Place, SharedBuffer, dtype_name, padded, share_cuda
+from verl.rollout.weights.buckets import Place, SharedBuffer, dtype_name, padded
 from verl.rollout.weights.checksums import Piece
 
 ARRIVAL_TIMEOUT = 60.0
@@ -122,12 +122,11 @@ class _Due:
 
     order: str
     bucket: int | None = None
-    keep: list[SharedBuffer | torch.Tensor] = field(default_factory=list)
+    keep: list[SharedBuffer] = field(default_factory=list)
 
     def drop(self) -> None:
         for kept in self.keep:
-            if isinstance(kept, SharedBuffer):
-                kept.forget()
+            kept.forget()
         self.keep.clear()
 
 
@@ -207,23 +206,20 @@ class Session:
         self._send_order(_Due("load", bucket=index), index, places)
 
     def _send_alone(self, name: str, tensor: torch.Tensor) -> None:
-        """A tensor that no bucket holds; one at a time is under way."""
+        """A tensor that no bucket holds; one at a time is under way. It is copied: a parameter whose own memory was
+        shared would stay shared for as long as it lives, once more with each update."""
         while any(due.order == "load_from" for due in self._due):
             self._await_next()
         place = Place(name, tuple(tensor.shape), dtype_name(tensor.dtype), 0)
-        if self._device.type == "cuda" and tensor.is_cuda and tensor.is_contiguous():
+        buffer = SharedBuffer(tensor.numel() * tensor.element_size(), self._device)
+        due = _Due("load_from", keep=[buffer])
+        try:
+            place.view(buffer.tensor).copy_(tensor)
             self._finish_copies()
-            self._send_order(_Due("load_from", keep=[tensor]), share_cuda(tensor.detach()), place, True)
-        else:
-            buffer = SharedBuffer(tensor.numel() * tensor.element_size(), self._device)
-            due = _Due("load_from", keep=[buffer])
-            try:
-                place.view(buffer.tensor).copy_(tensor)
-                self._finish_copies()
-                self._send_order(due, buffer.handle, place, False)
-            except BaseException:
-                due.drop()
-                raise
+            self._send_order(due, buffer.handle, place)
+        except BaseException:
+            due.drop()
+            raise
 
     def _send_order(self, due: _Due, *args: Any) -> None:
         self._due.append(due)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.data.tokenizer import end_token_ids
 from verl.engine import TrainEngine
-from verl.engine.model import read_config
+from verl.engine.model import architectures, read_config
 from verl.engine.precision import compute_dtype
 from verl.memory.gpu_balance import environment_for_engine
 from verl.plan import EnginePlan
@@ -64,7 +64,7 @@ def embedded_engine(plan: EnginePlan, model: TrainEngine, tokenizer: PreTrainedT
         reshard_after_forward=plan.reshard_after_forward,
         eos_token_ids=end_token_ids(tokenizer, plan.model.path),
         max_model_len=plan.context_length,
-        max_num_seqs=plan.rollout.max_num_seqs,
+        max_num_seqs=plan.max_num_seqs,
         max_prefill_tokens=plan.rollout.max_num_batched_tokens,
     )
 
@@ -81,6 +81,7 @@ def _start_process(
         log=log,
         bucket_bytes=plan.bucket_megabytes << 20,
         environment=environment_for_engine(os.environ),
+        note=note,
     )
     note(backend.describe())
     return client_of(backend, plan, tokenizer, no_weights)
@@ -135,14 +136,14 @@ def engine_settings(plan: EnginePlan) -> EngineSettings:
         device=plan.device,
         dtype=engine_dtype(plan),
         max_model_len=plan.context_length,
-        max_num_seqs=rollout.max_num_seqs,
+        max_num_seqs=plan.max_num_seqs,
         max_prefill_tokens=rollout.max_num_batched_tokens,
         tensor_parallel=plan.tensor_parallel,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         free_cache_engine=plan.free_cache,
         enforce_eager=rollout.enforce_eager,
         load_format=rollout.load_format,
-        override_config=model.override_config,
+        override_config={"architectures": architectures(model), **model.override_config},
         seed=plan.seed,
         extra=rollout.engine_kwargs.of(plan.name),
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from verl.cluster.ray.group import RayRanks, RayWorkerGroup
-from verl.cluster.ray.placement import Seat, asked_of_nodes, check_resources, place, remove
+from verl.cluster.ray.placement import Seat, ask_nodes, check_resources, place, remove
 from verl.cluster.ray.start import RaySettings, connected
 from verl.config.sections.models import Config, RayKwargsConfig
 from verl.errors import UserError
@@ -46,7 +46,7 @@ def seats_of_ranks(stack: ExitStack, ray_kwargs: RayKwargsConfig, plan: Placemen
 
 def host_memories(seats: Sequence[Seat]) -> list[tuple[str, HostMemory]]:
     """(host name, host memory) of each machine, in the order of the ranks."""
-    return [(seat.hostname, memory) for seat, memory in asked_of_nodes(seats, host_memory, ANSWER_TIMEOUT)]
+    return [(seat.hostname, memory) for seat, memory in ask_nodes(seats, host_memory, ANSWER_TIMEOUT)]
 
 
 def build_on_ray(

@@ -13,7 +13,7 @@ from verl.data.schema import with_columns
 from verl.errors import UserError
 from verl.reward.manager import RewardManager
 from verl.reward.model_inputs import RewardModelInputs
-from verl.reward.pool import Outcome
+from verl.reward.pool import CallResult
 from verl.rollout.contract.base import Result, SamplingParams
 from verl.trainer.ppo.stages import Stages
 from verl.trainer.ppo.step_log import StepLog
@@ -41,7 +41,7 @@ class Responder:
         With a reward model, the engine sleeps afterwards: call ``restore_weights`` before it generates again."""
         rewards = self._rewards
         references = episodes.select(["data_source", "prompt", "ground_truth", "extra_info"]).to_pylist()
-        scores: dict[int, Future[Outcome]] = {}  # by row
+        scores: dict[int, Future[CallResult]] = {}  # by row
         with (
             self._stages.generating(log),
             self._stages.stage(log, "gen", total=episodes.num_rows) as progress,

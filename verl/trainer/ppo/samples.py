@@ -33,11 +33,11 @@ class Samples:
         rows = self._write(self.validation_folder, table, step)
         self._trackers.log_samples(rows[: self._config.log_val_generations], step)
 
-    def _write(self, folder: Path, table: pa.Table, step: int) -> list[dict]:
-        def decode(rows: list[list[int]]) -> list[str]:
-            return self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        return self._tokenizer.batch_decode(rows, skip_special_tokens=True)
 
-        rows = generation_rows(table, decode, step)
+    def _write(self, folder: Path, table: pa.Table, step: int) -> list[dict]:
+        rows = generation_rows(table, self.decode, step)
         for file_format in self._config.generations_format:
             self._trackers.dump(folder, step, rows, file_format)
         return rows

@@ -16,6 +16,7 @@ from verl.errors import Diverged
 from verl.plan import RunPlan
 from verl.tracking import Trackers
 from verl.trainer.ppo.feed import Feed
+from verl.trainer.ppo.learning_signal import LearningSignal
 from verl.trainer.ppo.metrics import step_metrics
 from verl.trainer.ppo.run_state import RunState
 from verl.trainer.ppo.samples import Samples
@@ -55,6 +56,7 @@ class PPOTrainer:
         self.state, self.samples, self.kl_control, self.trackers = state, samples, kl_control, trackers
         self.check_log_probs, self.updates = check_log_probs, Updates(config, plan, stages)
         self.estimator = resolve(config.algorithm.adv_estimator)
+        self.signal = LearningSignal(config, self.estimator)
 
     def fit(self) -> bool:
         """True if the last step was reached. SaveError if the last checkpoint that was due could not be written."""
@@ -149,6 +151,8 @@ class PPOTrainer:
         log.set(step_metrics(table, self.plan, self.stages.runtime.workers, log.timer.seconds, self.step))
         self.trackers.log(log.metrics, self.step)
         self.samples.write_training(table, self.step)
+        if warning := self.signal.warning(table, self.step, self.samples.decode):
+            self.stages.runtime.progress.warn(warning)
 
     def save(self, table: pa.Table, log: StepLog) -> None:
         self.state.save(self.step, table, log, sound=not self.updates.last_skipped)

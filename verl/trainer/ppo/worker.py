@@ -17,6 +17,7 @@ from verl.config.sections.models import ActorConfig, Config, CriticConfig, Model
 from verl.data.schema import with_columns
 from verl.data.tokenizer import load_tokenizer
 from verl.engine import TrainEngine
+from verl.engine.compile import compiled_so_far
 from verl.engine.model import Kind
 from verl.memory.device_memory import SPARE, Peak
 from verl.memory.host_budget import fsdp_settings
@@ -64,6 +65,7 @@ class PPOWorker:
         self.token_loss = resolve(config.actor_rollout_ref.actor.policy_loss.loss_mode).load()
         self.fsdp_configs = fsdp_settings(config)
         self.engines: dict[str, TrainEngine] = {}
+        self._compiled = compiled_so_far()
         self._stages: dict[str, tuple[Peak, float]] = {}  # those that go on, by role: and the engine's flops before
         for role in plan.roles:
             self.engines[role] = self._build(role)
@@ -143,7 +145,11 @@ class PPOWorker:
         return torch.cuda.mem_get_info()[0] > weights + SPARE
 
     def memory_metrics(self) -> dict[str, float]:
-        return memory_metrics(torch.device(self.plan.device))
+        """Also perf/{compiled_graphs,compile_seconds}, since the last call."""
+        (graphs, seconds), before = compiled_so_far(), self._compiled
+        self._compiled = graphs, seconds
+        compiled = {"perf/compiled_graphs": float(graphs - before[0]), "perf/compile_seconds": seconds - before[1]}
+        return memory_metrics(torch.device(self.plan.device)) | compiled
 
     # ---- stages: each takes rows and answers with the same rows, columns added
 

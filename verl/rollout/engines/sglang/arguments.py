@@ -53,8 +53,8 @@ OWN_KEYS = {
 CPU_CACHE_TOKENS = 1 << 16
 # Its own share of memory there falls with the requests that may run at once, below nothing with the usual 1024.
 CPU_MEMORY_SHARE = 0.9
-# SGLang's own choice for groups of 4 and more, on GPUs with so much memory (MiB).
-GRAPHS, GRAPHS_NEED = 512, 60 * 1024
+# Captured up to so many responses, on GPUs with so much memory (MiB).
+GRAPHS, GRAPHS_NEED = 1024, 60 * 1024
 # Arguments that say of what CUDA graphs are captured, and how.
 OF_DRAWING = {
     "cuda_graph_backend_decode",
@@ -68,6 +68,13 @@ OF_PREFILLS = {
     "cuda_graph_bs_prefill",
     "disable_prefill_cuda_graph",
     "cuda_graph_tc_compiler",
+}
+MILESTONES = {
+    r"Init torch distributed begin": "setting up the device",
+    r"Load weight begin": "loading the weights",
+    r"KV Cache is allocated": "the KV cache is allocated",
+    r"Capture .*graph begin": "capturing CUDA graphs",
+    r"(?i)\bcompiling\b|\bninja\b": "compiling kernels",
 }
 # SGLang keeps a few places of the context to itself.
 CONTEXT_MARGIN = 8
@@ -125,8 +132,8 @@ def backends(device: str) -> dict[str, Any]:
 def cuda_graphs(arguments: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """What SGLang captures CUDA graphs of, on a GPU with this much memory (MiB), where no other argument decides it.
 
-    Drawing: as many responses at a time as run, up to ``GRAPHS``, where memory is not small. Its own choice for groups
-    of fewer than 4, below 160 GB, is half of that, and more at a time wait for the launch of every kernel. Prefills:
+    Drawing: as many responses at a time as run, up to ``GRAPHS``, where memory is not small. Its own choice is 256
+    or 512, and more at a time wait for the launch of every kernel. Prefills:
     none. Capturing them takes half a minute or more of each start, and a step has only as many as its prompts fill.
     """
     named = arguments.keys()
@@ -206,4 +213,5 @@ SGLANG = Adapter(
     arguments=arguments_of,
     environment=environment_of,
     describe=describe,
+    milestones=MILESTONES,
 )
