@@ -36,6 +36,7 @@ from verl.engine.model import Kind, empty_model, read_config, read_model, wrap, 
 from verl.engine.optim import Optimizer
 from verl.engine.packing import MicroBatch, Packer
 from verl.engine.precision import MasterWeights, compute_dtype
+from verl.engine.weight_files import broken_tensor
 from verl.memory.device_memory import SPARE, Peak
 from verl.plan import MicroBatching
 
@@ -343,10 +344,9 @@ class TrainEngine:
         if not self.params_loaded:
             raise OffloadedError("the parameters are on the host: call onload(params=True) first")
 
-    def not_finite(self) -> str:
-        """The name of a parameter with a number that is not finite, in this rank's shard; "" if there is none."""
-        shards = ((name, offload.local(param)) for name, param in self.module.named_parameters())
-        return next((name for name, shard in shards if not torch.isfinite(shard).all()), "")
+    def broken_parameter(self) -> str:
+        """What is wrong with a parameter in this rank's shard (``broken_tensor``); "" if nothing is."""
+        return broken_tensor((name, offload.local(param)) for name, param in self.module.named_parameters())
 
     # ---- checkpoints
 

@@ -1,7 +1,8 @@
-"""Faults in a model's weight files that loading them does not show."""
+"""Faults in a model's weights, in its files or in memory."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import safe_open
 
 from verl.errors import UserError
 
+LARGEST = 1e6  # parameters of language models are below 1e3
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.\d+\.")
 
 
@@ -29,6 +31,17 @@ def check_loaded(named: Iterable[tuple[str, torch.Tensor]], unexpected: Iterable
                 f"model.path={path}: {name}{_file_of(path, name)} holds numbers that are not finite. The files are "
                 "damaged, or the run that saved them had diverged: name another model or an earlier checkpoint"
             )
+
+
+def broken_tensor(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """What is wrong with the first tensor that holds a number that is not finite, or one over LARGEST; "" if none does."""
+    for name, tensor in named:
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not math.isfinite(largest):
+            return f"{name} is not finite"
+        if largest > LARGEST:
+            return f"{name} holds numbers up to {largest:.2g}"
+    return ""
 
 
 def _file_of(path: str, name: str) -> str:

@@ -48,12 +48,12 @@ class RunState:
                 progress.warn(f"{error}. Training goes on; saving is tried again after each step.")
 
     def _check_models(self, step: int, table: pa.Table) -> None:
-        """Parameters have to be finite, and so does what the models compute for a few rows of the step."""
+        """Diverged if a parameter is broken, or what a model computes for a few rows of the step."""
         workers = self._stages.runtime.workers
         rows = table.slice(0, workers.world_size)
         for role, method, column in self._forwards:
             with self._stages.loaded(role):
-                why = next((f"{name} is not finite" for name in workers.call("not_finite", role).result() if name), "")
+                why = next(filter(None, workers.call("broken_parameter", role).result()), "")
                 if not why:
                     found = ragged(workers.map(method, rows).result(), column).values
                     if role == "actor":

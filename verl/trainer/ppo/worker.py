@@ -126,9 +126,9 @@ class PPOWorker:
             if not was_here:
                 self._offload(role)
 
-    def not_finite(self, role: str) -> str:
-        """The name of a parameter of the role that holds a number that is not finite; "" if there is none."""
-        return self.engines[role].not_finite()
+    def broken_parameter(self, role: str) -> str:
+        """What is wrong with a parameter of the role; "" if nothing is."""
+        return self.engines[role].broken_parameter()
 
     def free_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Give what the allocator holds unused back to the device, for what the rollout engine is about to wake. Its

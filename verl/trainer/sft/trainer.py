@@ -137,9 +137,9 @@ class SFTTrainer:
             self.trackers.progress.warn(f"{error}. Saving is tried again after each step.")
 
     def _check_model(self) -> None:
-        """Diverged if a parameter, or a log-prob that the model computes, is not finite."""
-        if name := self.engine.not_finite():
-            raise self._diverged(f"{name} is not finite")
+        """Diverged if a parameter is broken, or a log-prob that the model computes."""
+        if why := self.engine.broken_parameter():
+            raise self._diverged(why)
         rows = self.train.slice(0, 1)
         found = self.engine.log_probs(rows, temperature=1.0, batching=self.batching, entropy=False)
         if why := broken_log_probs(Ragged.from_column(found["log_probs"]).values):
