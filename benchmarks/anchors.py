@@ -33,12 +33,12 @@ def generation(settings: Sequence[str], prompt: int, response: int) -> float:
 
     from verl.config.loading.load import load
     from verl.config.sections.models import Config
-    from verl.plan import plan_run
+    from verl.plan import engine_of, plan_run
     from verl.trainer.ppo.engines import engine_settings, vocab_size_of
 
     config: Config = load(settings).config
     plan = plan_run(config, device=config.trainer.device)
-    engine, vocabulary = engine_settings(config, plan), vocab_size_of(config.actor_rollout_ref.model)
+    engine, vocabulary = engine_settings(engine_of(config, plan)), vocab_size_of(config.actor_rollout_ref.model)
     started = time.perf_counter()
     bare = BareSGLang(engine, response)
     bare.wait()

@@ -38,7 +38,7 @@ import pyarrow as pa
 
 from verl.cluster.ray.group import RayRanks, RayWorkerGroup
 from verl.cluster.ray.placement import place, remove
-from verl.cluster.ray.rank import Here
+from verl.cluster.ray.rank import RankContext
 from verl.cluster.ray.start import RaySettings, connected
 from verl.config.loading.load import Loaded, load
 from verl.config.sections.models import Config
@@ -48,12 +48,17 @@ from verl.plan import plan_run
 from verl.reward.manager import RewardManager
 from verl.reward.pool import Outcome
 from verl.rollout.contract.base import Capabilities, Request, Result
-from verl.tracking import StageTimer, Trackers
+from verl.rollout.loop import EventLoop
+from verl.tracking import Trackers
 from verl.tracking.progress import Progress, Stage
 from verl.tracking.run import RunInfo
 from verl.trainer.ppo.metrics import StageCost, memory_metrics
 from verl.trainer.ppo.ranks import token_shares
-from verl.trainer.ppo.trainer import Parts, PPOTrainer, Trained
+from verl.trainer.ppo.run import build_trainer
+from verl.trainer.ppo.runtime import Runtime
+from verl.trainer.ppo.samples import Samples
+from verl.trainer.ppo.step_log import StepLog
+from verl.trainer.ppo.trainer import PPOTrainer
 from verl.trainer.ppo.worker import READS
 
 CASES = [(4096, 8), (4096, 64), (4096, 256), (1024, 64), (2048, 64)]  # samples, ranks
@@ -120,11 +125,13 @@ def measure(samples: int, ranks: int, steps: int) -> dict[str, Any]:
         real = RayRanks(seats, "cpu", logs=Path(logs), timeout=600.0)
         try:
             meter = Meter([psutil.Process(pid) for pid in real.pids])
-            trainer = build_trainer(samples, ranks, as_many(real, ranks), meter)
+            loop = EventLoop()
+            trainer = assemble(samples, ranks, as_many(real, ranks), meter, loop)
             with PeakMemory() as memory:
                 for _ in range(steps + 1):
                     one_step(trainer, meter)
         finally:
+            loop.close()
             real.close()
             remove(seats)
     best = min(meter.steps[1:], key=lambda stages: stages["step"].driver)
@@ -148,21 +155,25 @@ def as_many(real: RayRanks, ranks: int) -> RayWorkerGroup:
     return RayWorkerGroup(crowd, "worker", token_shares(balance=True), READS)
 
 
-def build_trainer(samples: int, ranks: int, group: RayWorkerGroup, meter: Meter) -> PPOTrainer:
+def assemble(samples: int, ranks: int, group: RayWorkerGroup, meter: Meter, loop: EventLoop) -> PPOTrainer:
     prompts = samples // SAMPLES_A_PROMPT
     config = settings(prompts, ranks)
     plan = plan_run(config, device="cpu", train_rows=prompts)
-    trained = Trained(group, lambda: iter(()), StubEngine(meter))  # type: ignore[arg-type]
-    parts = Parts(
-        *trained,
-        rewards=StubRewards(config),
-        tokenizer=None,  # type: ignore[arg-type]
-        train_prompts=synthetic_prompts(prompts),
-        val_prompts=None,
-        checkpoints=None,  # type: ignore[arg-type]
-        trackers=Trackers({}, meter),
+    trackers = Trackers({}, meter)
+    return build_trainer(
+        config,
+        plan,
+        Runtime(loop, group, StubEngine(meter), lambda: iter(()), meter),  # type: ignore[arg-type]
+        StubRewards(config),
+        None,
+        synthetic_prompts(prompts),
+        None,
+        None,  # type: ignore[arg-type]
+        trackers,
+        Samples(config, None, trackers),  # type: ignore[arg-type]
+        start=None,
+        stop=lambda: False,
     )
-    return PPOTrainer(config, plan, parts)
 
 
 def settings(prompts: int, ranks: int) -> Config:
@@ -194,12 +205,12 @@ def one_step(trainer: PPOTrainer, meter: Meter) -> None:
     """As ``PPOTrainer.fit`` does it."""
     meter.steps.append({})
     trainer.step += 1
-    trainer.metrics, trainer.timer = {}, StageTimer()
+    trainer.feed.released(trainer.step - 1)
+    log = StepLog()
     with meter.stage("step"):
-        epoch, rows = next(trainer.loader)
-        table = trainer.train_step(trainer.parts.train_prompts.take(rows))
+        table = trainer.train_step(log)
         with meter.stage("report"):
-            trainer.report(table, epoch)
+            trainer.report(table, log)
 
 
 def synthetic_prompts(count: int) -> pa.Table:
@@ -251,7 +262,7 @@ class StubRewards(RewardManager):
         return future
 
 
-def make_worker(here: Here) -> StubWorker:
+def make_worker(context: RankContext) -> StubWorker:
     return StubWorker()
 
 
@@ -327,8 +338,8 @@ class Meter(Progress):
 
     def _now(self) -> Seconds:
         ranks = sum(sum(actor.cpu_times()[:2]) for actor in self._actors)
-        clocks = time.perf_counter(), time.thread_time(), time.process_time()
-        wall, main, driver = (seconds - self._left_out for seconds in clocks)
+        wall, driver = (seconds - self._left_out for seconds in (time.perf_counter(), time.process_time()))
+        main = time.thread_time()  # without the event loop's thread, in which the responses are made
         return Seconds(wall, main, driver, ranks)
 
 

@@ -140,9 +140,9 @@ def run_ours(demo: Path, lengths: str, steps: int, validate: bool) -> dict:
 
     clock, train_step = Clock(), PPOTrainer.train_step
 
-    def timed(self, prompts):
+    def timed(self, log):
         clock.start()
-        table = train_step(self, prompts)
+        table = train_step(self, log)
         clock.stop()
         return table
 

@@ -11,11 +11,19 @@ import pyarrow.parquet as pq
 
 from verl.rollout.contract.base import Result
 from verl.trainer.main_ppo import main
-from verl.trainer.ppo import trainer
+from verl.trainer.ppo import responder
 
-FROM_ENGINE = ("response_ids", "response_mask", "rollout_log_probs", "finish_reason", "weight_version")
+FROM_ENGINE = (
+    "response_ids",
+    "response_mask",
+    "rollout_log_probs",
+    "finish_reason",
+    "first_version",
+    "last_version",
+    "versions",
+)
 
-draw = trainer.roll_out
+draw = responder.roll_out
 numbers = itertools.count()
 
 
@@ -43,5 +51,5 @@ async def replay(engine, episodes, sampling, on_finish=lambda index, result: Non
 if __name__ == "__main__":
     what, folder = sys.argv[1], Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
-    trainer.roll_out = {"record": record, "replay": replay}[what]
+    responder.roll_out = {"record": record, "replay": replay}[what]
     sys.exit(main(sys.argv[3:]))

@@ -1,5 +1,5 @@
-"""The one exception whose message is meant for the user, errors that go from one process to another, and what a process
-that is gone had to say."""
+"""The exception whose message is meant for the user, errors sent between processes, and the last output of a dead
+process."""
 
 import pickle
 from collections import deque
@@ -9,13 +9,13 @@ LAST_LINES = 20
 
 
 class UserError(Exception):
-    """Something the user can mend: entry points print the message without a traceback. It says what was wrong, where,
-    and what to do."""
+    """An error that the user can fix. Entry points print its message without a traceback. The message says what was
+    wrong, where, and what to do."""
 
 
 def portable(error: BaseException) -> Exception:
-    """What of an error goes to another process: user errors as they are (or as plain ones, where they do not survive
-    the way), others as text."""
+    """An error that can be sent to another process: a UserError itself, or a plain UserError with its message if it
+    cannot be pickled; any other error as a RuntimeError with its text."""
     if not isinstance(error, UserError):
         return RuntimeError(f"{type(error).__name__}: {error}")
     try:
@@ -26,7 +26,7 @@ def portable(error: BaseException) -> Exception:
 
 
 def last_lines(log: Path) -> list[str]:
-    """Of a process's output. Raises OSError."""
+    """The last LAST_LINES lines of a process's output. Raises OSError."""
     with log.open(errors="replace") as output:
         return [line.rstrip() for line in deque(output, maxlen=LAST_LINES)]
 

@@ -1,4 +1,4 @@
-"""What the checks found, gathered so that the user sees all of it at once."""
+"""Findings of the checks, collected so that the user sees all of them together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from verl.config.loading.problems import Problem
 
 @dataclass
 class Findings:
-    """problems: stop the run. warnings: likely not what the user meant. unchecked: could not be looked at here and now.
-    notices: what was decided on the user's behalf."""
+    """problems: they stop the run. warnings: likely mistakes. unchecked: what could not be checked here and now.
+    notices: what was decided for the user."""
 
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -1,6 +1,6 @@
-"""The plan of a run: all of its arithmetic, worked out before anything starts and used by trainer and workers alike.
+"""The plan of a run: all of its arithmetic. Checks, trainer and workers use the same plan.
 
-Pure: no torch, no file, no device is touched here.
+The module uses no torch, file or device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from verl.algorithms.advantages import resolve
 from verl.errors import UserError
 
 if TYPE_CHECKING:
-    from verl.config.sections.models import ActorConfig, Config, CriticConfig
+    from verl.config.sections.base import DType
+    from verl.config.sections.models import (
+        ActorConfig,
+        Config,
+        CriticConfig,
+        EngineConfig,
+        GenerationConfig,
+        PolicyModelConfig,
+    )
 
 
 @dataclass(frozen=True)
@@ -83,10 +91,64 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """Sizes, counts and roles of a run. ``None`` marks what the (missing) data would tell.
+class Placement:
+    """The devices of a run. executor: value of trainer.executor."""
 
-    executor: where ranks live, as trainer.executor says.
+    device: Literal["cpu", "cuda"]
+    executor: Literal["auto", "local", "ray"]
+    nnodes: int
+    devices_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nnodes * self.devices_per_node
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether ranks are separate processes."""
+        return self.executor == "ray" or (self.executor == "auto" and self.world_size > 1)
+
+
+@dataclass(frozen=True)
+class EnginePlan(Placement):
+    """The rollout engine of a run: its model, its settings and its devices. Training and generation both have one.
+
+    context_length: tokens of prompt and response that the engine must hold.
+    compute_dtype: ``rollout.dtype=auto`` is the type of this computation.
+    reshard_after_forward: of the model that the embedded engine shares with the trainer.
+    free_cache: whether the engine sleeps between stages. restarts: of each replica that dies.
+    bucket_megabytes: of a buffer for new weights. weights_dir: folder for the weights of servers; None: over HTTP.
+    """
+
+    model: PolicyModelConfig
+    rollout: EngineConfig
+    context_length: int
+    seed: int
+    compute_dtype: DType = "auto"
+    reshard_after_forward: bool = True
+    free_cache: bool = False
+    restarts: int = 0
+    bucket_megabytes: int = 256
+    weights_dir: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.rollout.name
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Devices of one copy of the engine's model."""
+        return tensor_parallel_of(self.rollout)
+
+    @property
+    def replicas(self) -> int:
+        return self.world_size // self.tensor_parallel
+
+
+@dataclass(frozen=True)
+class RunPlan(Placement):
+    """Sizes, counts and roles of a run. ``None``: unknown without the data.
+
     prompts, samples: prompts a step and responses to each.
     forwards: how a rank cuts each forward over the step's trajectories: "old_log_probs", "ref_log_probs", "values",
         "reward_scores".
@@ -96,10 +158,6 @@ class RunPlan:
     context_length: prompt and response tokens that the rollout engine must hold.
     """
 
-    device: Literal["cpu", "cuda"]
-    executor: Literal["auto", "local", "ray"]
-    nnodes: int
-    devices_per_node: int
     prompts: int
     samples: int
     actor: UpdatePlan
@@ -123,15 +181,6 @@ class RunPlan:
     context_length: int
 
     @property
-    def world_size(self) -> int:
-        return self.nnodes * self.devices_per_node
-
-    @property
-    def uses_ray(self) -> bool:
-        """Whether ranks are processes of their own."""
-        return self.executor == "ray" or (self.executor == "auto" and self.world_size > 1)
-
-    @property
     def replicas(self) -> int:
         return self.world_size // self.tensor_parallel
 
@@ -146,7 +195,7 @@ class RunPlan:
 
     @property
     def rows_left_out(self) -> int | None:
-        """Rows that an epoch does not reach, because a step's batch is always full."""
+        """The number of rows that an epoch leaves out, because a step's batch is always full."""
         return None if self.train_rows is None else self.train_rows % self.prompts
 
     @property
@@ -226,15 +275,57 @@ def plan_run(
         roles=roles,
         models=dict(models),
         engine=rollout.name,
-        tensor_parallel=1 if rollout.name == "hf" or rollout.mode == "server" else rollout.tensor_model_parallel_size,
+        tensor_parallel=tensor_parallel_of(rollout),
         max_prompt_length=data.max_prompt_length,
         max_response_length=data.max_response_length,
         context_length=rollout.max_model_len or data.max_prompt_length + data.max_response_length,
     )
 
 
+def tensor_parallel_of(rollout: EngineConfig) -> int:
+    """Devices of one copy of the engine's model: 1 if the engine is embedded or on servers."""
+    return 1 if rollout.name == "hf" or rollout.mode == "server" else rollout.tensor_model_parallel_size
+
+
+def engine_of(config: Config, plan: RunPlan) -> EnginePlan:
+    """The rollout engine of a training run."""
+    policy = config.actor_rollout_ref
+    rollout, fsdp = policy.rollout, policy.actor.fsdp_config
+    return EnginePlan(
+        device=plan.device,
+        executor=plan.executor,
+        nnodes=plan.nnodes,
+        devices_per_node=plan.devices_per_node,
+        model=policy.model,
+        rollout=rollout,
+        context_length=plan.context_length,
+        seed=config.trainer.seed,
+        compute_dtype=fsdp.dtype,
+        reshard_after_forward=fsdp.reshard_after_forward,
+        free_cache=rollout.free_cache_engine,
+        restarts=config.trainer.rollout_restarts,
+        bucket_megabytes=rollout.update_weights_bucket_megabytes,
+        weights_dir=rollout.server_weights_dir if rollout.server_weight_update == "disk" else None,
+    )
+
+
+def engine_of_generation(config: GenerationConfig, device: Literal["cpu", "cuda"]) -> EnginePlan:
+    """The engine of a generation run. It reads the model's weights itself and never gets new ones."""
+    data, trainer = config.data, config.trainer
+    return EnginePlan(
+        device=device,
+        executor=trainer.executor,
+        nnodes=trainer.nnodes,
+        devices_per_node=trainer.n_gpus_per_node,
+        model=config.model,
+        rollout=config.rollout,
+        context_length=config.rollout.max_model_len or data.max_prompt_length + data.max_response_length,
+        seed=trainer.seed,
+    )
+
+
 def roles_of(config: Config) -> dict[str, str]:
-    """The models a run builds, each with the reason."""
+    """The models that a run builds -> the reason."""
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     roles = {"actor": "the policy that is trained"}
     if config.critic.enable is not False and needs_critic(config):
@@ -254,7 +345,7 @@ def roles_of(config: Config) -> dict[str, str]:
 
 
 def needs_critic(config: Config) -> bool:
-    """Whether the advantages are made of values; False as well when there is no such estimator."""
+    """Whether the advantages need values. False also if there is no such estimator."""
     try:
         return resolve(config.algorithm.adv_estimator).needs_critic
     except UserError:
@@ -266,7 +357,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def is_due(step: int, every: int, last: int | None) -> bool:
-    """Each ``every`` steps and at the last one; never when ``every`` is not positive."""
+    """Whether ``step`` is a multiple of ``every`` or the last step. Never if ``every`` is not positive."""
     return every > 0 and step > 0 and (step % every == 0 or step == last)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.agent.single_turn import episodes_of, roll_out
+from verl.agent.single_turn import episodes_of, roll_out, with_results
 from verl.rollout.contract.base import Capabilities, PromptWindow, Request, Result, SamplingParams
 
 
@@ -107,3 +107,16 @@ def test_prompts_that_are_all_different_are_asked_for_in_their_order():
     asked, ended, episodes, _ = rolled_out([[1], [2], [3]], 1, PromptWindow(2, 2))
     assert [request.id for request in asked] == episodes["uid"].to_pylist()
     assert ended == [2, 1, 0]
+
+
+def test_each_token_has_the_version_of_the_weights_that_generated_it():
+    episodes = pa.table({"uid": ["a", "b", "c"]})
+    results = [
+        Result("a", [5, 6, 7, 8], [0.0] * 4, "stop", [(3, 0), (4, 2), (6, 3)]),
+        Result("b", [5, 6], [0.0] * 2, "length", [(4, 0)]),
+        Result("c", [], [], "abort", []),
+    ]
+    table = with_results(episodes, results)
+    assert table["versions"].to_pylist() == [[3, 3, 4, 6], [4, 4], []]
+    assert table["first_version"].to_pylist() == [3, 4, 0]
+    assert table["last_version"].to_pylist() == [6, 4, 0]

@@ -62,7 +62,7 @@ def test_a_dry_run_says_that_prompts_are_drawn_until_enough_differ(arguments, ca
     keys = ["algorithm.filter_groups.enable=True", "algorithm.filter_groups.metric=acc"]
     assert main([*arguments, *keys, "actor_rollout_ref.rollout.n=4", "trainer.dry_run=True"]) == 0
     out = capsys.readouterr().out
-    assert "64, drawn until so many have responses that differ in acc" in out
+    assert "64, sampled until so many have responses that differ in acc" in out
     assert "116 at most" in out
 
 

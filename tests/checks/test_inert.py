@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
-import verl
-from verl.checks.inert import RULES, find_inert
+from verl.checks.inert import REGISTRIES, Run, find_inert
 from verl.config.loading.load import load
-from verl.config.loading.schema import keys_of
+from verl.config.loading.schema import conditions_of, keys_of
+from verl.config.sections.effects import ReadBy
 from verl.config.sections.models import Config
 from verl.plan import plan_run
 
@@ -25,7 +22,9 @@ def inert(*overrides: str, device: str = "cuda") -> set[str]:
     loaded = load([*overrides, "actor_rollout_ref.model.path=some/model"])
     assert loaded.config is not None, loaded.problems
     plan = plan_run(loaded.config, device=device, train_rows=10000)
-    named = [text.split(" has no effect: ")[0] for text in find_inert(loaded.config, plan, loaded.set_keys)]
+    named = [
+        text.split(" has no effect: ")[0] for text in find_inert(Run.of_plan(loaded.config, plan, loaded.set_keys))
+    ]
     return {setting.partition("=")[0] for text in named for setting in text.split(", ")}
 
 
@@ -156,24 +155,22 @@ def test_defaults_that_the_user_did_not_set_are_never_named():
     assert inert(HF, GRPO) == set()
 
 
-# Read without being written as an attribute, or refused at any other value.
-READ_OTHERWISE = {
-    f"{ACTOR}.clip_ratio",  # the default of clip_ratio_low and clip_ratio_high
-    "trainer.default_hdfs_dir",  # must be null
-}
+def registry_keys() -> dict[str, set[str]]:
+    """A key that names a registry's entry -> the keys that say that their effect depends on it."""
+    marked: dict[str, set[str]] = {choice: set() for choice in REGISTRIES}
+    for key in keys_of(Config):
+        for _, condition in conditions_of(Config, key):
+            if isinstance(condition, ReadBy):
+                marked[condition.choice].add(key)
+    return marked
 
 
-def test_every_key_is_read_somewhere_or_has_a_rule():
-    package = Path(verl.__file__).parent
-    sources = [path for path in package.rglob("*.py") if not {"config", "checks"} & {*path.relative_to(package).parts}]
-    sources += [package / "checks" / "preflight.py"]
-    attributes = set(re.findall(r"\.([a-z_0-9]+)\b", "\n".join(path.read_text() for path in sources)))
-    unread = {key for key in keys_of(Config) if key.rpartition(".")[2] not in attributes} - READ_OTHERWISE
-    assert {key for key in unread if not any(rule.covers(key) for rule in RULES)} == set()
-
-
-def test_every_rule_covers_a_key():
-    assert [rule.keys for rule in RULES if not any(rule.covers(key) for key in keys_of(Config))] == []
+def test_keys_that_only_some_entries_of_a_registry_read_say_so_and_no_others():
+    read = {
+        choice: {f"{section}.{name}" for entry in registry.values() for name in entry.reads or ()}
+        for choice, (section, registry) in REGISTRIES.items()
+    }
+    assert registry_keys() == read
 
 
 def test_to_name_no_validation_files_is_to_say_what_then_happens():

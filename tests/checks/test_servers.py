@@ -41,7 +41,7 @@ def test_other_machines_need_one(problems, checked):
 @pytest.mark.parametrize(
     ("urls", "says"),
     [
-        ("[]", "needs to know its servers"),
+        ("[]", "needs server addresses"),
         ("10.0.0.5:30000", "not the URL of a server"),
         ("ftp://10.0.0.5", "not the URL of a server"),
         ("'http://127.0.0.1:port'", "not a URL"),
@@ -64,7 +64,10 @@ def test_a_key_comes_by_the_name_of_its_variable(problems, monkeypatch):
 
 def test_servers_are_sglangs(problems):
     for engine in ("hf", "vllm"):
-        assert "speaks to SGLang" in problems(f"{ROLLOUT}.name={engine}", f"{ROLLOUT}.server_urls={NEAR}")["name"]
+        assert (
+            "supports SGLang servers only"
+            in problems(f"{ROLLOUT}.name={engine}", f"{ROLLOUT}.server_urls={NEAR}")["name"]
+        )
 
 
 def test_weights_by_disk_need_a_folder_that_can_be_written(problems, tmp_path):

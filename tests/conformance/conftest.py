@@ -104,7 +104,7 @@ class HFKit:
             for param, other in zip(self.trainer.parameters(), tiny_model(seed=1).parameters(), strict=True):
                 param.copy_(other)
 
-    async def draw_some(self) -> None:
+    async def generate_some(self) -> None:
         """Let requests be under way: some tokens, but not 60."""
         for _ in range(12):
             await asyncio.sleep(0)
@@ -121,10 +121,10 @@ class HFOnARankKit(HFKit):
     def __init__(self) -> None:
         super().__init__()
         self.built: list[tuple[ClientEngine, EngineHost]] = []
-        self.drawn = 0  # forwards of the engine that draw a token each, since the last ``draw_some``
+        self.generated = 0  # forwards of the engine that draw a token each, since the last ``draw_some``
 
         def count(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self.drawn += "past_key_values" in kwargs
+            self.generated += "past_key_values" in kwargs
 
         self.trainer.register_forward_pre_hook(count, with_kwargs=True)
 
@@ -147,10 +147,10 @@ class HFOnARankKit(HFKit):
         self.built.append((client, host))
         return client
 
-    async def draw_some(self) -> None:
+    async def generate_some(self) -> None:
         """Until the engine, in its own thread, has drawn a few tokens of what is running."""
-        self.drawn, deadline = 0, time.monotonic() + 30
-        while self.drawn < 5 and time.monotonic() < deadline:
+        self.generated, deadline = 0, time.monotonic() + 30
+        while self.generated < 5 and time.monotonic() < deadline:
             await asyncio.sleep(0.001)
 
     def done(self) -> None:
@@ -237,7 +237,7 @@ class OwnProcessKit(HFKit):
     def slots(self, asked: int) -> int:
         return self.backend.settings.max_num_seqs
 
-    async def draw_some(self) -> None:
+    async def generate_some(self) -> None:
         """Until the engine has drawn a few tokens of what is running."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:

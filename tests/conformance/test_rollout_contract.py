@@ -113,19 +113,19 @@ def test_top_k_of_one_takes_the_most_probable_token(kit):
 
 
 @pytest.mark.parametrize("sampling", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str)
-def test_filtered_tokens_are_never_drawn(kit, sampling):
+def test_filtered_tokens_are_never_generated(kit, sampling):
     """Sampling: what `top_k`, `top_p` and `min_p` leave out is never drawn."""
     asked = requests(kit, temperature=1.4, **sampling)
     for request, result in zip(asked, generate(kit.build(), asked), strict=True):
         probs = reference_log_probs(kit, request, result.response_ids).exp()
-        drawn = probs.gather(-1, torch.tensor(result.response_ids)[:, None])
-        better = torch.where(probs > drawn * (1 + 2 * kit.tolerance) + 1e-5, probs, 0)
+        generated = probs.gather(-1, torch.tensor(result.response_ids)[:, None])
+        better = torch.where(probs > generated * (1 + 2 * kit.tolerance) + 1e-5, probs, 0)
         if "top_k" in sampling:
             assert ((better > 0).sum(-1) < 3).all()
         elif "top_p" in sampling:
             assert (better.sum(-1) < 0.5 + 1e-4).all()
         else:
-            assert (drawn >= 0.3 * probs.amax(-1, keepdim=True) * (1 - 2 * kit.tolerance) - 1e-5).all()
+            assert (generated >= 0.3 * probs.amax(-1, keepdim=True) * (1 - 2 * kit.tolerance) - 1e-5).all()
 
 
 def test_settings_of_one_request_do_not_reach_another(kit):
@@ -157,8 +157,8 @@ def test_the_same_prompt_and_seed_give_the_same_tokens_in_any_batch(kit):
 def test_another_seed_gives_other_tokens(kit):
     """Seeds: requests with other seeds get other tokens."""
     engine = kit.build()
-    drawn = generate(engine, [one(id=str(seed), seed=seed) for seed in range(5)])
-    assert len({tuple(result.response_ids) for result in drawn}) == 5
+    generated = generate(engine, [one(id=str(seed), seed=seed) for seed in range(5)])
+    assert len({tuple(result.response_ids) for result in generated}) == 5
 
 
 # --- how responses end -----------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_a_stop_string_ends_the_response_with_the_token_that_completed_it(kit):
     assert_log_probs_match(kit, request, stopped)
 
 
-def test_no_stop_token_is_drawn_before_min_new_tokens(kit):
+def test_no_stop_token_is_generated_before_min_new_tokens(kit):
     """Ends: `min_new_tokens`: no stop token is drawn before."""
     engine = kit.build()
     if not engine.capabilities.min_new_tokens:
@@ -248,7 +248,7 @@ def test_hundreds_of_calls_may_be_in_flight_together(kit):
     assert [len(result.response_ids) for (result,) in results] == [1 + index % 7 for index in range(300)]
 
 
-def test_abort_gives_back_what_was_drawn_and_leaves_the_others(kit):
+def test_abort_gives_back_what_was_generated_and_leaves_the_others(kit):
     """Abort: a request gives back what was drawn, with its log-probs, and the others go on."""
     engine = kit.build(max_num_seqs=2)
     long, short = one(id="long", max_new_tokens=100), one(id="short", max_new_tokens=90, seed=4)
@@ -256,7 +256,7 @@ def test_abort_gives_back_what_was_drawn_and_leaves_the_others(kit):
 
     async def run() -> list[list[Result]]:
         calls = [asyncio.create_task(engine.generate([request])) for request in (long, short, queued)]
-        await kit.draw_some()
+        await kit.generate_some()
         await engine.abort(["long", "nobody"])
         return await asyncio.gather(*calls)
 
@@ -277,7 +277,7 @@ def test_abort_without_ids_ends_everything_also_what_waits(kit):
 
     async def run() -> list[Result]:
         call = asyncio.create_task(engine.generate(asked))
-        await kit.draw_some()
+        await kit.generate_some()
         await engine.abort()
         return await call
 
@@ -294,7 +294,7 @@ def test_a_cancelled_call_leaves_nothing_behind(kit):
 
     async def run() -> list[Result]:
         call = asyncio.create_task(engine.generate(requests(kit, max_new_tokens=100)))
-        await kit.draw_some()
+        await kit.generate_some()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -334,7 +334,7 @@ def test_an_engine_outlives_event_loops(kit):
 
     async def interrupted() -> None:
         asyncio.get_running_loop().create_task(engine.generate([one(max_new_tokens=100)]))
-        await kit.draw_some()
+        await kit.generate_some()
 
     asyncio.run(interrupted())
     for request, result, before in zip(asked, generate(engine, asked), first, strict=True):
@@ -345,7 +345,7 @@ def test_an_engine_outlives_event_loops(kit):
 # --- pause, resume, weights ------------------------------------------------------------------------------------------
 
 
-def test_a_pause_keeps_what_was_drawn_and_holds_new_requests(kit):
+def test_a_pause_keeps_what_was_generated_and_holds_new_requests(kit):
     """Pause: requests keep what they have and go on from there; new ones wait."""
     engine = kit.build()
     asked = requests(kit, max_new_tokens=60)
@@ -353,7 +353,7 @@ def test_a_pause_keeps_what_was_drawn_and_holds_new_requests(kit):
 
     async def run() -> list[Result]:
         call = asyncio.create_task(engine.generate(asked))
-        await kit.draw_some()
+        await kit.generate_some()
         await engine.pause()
         late = asyncio.create_task(engine.generate([one()]))
         await asyncio.sleep(0.05)
@@ -375,7 +375,7 @@ def test_after_an_update_partial_responses_go_on_with_the_new_weights(kit):
 
     async def run() -> list[Result]:
         call = asyncio.create_task(engine.generate(asked))
-        await kit.draw_some()
+        await kit.generate_some()
         await engine.pause()
         kit.train()
         await engine.update_weights(kit.trainer.named_parameters(), version=7)
@@ -397,7 +397,7 @@ def test_after_an_update_partial_responses_go_on_with_the_new_weights(kit):
     assert seen == {(0, 7), (7,)}  # those in flight, and those that still waited
 
 
-def test_an_idle_engine_draws_from_the_updated_weights(kit):
+def test_an_idle_engine_generates_from_the_updated_weights(kit):
     """Weights: after an update, tokens and log-probs are of the new weights."""
     engine = kit.build()
     before = generate(engine, requests(kit))
@@ -435,7 +435,7 @@ def test_what_differs_from_the_trainers_weights_is_named(holder):
     assert engine.update_seconds == seconds  # comparing is no update
 
 
-def test_names_that_are_not_the_engines_are_refused_and_nothing_is_drawn_from_a_mixture(holder):
+def test_names_that_are_not_the_engines_are_refused_and_nothing_is_generated_from_a_mixture(holder):
     """Weights: unknown, missing and misshapen tensors are named, and nothing is drawn from a mixture."""
     engine = holder.build()
     weights = dict(holder.trainer.named_parameters())
@@ -456,7 +456,7 @@ def test_names_that_are_not_the_engines_are_refused_and_nothing_is_drawn_from_a_
         assert_log_probs_match(holder, one(), result)
 
 
-def test_an_engine_without_weights_draws_nothing(holder):
+def test_an_engine_without_weights_generates_nothing(holder):
     """Weights: nothing is drawn before the first update."""
     engine = holder.build(weights=False)
     with pytest.raises(IllegalState, match="update_weights first"):
@@ -471,7 +471,7 @@ def test_sleep_and_wake_in_any_wrong_order_are_refused_and_in_the_right_one_serv
 
     async def run() -> list[Result]:
         call = asyncio.create_task(engine.generate([one(id="busy", max_new_tokens=100)]))
-        await kit.draw_some()
+        await kit.generate_some()
         with pytest.raises(IllegalState, match="being generated"):
             await engine.sleep(["kv_cache"])
         await call
@@ -612,7 +612,7 @@ def test_closing_aborts_what_is_in_flight_and_closing_again_is_no_error(kit):
 
     async def run() -> Result:
         call = asyncio.create_task(engine.generate([one(max_new_tokens=100)]))
-        await kit.draw_some()
+        await kit.generate_some()
         await engine.close()
         await engine.close()
         return (await call)[0]

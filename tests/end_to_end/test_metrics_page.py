@@ -44,8 +44,8 @@ def on_page(name: str) -> bool:
 
 def stages() -> set[str]:
     """The stages that the trainer times, by its source."""
-    source = "".join((ROOT / "verl/trainer/ppo" / name).read_text() for name in ("trainer.py", "weight_updates.py"))
-    names = re.findall(r'(?:\b_?stage|\btimer|_timed_as|computing)\(f?"([a-z_{}]+)"', source)
+    source = "".join(path.read_text() for path in sorted((ROOT / "verl/trainer/ppo").glob("*.py")))
+    names = re.findall(r'\b(?:stage|timer|computing|forward)\(\s*(?:log, )?f?"([a-z_{}]+)"', source)
     roles = ("actor", "critic")
     return {f"timing_s/{name.format(role=role)}" for name in names for role in roles} - NOT_REPORTED
 

@@ -11,7 +11,7 @@ from helpers import arguments, metrics_of, repeatable
 from verl.config.sections.parts import ModelConfig
 from verl.engine.model import model_size
 from verl.machine import HostMemory
-from verl.rollout.embedded.sampling import draw
+from verl.rollout.embedded.sampling import sample_tokens
 from verl.tracking.dumps import read_rows
 from verl.trainer.main_ppo import main
 
@@ -83,23 +83,23 @@ def test_comparing_log_probs_before_the_first_step_changes_nothing(small, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("drawn", "said", "message"),
+    ("received", "said", "message"),
     [
         (1.0, 1.0, "engine's log-probs are of temperature 1,"),
         (0.05, None, "draws from another distribution than it reports"),
     ],
     ids=["the engine ignores the temperature", "the engine reports another one than it draws at"],
 )
-def test_an_engine_at_another_temperature_stops_the_run(small, tmp_path, capsys, monkeypatch, drawn, said, message):
+def test_an_engine_at_another_temperature_stops_the_run(small, tmp_path, capsys, monkeypatch, sampled, said, message):
     def draw_wrong(logits, rows, positions, banned=()):
-        wrong = replace(rows, temperature=np.full_like(rows.temperature, drawn))
-        tokens, log_probs = draw(logits, wrong, positions, banned)
+        wrong = replace(rows, temperature=np.full_like(rows.temperature, sampled))
+        tokens, log_probs = sample_tokens(logits, wrong, positions, banned)
         if said is None:  # what it should have been drawn at
             scaled = (logits / torch.from_numpy(rows.temperature)[:, None]).log_softmax(-1)
             log_probs = scaled.gather(-1, tokens[:, None])[:, 0]
         return tokens, log_probs
 
-    monkeypatch.setattr("verl.rollout.embedded.decoder.draw", draw_wrong)
+    monkeypatch.setattr("verl.rollout.embedded.decoder.sample_tokens", draw_wrong)
     keys = {"actor_rollout_ref__rollout__temperature": 0.6, "trainer__val_before_train": False}
     assert main(arguments(small, tmp_path, **keys)) == 1
     said_to_user = capsys.readouterr().err
@@ -143,7 +143,7 @@ def test_variants_of_the_loop_run(small, tmp_path, keys):
         assert ["actor/pg_loss" in step for step in metrics_of(tmp_path)] == [False, False, False, True]
 
 
-def test_remax_draws_and_scores_a_greedy_response_to_each_prompt(small, tmp_path):
+def test_remax_generates_and_scores_a_greedy_response_to_each_prompt(small, tmp_path):
     """Validation of the same prompts, before training, is greedy as well: the same scores."""
     keys = {
         "algorithm__adv_estimator": "remax",
@@ -157,8 +157,8 @@ def test_remax_draws_and_scores_a_greedy_response_to_each_prompt(small, tmp_path
     before, step = metrics_of(tmp_path)
     assert "critic/vf_loss" not in step
     assert step["critic/greedy_reward/mean"] == pytest.approx(before["val-core/tests/letters/reward/mean@1"])
-    drawn = [json.loads(line) for line in (tmp_path / "rollout" / "1.jsonl").read_text().splitlines()]
-    assert len(drawn) == 16  # the greedy ones are not trained on
+    sampled = [json.loads(line) for line in (tmp_path / "rollout" / "1.jsonl").read_text().splitlines()]
+    assert len(sampled) == 16  # the greedy ones are not trained on
     assert step["critic/advantages/mean"] != 0
 
 

@@ -12,7 +12,10 @@ from safetensors import safe_open
 
 from verl.trainer.checkpoints import Checkpoints
 from verl.trainer.main_ppo import main
-from verl.trainer.ppo.trainer import PPOTrainer
+from verl.trainer.ppo.feed import SynchronousFeed
+from verl.trainer.ppo.run_state import RunState
+from verl.trainer.ppo.stages import Stages
+from verl.trainer.ppo.validation import Validation
 
 STAGES = [
     "gen",
@@ -41,27 +44,34 @@ LONG_RUN = {
 
 def run_until(stage: str, step: int, arguments: list[str]) -> int:
     """The run, which ends with SIGKILL on entering (or, for "save_checkpoint", halfway through) a stage of a step."""
-    enter, timed_as, write = PPOTrainer.stage, PPOTrainer._timed_as, PPOTrainer._write_models
+    take, validate = SynchronousFeed.take, Validation.run
+    enter, write = Stages.stage, RunState._write_models
+    under_way = 0  # the step
 
-    def kill_at(name: str, of: int) -> None:
-        if (name, of) == (stage, step):
+    def kill_at(name: str) -> None:
+        if (name, under_way) == (stage, step):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def killed_on_entering(self, name, total=None):
-        if name != "save_checkpoint":
-            kill_at(name, self.step)
-        return enter(self, name, total)
+    def noting_the_step(self, of, log):
+        nonlocal under_way
+        under_way = of
+        return take(self, of, log)
 
-    def killed_on_timing(self, name):
-        kill_at(name, self.step)
-        return timed_as(self, name)
+    def killed_on_entering(self, log, name, total=None):
+        if name != "save_checkpoint":
+            kill_at(name)
+        return enter(self, log, name, total)
+
+    def killed_on_validating(self, of, log):
+        kill_at("testing")
+        return validate(self, of, log)
 
     def killed_while_writing(self, folder):
         write(self, folder)
-        kill_at("save_checkpoint", self.step)
+        kill_at("save_checkpoint")
 
-    PPOTrainer.stage, PPOTrainer._timed_as = killed_on_entering, killed_on_timing
-    PPOTrainer._write_models = killed_while_writing
+    SynchronousFeed.take, Stages.stage, Validation.run = noting_the_step, killed_on_entering, killed_on_validating
+    RunState._write_models = killed_while_writing
     return main(arguments)
 
 

@@ -15,8 +15,11 @@ from verl.data.schema import with_columns
 from verl.reward.manager import hidden_time
 from verl.reward.pool import Outcome
 from verl.rollout.contract.base import Capabilities, Request, Result, SamplingParams
-from verl.tracking import StageTimer
-from verl.trainer.ppo.trainer import PPOTrainer
+from verl.rollout.loop import EventLoop
+from verl.trainer.ppo.responder import Responder
+from verl.trainer.ppo.runtime import Runtime
+from verl.trainer.ppo.stages import Stages
+from verl.trainer.ppo.step_log import StepLog
 
 USERS = """
 from pathlib import Path
@@ -50,17 +53,14 @@ def stage(name: str, total: int | None = None):
 
 
 @pytest.mark.timeout(120)  # of a trainer that scores when all have been generated
-def test_scores_are_there_before_the_last_response_is(manager_of, tokenizer, tmp_path):
+def test_scores_are_there_before_the_last_response_is(manager_of, tokenizer, tmp_path, request):
     count, scored = 5, tmp_path / "scored"
     scored.mkdir()
-    trainer = PPOTrainer.__new__(PPOTrainer)
-    trainer.parts = SimpleNamespace(
-        rollout=Engine(tokenizer, count, scored),
-        rewards=manager_of(USERS, {"folder": str(scored)}),
-        reward_inputs=None,
-        trackers=SimpleNamespace(progress=SimpleNamespace(stage=stage)),
-    )
-    trainer.metrics, trainer.timer = {}, StageTimer()
+    loop, log = EventLoop(), StepLog()
+    request.addfinalizer(loop.close)
+    engine = Engine(tokenizer, count, scored)
+    runtime = Runtime(loop, None, engine, lambda: (), SimpleNamespace(stage=stage))  # type: ignore[arg-type]
+    responder = Responder(Stages(runtime), None, manager_of(USERS, {"folder": str(scored)}), None)  # type: ignore[arg-type]
     episodes = with_columns(
         pa.table({"row": pa.array(range(count), pa.int64())}),
         data_source=["any"] * count,
@@ -72,9 +72,9 @@ def test_scores_are_there_before_the_last_response_is(manager_of, tokenizer, tmp
         uid=[str(number) for number in range(count)],
         seed=[0] * count,
     )
-    table = trainer._generate_and_score(episodes, SamplingParams(max_new_tokens=4))
+    table = responder.respond(episodes, SamplingParams(max_new_tokens=4), log)
     assert table["score"].to_pylist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-    found = trainer.metrics
+    found = log.metrics
     assert 0 < found["timing_sum_s/reward_hidden"] <= found["timing_sum_s/reward_scoring"]
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from verl.errors import UserError
-from verl.rollout.client.backend import Draw, Drawn, EngineDied, Listener, WeightStream
+from verl.rollout.client.backend import EngineDied, GenerateRequest, Listener, TokenChunk, WeightStream
 from verl.rollout.contract.base import Capabilities, FinishReason, MemoryTag
 
 EOS = 1
@@ -33,10 +33,10 @@ def elsewhere(work: Callable[[], object]) -> None:
 
 @dataclass
 class UnderWay:
-    draw: Draw
+    request: GenerateRequest
     ids: list[int] = field(default_factory=list)
     reported: int = 0
-    recalled: bool = False
+    aborted: bool = False
 
 
 class FakeBackend:
@@ -58,11 +58,11 @@ class FakeBackend:
         self.capabilities = Capabilities(sleep=frozenset(sleep), own_process=True)
         self.keeps_weights, self.ends, self.engine_ends, self.room = keeps_weights, set(ends), set(engine_ends), room
         self.log: list[str] = []
-        self.draws: list[Draw] = []  # all that ever came
+        self.requests: list[GenerateRequest] = []  # all that ever came
         self.update_seconds: dict[str, float] = {}
         self.under_way: dict[str, UnderWay] = {}
         self.fails: dict[str, Exception] = {}
-        self.on_draw: Callable[[], None] = lambda: None
+        self.on_generate: Callable[[], None] = lambda: None
         self.closed = False
         self._lock = threading.Lock()
         self._listener: Listener | None = None
@@ -82,42 +82,42 @@ class FakeBackend:
 
     def _step(self) -> None:
         with self._lock:
-            reports = [report for each in list(self.under_way.values()) if (report := self._draw_one(each))]
-        self._listener.drawn(reports)  # not under the lock: the client gives orders under its own
+            reports = [report for each in list(self.under_way.values()) if (report := self._generate_one(each))]
+        self._listener.received(reports)  # not under the lock: the client gives orders under its own
 
-    def _draw_one(self, each: UnderWay) -> Drawn | None:
+    def _generate_one(self, each: UnderWay) -> TokenChunk | None:
         finish: FinishReason | None = "abort"
-        if not each.recalled:
+        if not each.aborted:
             each.ids.append(self._token(each))
             finish = self._finish(each)
         if finish:
-            del self.under_way[each.draw.id]
-        elif not each.draw.stream:
+            del self.under_way[each.request.id]
+        elif not each.request.stream:
             return None
-        new, start = each.ids[each.reported :], len(each.draw.prompt_ids) + each.reported
+        new, start = each.ids[each.reported :], len(each.request.prompt_ids) + each.reported
         each.reported = len(each.ids)
-        return Drawn(each.draw.id, new, [-(start + index) / 100 for index in range(len(new))], finish)
+        return TokenChunk(each.request.id, new, [-(start + index) / 100 for index in range(len(new))], finish)
 
     def _token(self, each: UnderWay) -> int:
-        place = len(each.draw.prompt_ids) + len(each.ids)
+        place = len(each.request.prompt_ids) + len(each.ids)
         return EOS if place in self.ends else token_at(place)
 
     def _finish(self, each: UnderWay) -> FinishReason | None:
-        if not each.draw.stream and each.ids[-1] in each.draw.stop_ids:
+        if not each.request.stream and each.ids[-1] in each.request.stop_ids:
             return "stop"
-        full = len(each.draw.prompt_ids) + len(each.ids) >= self.room
-        return "length" if full or len(each.ids) >= each.draw.max_new_tokens else None
+        full = len(each.request.prompt_ids) + len(each.ids) >= self.room
+        return "length" if full or len(each.ids) >= each.request.max_new_tokens else None
 
     def end_by_itself(self, finish: FinishReason) -> None:
         """All draws end now, in another thread, whether or not they were recalled."""
         with self._lock:
             ended, self.under_way = self.under_way, {}
-        reports = [Drawn(id, [self._token(each)], [-0.5], finish) for id, each in ended.items()]
-        elsewhere(lambda: self._listener.drawn(reports))
+        reports = [TokenChunk(id, [self._token(each)], [-0.5], finish) for id, each in ended.items()]
+        elsewhere(lambda: self._listener.received(reports))
 
-    def fail(self, draw_id: str, error: Exception) -> None:
-        del self.under_way[draw_id]
-        self._listener.failed(draw_id, error)
+    def fail(self, request_id: str, error: Exception) -> None:
+        del self.under_way[request_id]
+        self._listener.failed(request_id, error)
 
     def die(self) -> None:
         """As a process does: from its reader thread."""
@@ -131,19 +131,19 @@ class FakeBackend:
     def stops_at(self, stop_ids: frozenset[int]) -> bool:
         return not stop_ids or stop_ids >= self.engine_ends
 
-    def draw(self, draws: Sequence[Draw]) -> None:
-        self._note("draw")
-        self.on_draw()
+    def generate(self, requests: Sequence[GenerateRequest]) -> None:
+        self._note("generate")
+        self.on_generate()
         with self._lock:
-            self.draws += draws
-            self.under_way |= {draw.id: UnderWay(draw) for draw in draws}
+            self.requests += requests
+            self.under_way |= {request.id: UnderWay(request) for request in requests}
 
-    def recall(self, draw_ids: Sequence[str]) -> None:
-        self._note("recall")
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self._note("abort")
         with self._lock:
-            for id in draw_ids:
+            for id in request_ids:
                 if id in self.under_way:
-                    self.under_way[id].recalled = True
+                    self.under_way[id].aborted = True
 
     def update_weights(self, stream: WeightStream, version: int) -> None:
         self._note("update_weights")
@@ -166,7 +166,7 @@ class FakeBackend:
     def drop_cache(self) -> None:
         """Waits until the engine is idle, which draws that nobody wants any more soon let it be."""
         self._note("drop_cache")
-        while any(each.recalled for each in self.under_way.values()):
+        while any(each.aborted for each in self.under_way.values()):
             self._step()
 
     def health(self) -> None:

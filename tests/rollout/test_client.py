@@ -13,7 +13,7 @@ from fake_backend import EOS, FakeBackend, response, token_at
 
 from verl.errors import UserError
 from verl.rollout.client import engine as client
-from verl.rollout.client.backend import Drawn, EngineDied
+from verl.rollout.client.backend import EngineDied, TokenChunk
 from verl.rollout.client.engine import ClientEngine
 from verl.rollout.contract.base import IllegalState, Request, Result, SamplingParams, Unsupported
 
@@ -62,7 +62,7 @@ async def within(seconds: float, work: Awaitable):
 
 def assert_forgotten(engine: ClientEngine) -> None:
     """Nothing of any request is left."""
-    assert (engine._rows, engine._draws, engine._draw_of, engine._recalled) == ({}, {}, {}, {})
+    assert (engine._rows, engine._running, engine._running_id, engine._aborting) == ({}, {}, {}, {})
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_a_response_comes_with_a_log_prob_a_token_in_the_order_of_the_requests()
     assert long.log_probs == [-place / 100 for place in range(4, 24)]
     assert long.weight_versions == short.weight_versions == [(0, 0)]
     assert (long.finish_reason, short.finish_reason) == ("length", "length")
-    assert backend.log == ["draw"]  # one order for both
+    assert backend.log == ["generate"]  # one order for both
     assert_forgotten(engine)
     backend.closed = True
 
@@ -95,18 +95,18 @@ def test_tokens_are_streamed_only_where_the_client_has_to_watch_them():
         one("a string", stop=("x",)),
     ]
     asyncio.run(engine.generate(asked))
-    assert [draw.stream for draw in backend.draws] == [False, False, False, True, True]
-    assert [sorted(draw.stop_ids) for draw in backend.draws] == [[1, 2], [1, 2, 90], [], [90], [1, 2]]
+    assert [request.stream for request in backend.requests] == [False, False, False, True, True]
+    assert [sorted(request.stop_ids) for request in backend.requests] == [[1, 2], [1, 2, 90], [], [90], [1, 2]]
     backend.closed = True
 
 
-def test_draw_ids_are_never_used_twice_and_none_begins_another():
+def test_generate_ids_are_never_used_twice_and_none_begins_another():
     backend = FakeBackend()
     engine = build(backend)
     backend.go()
     for _ in range(3):
         asyncio.run(engine.generate([one(str(index), max_new_tokens=1) for index in range(20)]))
-    ids = [draw.id for draw in backend.draws]
+    ids = [request.id for request in backend.requests]
     assert len(set(ids)) == 60
     assert not any(a != b and a.startswith(b) for a in ids for b in ids)
     backend.closed = True
@@ -118,11 +118,11 @@ def test_the_models_end_token_ends_a_response():
     backend.go()
     (result,) = asyncio.run(engine.generate([one()]))
     assert (result.response_ids, result.finish_reason) == ([*response(3, 5), EOS], "stop")
-    assert "recall" not in backend.log
+    assert "abort" not in backend.log
     backend.closed = True
 
 
-def test_a_stop_token_that_the_engine_cannot_end_at_ends_the_response_and_recalls_the_draw():
+def test_a_stop_token_that_the_engine_cannot_end_at_ends_the_response_and_aborts_the_generate():
     backend = FakeBackend()
     engine = build(backend)
     stop = token_at(7)
@@ -136,13 +136,13 @@ def test_a_stop_token_that_the_engine_cannot_end_at_ends_the_response_and_recall
 
     result = asyncio.run(run())
     assert (result.response_ids, result.finish_reason) == (response(3, 5), "stop")
-    assert backend.log == ["draw", "recall"]
+    assert backend.log == ["generate", "abort"]
     backend.step(3)
     assert not backend.under_way
     assert_forgotten(engine)
 
 
-def test_a_stop_string_ends_the_response_and_recalls_the_draw():
+def test_a_stop_string_ends_the_response_and_aborts_the_generate():
     backend = FakeBackend()
     engine = build(backend, Letters())
 
@@ -155,7 +155,7 @@ def test_a_stop_string_ends_the_response_and_recalls_the_draw():
 
     result = asyncio.run(run())
     assert (result.response_ids, result.finish_reason) == (response(3, 5), "stop")
-    assert backend.log == ["draw", "recall"]
+    assert backend.log == ["generate", "abort"]
 
 
 def test_tokens_that_come_after_the_end_are_not_part_of_the_response():
@@ -166,9 +166,9 @@ def test_tokens_that_come_after_the_end_are_not_part_of_the_response():
     async def run() -> Result:
         call = start(engine, one(ignore_eos=True, stop_token_ids=(token_at(4),)))
         await turns()
-        (draw,) = backend.draws
-        engine.drawn([Drawn(draw.id, response(3, 6), [-1.0] * 6, None)])
-        engine.drawn([Drawn(draw.id, response(9, 2), [-1.0] * 2, "length")])
+        (request,) = backend.requests
+        engine.received([TokenChunk(request.id, response(3, 6), [-1.0] * 6, None)])
+        engine.received([TokenChunk(request.id, response(9, 2), [-1.0] * 2, "length")])
         (result,) = await call
         return result
 
@@ -188,7 +188,7 @@ def test_an_engine_that_runs_out_of_room_early_ends_the_response():
     backend.closed = True
 
 
-def test_a_failed_draw_fails_only_its_call():
+def test_a_failed_generate_fails_only_its_call():
     backend = FakeBackend()
     engine = build(backend)
 
@@ -196,7 +196,7 @@ def test_a_failed_draw_fails_only_its_call():
         failing, staying = start(engine, one("failing"), one("beside it")), start(engine, one("staying"))
         await turns()
         backend.step(2)
-        backend.fail(backend.draws[0].id, UserError("no room for failing"))
+        backend.fail(backend.requests[0].id, UserError("no room for failing"))
         with pytest.raises(UserError, match="no room for failing"):
             await failing
         backend.step(12)
@@ -208,10 +208,10 @@ def test_a_failed_draw_fails_only_its_call():
     assert_forgotten(engine)
 
 
-def test_draws_that_cannot_even_be_given_leave_nothing_behind():
+def test_generates_that_cannot_even_be_given_leave_nothing_behind():
     backend = FakeBackend()
     engine = build(backend)
-    backend.fails["draw"] = TypeError("cannot pickle this image")
+    backend.fails["generate"] = TypeError("cannot pickle this image")
     with pytest.raises(TypeError, match="image"):
         asyncio.run(engine.generate([one()]))
     assert_forgotten(engine)
@@ -225,7 +225,7 @@ def test_draws_that_cannot_even_be_given_leave_nothing_behind():
 
 
 @pytest.mark.parametrize("sampling", [{}, {"ignore_eos": True, "stop_token_ids": (9,)}], ids=["at once", "streamed"])
-def test_what_was_drawn_before_a_pause_is_kept_and_the_rest_drawn_after_it(sampling):
+def test_what_was_generated_before_a_pause_is_kept_and_the_rest_generated_after_it(sampling):
     backend = FakeBackend()
     engine = build(backend)
 
@@ -249,8 +249,8 @@ def test_what_was_drawn_before_a_pause_is_kept_and_the_rest_drawn_after_it(sampl
     assert result.response_ids == response(3, 12)
     assert result.log_probs == [-place / 100 for place in range(3, 15)]
     assert result.weight_versions == [(0, 0), (1, 1), (2, 3), (3, 6)]
-    asked = [(draw.prompt_ids, draw.max_new_tokens) for draw in backend.draws]
-    assert asked == [([5] * 3 + response(3, drawn), 12 - drawn) for drawn in (0, 1, 3, 6)]
+    asked = [(request.prompt_ids, request.max_new_tokens) for request in backend.requests]
+    assert asked == [([5] * 3 + response(3, generated), 12 - generated) for generated in (0, 1, 3, 6)]
     assert_forgotten(engine)
 
 
@@ -262,7 +262,7 @@ def test_requests_that_come_in_a_pause_wait_for_its_end():
         await engine.pause()
         call = start(engine, one())
         await turns()
-        assert not backend.draws
+        assert not backend.requests
         await engine.resume()
         backend.step(12)
         return (await call)[0]
@@ -270,7 +270,7 @@ def test_requests_that_come_in_a_pause_wait_for_its_end():
     assert asyncio.run(run()).response_ids == response(3, 12)
 
 
-def test_a_response_that_ends_by_itself_while_it_is_recalled_is_whole():
+def test_a_response_that_ends_by_itself_while_it_is_aborted_is_whole():
     backend = FakeBackend()
     engine = build(backend)
 
@@ -288,7 +288,7 @@ def test_a_response_that_ends_by_itself_while_it_is_recalled_is_whole():
     assert_forgotten(engine)
 
 
-def test_an_engine_cannot_be_resumed_or_updated_while_it_still_draws_what_a_pause_recalled():
+def test_an_engine_cannot_be_resumed_or_updated_while_it_still_generates_what_a_pause_aborted():
     """Also not when nobody waits for the pause any more: the engine would be given the same response twice."""
     backend = FakeBackend(sleep=("weights", "kv_cache"))
     engine = build(backend)
@@ -322,7 +322,7 @@ def test_an_engine_cannot_be_resumed_or_updated_while_it_still_draws_what_a_paus
 # --- abort, cancel ---------------------------------------------------------------------------------------------------
 
 
-def test_abort_hands_out_what_was_drawn():
+def test_abort_hands_out_what_was_generated():
     backend = FakeBackend()
     engine = build(backend)
 
@@ -422,7 +422,7 @@ def test_an_id_may_be_used_again_as_soon_as_its_request_has_ended():
         backend.end_by_itself("length")
         second = start(engine, one(prompt=6))
         await asyncio.sleep(0)
-        assert len(backend.draws) == 2
+        assert len(backend.requests) == 2
         assert not abort.done()
         await asyncio.gather(first, abort)
         backend.step(12)
@@ -480,7 +480,7 @@ def test_callers_that_come_and_go_at_any_moment_disturb_nobody():
     finally:
         threading.excepthook = hook
     assert not failed
-    engine.drawn([])
+    engine.received([])
     asyncio.run(soon(lambda: not backend.under_way))
     backend.closed = True
     assert not engine._rows
@@ -515,7 +515,7 @@ def test_one_engine_serves_several_event_loops():
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_without_weights_draws_nothing():
+def test_an_engine_without_weights_generates_nothing():
     backend = FakeBackend()
     engine = build(backend, no_weights="it has not been given any weights")
     with pytest.raises(IllegalState, match="not been given any weights; call update_weights first"):
@@ -527,7 +527,7 @@ def test_an_engine_without_weights_draws_nothing():
     backend.closed = True
 
 
-def test_after_a_weight_update_that_failed_nothing_is_drawn_until_one_that_did_not():
+def test_after_a_weight_update_that_failed_nothing_is_generated_until_one_that_did_not():
     backend = FakeBackend()
     engine = build(backend)
 
@@ -563,7 +563,7 @@ def test_after_a_weight_update_that_failed_nothing_is_drawn_until_one_that_did_n
     asyncio.run(run())
 
 
-def test_the_cache_is_dropped_before_each_update_which_waits_for_draws_that_nobody_wants():
+def test_the_cache_is_dropped_before_each_update_which_waits_for_generates_that_nobody_wants():
     """A response that the client has ended is still being drawn for a while."""
     backend = FakeBackend()
     engine = build(backend)
@@ -577,7 +577,7 @@ def test_the_cache_is_dropped_before_each_update_which_waits_for_draws_that_nobo
         await engine.update_weights(WEIGHTS, version=1)  # the fake asserts that it is idle
 
     asyncio.run(run())
-    assert backend.log == ["draw", "recall", "drop_cache", "update_weights"]
+    assert backend.log == ["generate", "abort", "drop_cache", "update_weights"]
 
 
 # --- death -----------------------------------------------------------------------------------------------------------
@@ -646,7 +646,7 @@ def test_a_death_in_a_pause_fails_those_that_wait():
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("order", ["update_weights", "health", "drop_cache", "draw"])
+@pytest.mark.parametrize("order", ["update_weights", "health", "drop_cache", "generate"])
 def test_an_engine_that_does_not_answer_an_order_is_dead_for_all(order):
     """Before its backend's thread says so, and also where the process is still there but hangs."""
     backend = FakeBackend(sleep=("weights", "kv_cache"))
@@ -657,7 +657,7 @@ def test_an_engine_that_does_not_answer_an_order_is_dead_for_all(order):
         if order == "health":
             call = start(engine, one())
             await turns()
-        given = orders_of(engine)["update_weights" if order == "drop_cache" else order.replace("draw", "generate")]
+        given = orders_of(engine)["update_weights" if order == "drop_cache" else order.replace("generate", "generate")]
         with pytest.raises(EngineDied, match="did not answer"):
             await given()
         if order == "health":
@@ -668,7 +668,7 @@ def test_an_engine_that_does_not_answer_an_order_is_dead_for_all(order):
     asyncio.run(run())
 
 
-def test_an_engine_that_hangs_while_it_draws_is_found_out_by_one_look_for_all(monkeypatch):
+def test_an_engine_that_hangs_while_it_generates_is_found_out_by_one_look_for_all(monkeypatch):
     monkeypatch.setattr(client, "LOOK_EVERY", 0.05)
     backend = FakeBackend()
     engine = build(backend)
@@ -693,7 +693,7 @@ def test_a_caller_that_leaves_a_dying_engine_leaves_for_its_own_reason():
     async def run() -> None:
         call = start(engine, one())
         await turns()
-        backend.fails["recall"] = EngineDied("it is gone, which nobody has been told yet")
+        backend.fails["abort"] = EngineDied("it is gone, which nobody has been told yet")
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -725,7 +725,7 @@ def test_an_engines_death_that_callers_learn_of_as_they_are_cancelled_is_printed
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def test_closing_hands_out_what_was_drawn():
+def test_closing_hands_out_what_was_generated():
     backend = FakeBackend()
     engine = build(backend)
     backend.go()
@@ -745,8 +745,8 @@ def test_closing_hands_out_what_was_drawn():
         asyncio.run(engine.generate([one()]))
 
 
-@pytest.mark.parametrize("recall", [None, EngineDied("gone")], ids=["hangs", "has just died"])
-def test_closing_an_engine_that_hangs_or_is_dying_takes_no_longer_than_it_may(monkeypatch, recall):
+@pytest.mark.parametrize("abort", [None, EngineDied("gone")], ids=["hangs", "has just died"])
+def test_closing_an_engine_that_hangs_or_is_dying_takes_no_longer_than_it_may(monkeypatch, abort):
     monkeypatch.setattr(client, "CLOSE_TIMEOUT", 0.05)
     backend = FakeBackend()
     engine = build(backend)
@@ -754,11 +754,11 @@ def test_closing_an_engine_that_hangs_or_is_dying_takes_no_longer_than_it_may(mo
     async def run() -> None:
         call = start(engine, one())
         await turns()
-        if recall:
-            backend.fails["recall"] = recall
+        if abort:
+            backend.fails["abort"] = abort
         await within(5, engine.close())
         assert backend.closed
-        if recall:
+        if abort:
             backend.die()
             with pytest.raises(EngineDied):
                 await within(5, call)

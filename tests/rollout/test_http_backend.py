@@ -23,7 +23,7 @@ from verl.rollout.router.router import Replica, Router
 from verl.rollout.weights.disk import WeightFolder
 
 EOS = 1
-QUICK = Times(probe_every=0.05, probe_timeout=5.0, dead_after=10.0, recall_every=0.01, retry_after=0.01, idle=1.0)
+QUICK = Times(probe_every=0.05, probe_timeout=5.0, dead_after=10.0, abort_every=0.01, retry_after=0.01, idle=1.0)
 WEIGHTS = {
     "model.embed_tokens.weight": torch.arange(24, dtype=torch.float32).view(6, 4),
     "model.norm.weight": torch.tensor([1.5, 2.5, 3.5]),
@@ -173,7 +173,7 @@ def test_the_prompts_that_a_server_keeps_are_known_from_what_it_says(start, conn
     assert connect(server).capabilities.window == window
 
 
-def test_abort_gives_back_what_was_drawn_and_leaves_the_others(start, connect):
+def test_abort_gives_back_what_was_generated_and_leaves_the_others(start, connect):
     server = start(step=0.01)
     engine = connect(server)
 
@@ -190,7 +190,7 @@ def test_abort_gives_back_what_was_drawn_and_leaves_the_others(start, connect):
     check(other, request(tokens=80))
 
 
-def test_a_pause_keeps_what_was_drawn(start, connect):
+def test_a_pause_keeps_what_was_generated(start, connect):
     server = start(step=0.01)
     engine = connect(server)
     asked = [request(index, tokens=60) for index in range(5)]
@@ -213,7 +213,7 @@ def test_a_pause_keeps_what_was_drawn(start, connect):
 def test_no_more_connections_are_open_than_allowed_and_what_waits_can_be_aborted(start, connect):
     server = start(step=0.005)
     engine = connect(server)
-    engine.backend._draws._room = asyncio.Semaphore(3)
+    engine.backend._requests._room = asyncio.Semaphore(3)
 
     async def run() -> list[Result]:
         call = asyncio.create_task(engine.generate([request(index, tokens=100) for index in range(10)]))
@@ -244,7 +244,7 @@ def test_a_call_that_is_cancelled_at_once_leaves_nothing_behind(start, connect, 
         await engine.resume()
 
     asyncio.run(run())
-    until(lambda: not engine.backend._draws._under_way and not server.running)
+    until(lambda: not engine.backend._requests._under_way and not server.running)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         WeightFolder(tmp_path / "file", tmp_path).write(iter(WEIGHTS.items()), 1)
 
 
-def test_a_refused_update_leaves_nothing_to_draw_from(start, connect):
+def test_a_refused_update_leaves_nothing_to_generate_from(start, connect):
     server = start()
     engine = connect(server)
     server.say["/update_weights_from_tensor"] = lambda writer: send(writer, 400, {"success": False, "message": "no"})

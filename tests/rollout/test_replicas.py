@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from verl.errors import UserError, portable
-from verl.rollout.client.backend import Backend, Draw, Drawn, EngineDied
+from verl.rollout.client.backend import Backend, EngineDied, GenerateRequest, TokenChunk
 from verl.rollout.client.engine import ClientEngine
 from verl.rollout.contract.base import Capabilities, Request, Result, SamplingParams
 from verl.rollout.embedded.engine import HFEngine
@@ -264,7 +264,7 @@ class Job:
 
     def kill(self, replica: int, *orders: str) -> None:
         """Its engine, which is found out by one of these orders; by default by any."""
-        self.engine(replica).die_of(*(orders or ("draw", "drop_cache", "update_weights", "checksums", "health")))
+        self.engine(replica).die_of(*(orders or ("generate", "drop_cache", "update_weights", "checksums", "health")))
         pids = self.members[replica].engine.backend.pids
         pids |= dict.fromkeys(pids, NOBODY)
 
@@ -300,8 +300,8 @@ def one(id: str = "one", prompt: int = 3, **sampling) -> Request:
     return Request(id, [5] * prompt, SamplingParams(**{"max_new_tokens": 12, **sampling}))
 
 
-def draw(id: str, prompt: int = 3, tokens: int = 12) -> Draw:
-    return Draw(id, [5] * prompt, tokens, SamplingParams(max_new_tokens=tokens), frozenset({EOS}), False)
+def request(id: str, prompt: int = 3, tokens: int = 12) -> GenerateRequest:
+    return GenerateRequest(id, [5] * prompt, tokens, SamplingParams(max_new_tokens=tokens), frozenset({EOS}), False)
 
 
 @pytest.fixture
@@ -601,12 +601,12 @@ def test_orders_of_an_old_client_do_not_reach_a_newer_engine(start):
         return job.ask(0, method, *args, timeout=timeout)
 
     old = RemoteBackend(job.replicas[0], slow, current.backend.facts, current.backend.pids, lambda: None)
-    old.listen(SimpleNamespace(drawn=heard.extend, failed=heard.append, died=lambda error: None))
+    old.listen(SimpleNamespace(generated=heard.extend, failed=heard.append, died=lambda error: None))
     held.wait()
     asyncio.run(current.close())
     new = job.client(job.replicas[0], [job.ask(0, "start", [job.ask(0, "place")])])
     asyncio.run(new.update_weights(job.weights, version=2))
-    old.recall([f"{index:016x}" for index in range(2)])  # the names of the new one's draws, too
+    old.abort([f"{index:016x}" for index in range(2)])  # the names of the new one's draws, too
 
     async def run() -> list[Result]:
         streamed = {"max_new_tokens": 300, "ignore_eos": True, "stop_token_ids": (9,)}
@@ -674,11 +674,11 @@ class Listener:
     def __init__(self) -> None:
         self.heard: list[tuple] = []
 
-    def drawn(self, reports: Sequence[Drawn]) -> None:
-        self.heard += [("drawn", report.id) for report in reports]
+    def received(self, reports: Sequence[TokenChunk]) -> None:
+        self.heard += [("received", report.id) for report in reports]
 
-    def failed(self, draw_id: str, error: Exception) -> None:
-        self.heard.append(("failed", draw_id, error))
+    def failed(self, request_id: str, error: Exception) -> None:
+        self.heard.append(("failed", request_id, error))
 
     def died(self, error: EngineDied) -> None:
         self.heard.append(("died", error))
@@ -686,12 +686,12 @@ class Listener:
 
 def test_reports_are_kept_in_order_until_they_are_asked_for():
     reports = Reports()
-    drawn = [Drawn(str(index), [index], [-1.0], None) for index in range(3)]
-    reports.drawn(drawn[:2])
+    generated = [TokenChunk(str(index), [index], [-1.0], None) for index in range(3)]
+    reports.received(generated[:2])
     reports.failed("x", UserError("no room"))
-    reports.drawn(drawn[2:])
+    reports.received(generated[2:])
     first, failed, last = reports.take(0)
-    assert (first, last) == (("drawn", drawn[:2]), ("drawn", drawn[2:]))
+    assert (first, last) == (("received", generated[:2]), ("received", generated[2:]))
     assert failed[:2] == ("failed", "x")
     assert reports.take(0) == []
 
@@ -761,18 +761,18 @@ def backend(ask) -> Iterator[RemoteBackend]:
 
 def test_a_listener_is_told_all_reports_in_order_and_nothing_after_a_death(ask, backend):
     listener = Listener()
-    ask.reports.drawn([Drawn("a", [1], [-1.0], None), Drawn("b", [1], [-1.0], "stop")])
+    ask.reports.received([TokenChunk("a", [1], [-1.0], None), TokenChunk("b", [1], [-1.0], "stop")])
     ask.reports.failed("c", UserError("no room"))
-    ask.reports.drawn([Drawn("d", [1], [-1.0], None)])
+    ask.reports.received([TokenChunk("d", [1], [-1.0], None)])
     ask.reports.died(EngineDied("killed"))
-    ask.reports.drawn([Drawn("e", [1], [-1.0], None)])
+    ask.reports.received([TokenChunk("e", [1], [-1.0], None)])
     backend.listen(listener)
     until(lambda: len(listener.heard) == 5)
-    ask.reports.drawn([Drawn("f", [1], [-1.0], None)])
+    ask.reports.received([TokenChunk("f", [1], [-1.0], None)])
     backend.fail(UserError("the rank is gone, too"))
     time.sleep(0.05)
     *told, (_, death) = listener.heard
-    assert [each[:2] for each in told] == [("drawn", "a"), ("drawn", "b"), ("failed", "c"), ("drawn", "d")]
+    assert [each[:2] for each in told] == [("received", "a"), ("received", "b"), ("failed", "c"), ("received", "d")]
     assert isinstance(death, EngineDied)
     assert str(death) == "killed"
 
@@ -782,7 +782,7 @@ def test_nothing_is_told_after_the_driver_itself_found_the_engine_gone(ask, back
     backend.listen(listener)
     until(lambda: ask.waiting == 1)
     backend.fail(UserError("the rank is gone"))
-    ask.reports.drawn([Drawn("late", [1], [-1.0], None)])
+    ask.reports.received([TokenChunk("late", [1], [-1.0], None)])
     until(lambda: not ask.waiting)
     time.sleep(0.05)
     assert [kind for kind, _ in listener.heard] == ["died"]
@@ -793,7 +793,7 @@ class Unsendable(Exception):  # noqa: N818
         super().__init__(f"{one} and {other}")
 
 
-def test_an_error_of_a_draw_comes_to_the_driver_whatever_it_is():
+def test_an_error_of_a_generate_comes_to_the_driver_whatever_it_is():
     reports = Reports()
     reports.failed("a", UserError("no room"))
     reports.failed("b", Unsendable(1, 2))
@@ -805,18 +805,21 @@ def test_an_error_of_a_draw_comes_to_the_driver_whatever_it_is():
 # --- orders ----------------------------------------------------------------------------------------------------------
 
 
-def test_draws_and_recalls_that_come_together_go_together_and_in_order(ask, backend):
+def test_generates_and_aborts_that_come_together_go_together_and_in_order(ask, backend):
     backend.listen(Listener())
     ask.gate.clear()
-    backend.draw([draw("first")])
+    backend.generate([request("first")])
     ask.given.wait()  # it is on its way
-    for order in ([draw("a")], [draw("b"), draw("c")], ["a"], ["first", "b"], [draw("d")], ["d"], []):
-        (backend.draw if order and isinstance(order[0], Draw) else backend.recall)(order)
+    for order in ([request("a")], [request("b"), request("c")], ["a"], ["first", "b"], [request("d")], ["d"], []):
+        (backend.generate if order and isinstance(order[0], GenerateRequest) else backend.abort)(order)
     ask.gate.set()
     until(lambda: len(ask.orders) == 2)
     assert ask.orders == [
-        ("draw_and_recall", [[draw("first")]]),
-        ("draw_and_recall", [[draw("a"), draw("b"), draw("c")], ["a", "first", "b"], [draw("d")], ["d"]]),
+        ("generate_and_abort", [[request("first")]]),
+        (
+            "generate_and_abort",
+            [[request("a"), request("b"), request("c")], ["a", "first", "b"], [request("d")], ["d"]],
+        ),
     ]
 
 
@@ -887,9 +890,9 @@ def test_a_closed_backend_leaves_no_thread_and_no_question_behind(ask, monkeypat
     backend.listen(Listener())
     until(lambda: ask.waiting == 1)
     ask.gate.clear()
-    backend.draw([draw("first")])
+    backend.generate([request("first")])
     ask.given.wait()
-    backend.recall(["first"])
+    backend.abort(["first"])
     if gone:
         ask.error = UserError("rank 0 is gone")
     backend.close()
@@ -990,16 +993,16 @@ class Embedded:
             found += told
         return found
 
-    def drawn(self, *draws: Draw) -> dict[str, Drawn]:
-        self.backend.draw(draws)
-        return {report.id: report for kind, reports in self.heard(len(draws)) for report in reports}
+    def received(self, *requests: GenerateRequest) -> dict[str, TokenChunk]:
+        self.backend.generate(requests)
+        return {report.id: report for kind, reports in self.heard(len(requests)) for report in reports}
 
-    def recalled(self, draw: Draw) -> Drawn:
+    def aborted(self, request: GenerateRequest) -> TokenChunk:
         """What there is of it after some steps."""
         begun = self.steps
-        self.backend.draw([draw])
+        self.backend.generate([request])
         until(lambda: self.steps >= begun + 6)
-        self.backend.recall([draw.id])
+        self.backend.abort([request.id])
         ((_, (report,)),) = self.heard(1)
         return report
 
@@ -1011,11 +1014,13 @@ def embedded() -> Iterator[Embedded]:
     embedded.close()
 
 
-def long(id: str, prompt: list[int], drawn: Sequence[int] = (), **sampling) -> Draw:
+def long(id: str, prompt: list[int], generated: Sequence[int] = (), **sampling) -> GenerateRequest:
     """Or the rest of it."""
     settings = SamplingParams(**{"max_new_tokens": 150, "seed": 2**64 - 3, **sampling})
     stop_ids = frozenset(settings.stop_token_ids) | (frozenset() if settings.ignore_eos else {EOS})
-    return Draw(id, [*prompt, *drawn], settings.max_new_tokens - len(drawn), settings, stop_ids, False)
+    return GenerateRequest(
+        id, [*prompt, *generated], settings.max_new_tokens - len(generated), settings, stop_ids, False
+    )
 
 
 def itself(requests: list[Request]) -> list[Result]:
@@ -1023,14 +1028,14 @@ def itself(requests: list[Request]) -> list[Result]:
     return asyncio.run(engine.generate(requests))
 
 
-def test_an_embedded_engine_draws_the_same_tokens_for_a_driver_as_in_its_own_process(embedded):
+def test_an_embedded_engine_generates_the_same_tokens_for_a_driver_as_in_its_own_process(embedded):
     asked = [
         Request(str(index), [5 + index] * 4, SamplingParams(max_new_tokens=40, seed=index, ignore_eos=index % 2 == 0))
         for index in range(8)
     ]
-    reports = embedded.drawn(
+    reports = embedded.received(
         *[
-            Draw(
+            GenerateRequest(
                 request.id,
                 list(request.prompt_ids),
                 40,
@@ -1049,13 +1054,13 @@ def test_an_embedded_engine_draws_the_same_tokens_for_a_driver_as_in_its_own_pro
     assert threading.get_ident() not in embedded.threads
 
 
-def test_a_recalled_draw_gives_what_it_has_and_leaves_the_others(embedded):
+def test_a_aborted_generate_gives_what_it_has_and_leaves_the_others(embedded):
     prompt = [7, 8, 9]
     ((whole,),) = [itself([Request("x", prompt, SamplingParams(150, ignore_eos=True, seed=2**64 - 3))])]
     begun = embedded.steps
-    embedded.backend.draw([long("long", prompt, ignore_eos=True), long("other", [5, 6], ignore_eos=True)])
+    embedded.backend.generate([long("long", prompt, ignore_eos=True), long("other", [5, 6], ignore_eos=True)])
     until(lambda: embedded.steps >= begun + 6)
-    embedded.backend.recall(["long", "nobody"])
+    embedded.backend.abort(["long", "nobody"])
     first, last = (report for _, reports in embedded.heard(2) for report in reports)
     assert (first.id, first.finish, last.id, last.finish) == ("long", "abort", "other", "length")
     assert 0 < len(first.ids) == len(first.log_probs) < 150
@@ -1069,16 +1074,16 @@ def test_the_rest_of_a_response_is_what_it_would_have_been_without_a_pause(embed
     (whole,) = itself([Request("x", prompt, SamplingParams(150, seed=2**64 - 3, **sampling))])
     ids: list[int] = []
     for pause in range(pauses):
-        ids += embedded.recalled(long(f"part {pause}", prompt, ids, **sampling)).ids
-    rest = embedded.drawn(long("rest", prompt, ids, **sampling))["rest"]
+        ids += embedded.aborted(long(f"part {pause}", prompt, ids, **sampling)).ids
+    rest = embedded.received(long("rest", prompt, ids, **sampling))["rest"]
     assert 6 * pauses <= len(ids) < 150
     assert ids + rest.ids == whole.response_ids
 
 
 @given(st.integers(-(2**63), 2**64), st.integers(0, 2**20), st.integers(0, 2**20))
-def test_the_noise_of_a_response_goes_on_where_a_pause_was(seed, drawn, further):
-    rest = np.array([seed_from(seed, drawn) % 2**64, seed % 2**64], np.uint64)
-    after, through = row_keys(rest, np.array([further, drawn + further]))
+def test_the_noise_of_a_response_goes_on_where_a_pause_was(seed, generated, further):
+    rest = np.array([seed_from(seed, generated) % 2**64, seed % 2**64], np.uint64)
+    after, through = row_keys(rest, np.array([further, generated + further]))
     assert after.tolist() == through.tolist()
 
 
@@ -1086,13 +1091,13 @@ def test_tokens_from_before_a_pause_count_as_new_tokens_of_the_least_that_there_
     prompt, sampling = [7, 8, 9], {"stop_token_ids": tuple(range(90)), "min_new_tokens": 60}
     (whole,) = itself([Request("x", prompt, SamplingParams(150, seed=2**64 - 3, **sampling))])
     assert 60 < len(whole.response_ids) < 80
-    ids = embedded.recalled(long("part", prompt, **sampling)).ids
-    rest = embedded.drawn(long("rest", prompt, ids, **sampling))["rest"]
+    ids = embedded.aborted(long("part", prompt, **sampling)).ids
+    rest = embedded.received(long("rest", prompt, ids, **sampling))["rest"]
     assert 6 <= len(ids) < 60
     assert ids + rest.ids == whole.response_ids
     assert rest.finish == "stop"
     late = whole.response_ids[:-1]  # the least is there already
-    rest = embedded.drawn(long("late", prompt, late, **sampling))["late"]
+    rest = embedded.received(long("late", prompt, late, **sampling))["late"]
     assert late + rest.ids == whole.response_ids
 
 
@@ -1105,26 +1110,26 @@ def test_an_engine_that_is_awake_or_asleep_is_so_once(embedded):
         for _ in range(2):
             backend.wake(["weights"])
         assert (engine.gathered, engine.shared_out) == (cycle, cycle - 1)
-        assert len(embedded.drawn(long(str(cycle), [5], max_new_tokens=3))) == 1
+        assert len(embedded.received(long(str(cycle), [5], max_new_tokens=3))) == 1
         for _ in range(2):
             backend.sleep(["weights"])
         assert (engine.gathered, engine.shared_out) == (cycle, cycle)
 
 
-def test_a_draw_that_fails_is_reported_and_the_next_may_work(embedded):
+def test_a_generate_that_fails_is_reported_and_the_next_may_work(embedded):
     embedded.error = UserError("the model's logits are not finite numbers")
-    embedded.backend.draw([long("one", [5]), long("other", [6])])
+    embedded.backend.generate([long("one", [5]), long("other", [6])])
     failed = embedded.heard(2)
     assert {(kind, id, str(error)) for kind, id, error in failed} == {
         ("failed", id, "the model's logits are not finite numbers") for id in ("one", "other")
     }
     embedded.error = None
-    assert len(embedded.drawn(long("next", [5], max_new_tokens=3))["next"].ids) <= 3
+    assert len(embedded.received(long("next", [5], max_new_tokens=3))["next"].ids) <= 3
 
 
 def test_a_closed_embedded_engine_has_reported_what_it_had_and_gives_the_module_back(embedded):
     embedded.backend.wake(["weights"])
-    embedded.backend.draw([long("long", [7, 8, 9], ignore_eos=True)])
+    embedded.backend.generate([long("long", [7, 8, 9], ignore_eos=True)])
     until(lambda: embedded.steps >= 6)
     embedded.close()
     ((_, (report,)),) = embedded.reports.take(0)

@@ -170,8 +170,8 @@ def test_every_request_is_answered_once_as_long_as_one_engine_lives(prompts, dea
     served = Counter(id for engine in engines for id in engine.served)
     assert served == Counter(asked_for.id for asked_for in asked)  # what was finished before a death is kept
     assert all(member.tokens == 0 for member in router.members)
-    assert not router._homes
-    assert not router._flights
+    assert not router._affinities
+    assert not router._pending
 
 
 def test_engines_share_the_work_by_tokens_in_flight():
@@ -537,7 +537,7 @@ def close(router: Router) -> None:
     asyncio.run(router.close())
 
 
-def test_the_only_engine_dies_while_it_draws_and_draws_the_rest_when_it_is_back():
+def test_the_only_engine_dies_while_it_generates_and_generates_the_rest_when_it_is_back():
     restarts, engine = Restarts(), Scripted(0, dies_after=3, turns=2)
     router = restarting([engine], restarts, retry_every=60)  # the first attempt does not wait for that
     update(router, 1.0, version=7)
@@ -639,7 +639,7 @@ def test_weights_that_a_restarted_engine_refuses_end_the_wait_with_the_reason():
     close(router)
 
 
-def test_one_of_two_is_restarted_while_the_other_draws():
+def test_one_of_two_is_restarted_while_the_other_generates():
     restarts, engines = Restarts(), [Scripted(0, dies_after=2), Scripted(1, turns=2)]
     router = restarting(engines, restarts)
     update(router, 1.0, version=1)
@@ -726,7 +726,7 @@ def test_to_wait_for_an_engine_costs_no_work():
     close(router)
 
 
-def test_a_request_is_drawn_again_where_its_dead_engine_never_said_so():
+def test_a_request_is_generated_again_where_its_dead_engine_never_said_so():
     class Hangs(Scripted):
         """Answers nothing until it is closed."""
 
@@ -937,7 +937,7 @@ def test_deaths_and_orders_from_several_threads_end_in_no_deadlock():
     update(router, 1.0, version=1)
     results: list[Result] = []
 
-    async def draw(caller: int) -> None:
+    async def generate(caller: int) -> None:
         for turn in range(5):
             asked = [request(f"{caller}{turn:02}{index:02}", prompt=[caller, index]) for index in range(20)]
             results.extend(await router.generate(asked))
@@ -949,7 +949,9 @@ def test_deaths_and_orders_from_several_threads_end_in_no_deadlock():
             await router.resume()
             await router.health()
 
-    threads = [threading.Thread(target=lambda work=work: asyncio.run(work)) for work in (draw(1), draw(2), order())]
+    threads = [
+        threading.Thread(target=lambda work=work: asyncio.run(work)) for work in (generate(1), generate(2), order())
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from verl.rollout.contract.base import SamplingParams
-from verl.rollout.embedded.sampling import SamplingRows, draw, exponential_noise, filter_floor, row_keys
+from verl.rollout.embedded.sampling import SamplingRows, exponential_noise, filter_floor, row_keys, sample_tokens
 
 
 def noise(seeds: np.ndarray, positions: np.ndarray, vocabulary: int) -> np.ndarray:
@@ -108,11 +108,11 @@ def test_noise_does_not_depend_on_the_other_rows_or_the_size_of_the_vocabulary()
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.5}, {"top_k": 6}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str)
-def test_tokens_are_drawn_as_often_as_softmax_says(params):
+def test_tokens_are_generated_as_often_as_softmax_says(params):
     count = 40_000
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
     rows = rows_of(count, **params)
-    tokens, _ = draw(logits.expand(count, -1), rows, np.zeros(count, np.int64))
+    tokens, _ = sample_tokens(logits.expand(count, -1), rows, np.zeros(count, np.int64))
     scaled = logits[None] / params.get("temperature", 1.0)
     probs = scaled.masked_fill(scaled < filter_floor(scaled, rows[:1]), -torch.inf).softmax(-1)[0].double()
     counts = torch.bincount(tokens, minlength=12).double()
@@ -159,7 +159,7 @@ def test_filters_keep_what_transformers_warpers_keep_of_a_large_vocabulary(scale
         assert (kept[row] ^ (expected[0] > -torch.inf)).sum() <= 1
 
 
-def test_rows_with_different_settings_are_drawn_as_each_alone():
+def test_rows_with_different_settings_are_generated_as_each_alone():
     logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(1)) * 2
     params = [
         SamplingParams(seed=1),
@@ -170,20 +170,20 @@ def test_rows_with_different_settings_are_drawn_as_each_alone():
         SamplingParams(seed=6, top_k=20, top_p=0.9),
     ]
     positions = np.array([0, 5, 2, 9, 1, 0])
-    together = draw(logits, SamplingRows.of(params), positions)
+    together = sample_tokens(logits, SamplingRows.of(params), positions)
     for row in range(6):
-        alone = draw(logits[row : row + 1], SamplingRows.of(params[row : row + 1]), positions[row : row + 1])
+        alone = sample_tokens(logits[row : row + 1], SamplingRows.of(params[row : row + 1]), positions[row : row + 1])
         assert torch.equal(together[0][row], alone[0][0])
         torch.testing.assert_close(together[1][row], alone[1][0], atol=1e-6, rtol=0)
 
 
-def test_a_large_vocabulary_drawn_in_pieces_is_drawn_as_in_one():
+def test_a_large_vocabulary_generated_in_pieces_is_generated_as_in_one():
     logits = torch.randn(9, 200_000, generator=torch.Generator().manual_seed(2))
     banned = [(1, [3, 4]), (8, [5])]
-    tokens, log_probs = draw(logits, rows_of(9), np.arange(9), banned)
+    tokens, log_probs = sample_tokens(logits, rows_of(9), np.arange(9), banned)
     for row in range(9):
         only = [(0, ids) for index, ids in banned if index == row]
-        alone, _ = draw(logits[row : row + 1], rows_of(9)[row : row + 1], np.array([row]), only)
+        alone, _ = sample_tokens(logits[row : row + 1], rows_of(9)[row : row + 1], np.array([row]), only)
         assert tokens[row] == alone[0]
     expected = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(log_probs.double(), expected, atol=1e-5, rtol=0)
@@ -193,36 +193,36 @@ def test_greedy_takes_the_lowest_id_among_equals():
     logits = torch.zeros(3, 20)
     logits[0, [4, 9]] = 1
     logits[1, [19, 2, 3]] = 5
-    tokens, log_probs = draw(logits, rows_of(3, temperature=0), np.zeros(3, np.int64))
+    tokens, log_probs = sample_tokens(logits, rows_of(3, temperature=0), np.zeros(3, np.int64))
     assert tokens.tolist() == [4, 2, 0]
     torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
 
 
-def test_banned_tokens_are_never_drawn_and_count_in_log_probs():
+def test_banned_tokens_are_never_generated_and_count_in_log_probs():
     logits = torch.randn(200, 10, generator=torch.Generator().manual_seed(3))
     logits[:, 7] += 5
     for params in ({}, {"temperature": 0}, {"top_k": 1}, {"top_p": 0.1}):
         banned = [(row, (7, 8)) for row in range(0, 200, 2)]
-        tokens, log_probs = draw(logits, rows_of(200, **params), np.zeros(200, np.int64), banned)
+        tokens, log_probs = sample_tokens(logits, rows_of(200, **params), np.zeros(200, np.int64), banned)
         assert not set(tokens[::2].tolist()) & {7, 8}
         assert 7 in tokens[1::2].tolist()
         expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
 
 
-def test_logits_in_half_precision_are_drawn_in_float32():
+def test_logits_in_half_precision_are_generated_in_float32():
     logits = torch.randn(5, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
-    tokens, log_probs = draw(logits, rows_of(5), np.zeros(5, np.int64))
-    expected, expected_log_probs = draw(logits.float(), rows_of(5), np.zeros(5, np.int64))
+    tokens, log_probs = sample_tokens(logits, rows_of(5), np.zeros(5, np.int64))
+    expected, expected_log_probs = sample_tokens(logits.float(), rows_of(5), np.zeros(5, np.int64))
     assert torch.equal(tokens, expected)
     assert torch.equal(log_probs, expected_log_probs)
     assert log_probs.dtype == torch.float32
 
 
-def test_small_changes_of_the_logits_rarely_change_the_drawn_token():
+def test_small_changes_of_the_logits_rarely_change_the_generated_token():
     """What makes a seed repeatable over batches of other sizes, where logits differ by rounding."""
     logits = torch.randn(20_000, 50, generator=torch.Generator().manual_seed(5))
     jitter = torch.randn(20_000, 50, generator=torch.Generator().manual_seed(6)) * 1e-6
-    tokens, _ = draw(logits, rows_of(20_000), np.zeros(20_000, np.int64))
-    moved, _ = draw(logits + jitter, rows_of(20_000), np.zeros(20_000, np.int64))
+    tokens, _ = sample_tokens(logits, rows_of(20_000), np.zeros(20_000, np.int64))
+    moved, _ = sample_tokens(logits + jitter, rows_of(20_000), np.zeros(20_000, np.int64))
     assert (tokens != moved).sum() <= 2

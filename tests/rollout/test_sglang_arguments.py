@@ -23,7 +23,7 @@ def test_graphs_are_for_as_many_responses_as_run_up_to_512_and_none_for_prefills
     [{"cuda_graph_max_bs_decode": 1024}, {"cuda_graph_bs_decode": [1, 2, 4]}, {"disable_decode_cuda_graph": True}],
     ids=str,
 )
-def test_what_a_user_decides_of_drawing_stays(extra):
+def test_what_a_user_decides_of_generating_stays(extra):
     assert graphs(extra=extra) == NO_PREFILL
 
 
@@ -55,5 +55,5 @@ def test_what_else_is_said_of_graphs_changes_nothing(extra):
 
 
 @pytest.mark.parametrize("memory", [0, 24_564, 46_068])
-def test_a_small_gpu_is_left_to_sglang_for_drawing(memory):
+def test_a_small_gpu_is_left_to_sglang_for_generating(memory):
     assert graphs(memory) == NO_PREFILL

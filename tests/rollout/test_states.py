@@ -17,7 +17,7 @@ WEIGHTS = [("weight", torch.zeros(2))]
 
 # What the backend sees of an order; "" for one that is carried out without it.
 ORDERS: dict[str, tuple[Callable[[ClientEngine], Awaitable], str]] = {
-    "generate": (lambda engine: asyncio.wait_for(engine.generate([request("new")]), 0.01), "draw"),
+    "generate": (lambda engine: asyncio.wait_for(engine.generate([request("new")]), 0.01), "generate"),
     "abort": (lambda engine: engine.abort(), ""),
     "pause": (lambda engine: engine.pause(), ""),
     "resume": (lambda engine: engine.resume(), ""),
@@ -39,8 +39,8 @@ AWAKE = {"update", "check", "sleep weights", "sleep cache", "sleep"}
 STATES: dict[str, tuple[list[str], set[str]]] = {
     "idle": ([], ALWAYS | AWAKE | {"generate", "pause"}),
     "paused": (["pause"], ALWAYS | AWAKE | {"hold", "resume"}),
-    "busy": (["draw"], ALWAYS | {"generate", "pause"}),
-    "paused while busy": (["draw", "pause"], ALWAYS | AWAKE | {"hold", "resume"}),
+    "busy": (["generate"], ALWAYS | {"generate", "pause"}),
+    "paused while busy": (["generate", "pause"], ALWAYS | AWAKE | {"hold", "resume"}),
     "weights asleep": (["sleep weights"], ALWAYS | {"pause", "sleep cache", "wake weights"}),
     "cache asleep": (["sleep cache"], ALWAYS | {"pause", "update", "check", "sleep weights", "wake cache"}),
     "asleep": (["sleep"], ALWAYS | {"pause", "wake weights", "wake cache", "wake"}),
@@ -71,7 +71,7 @@ def build(**options) -> tuple[ClientEngine, FakeBackend]:
 async def lead(engine: ClientEngine, backend: FakeBackend, orders: list[str]) -> list[asyncio.Task]:
     calls = []
     for order in orders:
-        if order == "draw":
+        if order == "generate":
             calls.append(asyncio.create_task(engine.generate([request("busy")])))
             await asyncio.sleep(0)
         else:
@@ -122,7 +122,7 @@ def test_weights_that_are_kept_in_sleep_need_not_come_again():
             await ORDERS["generate"][0](engine)
 
     asyncio.run(run())
-    assert "draw" in backend.log
+    assert "generate" in backend.log
     backend.closed = True
 
 

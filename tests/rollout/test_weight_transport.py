@@ -92,14 +92,14 @@ def send(end: WeightSender, receivers: Receivers, stream) -> dict[str, float]:
 
 def random_tensors(seed: int, count: int) -> dict[str, torch.Tensor]:
     """Of every dtype and up to four dimensions, some empty, some larger than a bucket, some not contiguous."""
-    draw, numbers = random.Random(seed), torch.Generator().manual_seed(seed)
+    request, numbers = random.Random(seed), torch.Generator().manual_seed(seed)
     tensors = {}
     for index in range(count):
-        shape = [draw.choice([0, 1, 2, 3, 5, 8, 13]) for _ in range(draw.randint(0, 4))]
+        shape = [request.choice([0, 1, 2, 3, 5, 8, 13]) for _ in range(request.randint(0, 4))]
         if index % 10 == 7:
-            shape = [draw.randint(BUCKET - 2, 3 * BUCKET)]
+            shape = [request.randint(BUCKET - 2, 3 * BUCKET)]
         values = torch.randint(-1000, 1000, shape, generator=numbers)
-        tensor = values.to(draw.choice(DTYPES))
+        tensor = values.to(request.choice(DTYPES))
         tensors[f"layers.{index}.weight"] = tensor.transpose(0, -1) if tensor.dim() > 1 and index % 3 else tensor
     return tensors
 

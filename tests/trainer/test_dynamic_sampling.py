@@ -81,7 +81,7 @@ def test_later_draws_go_by_the_share_found_so_far():
 
 
 def test_past_the_limit_the_run_ends_and_says_what_was_found():
-    with pytest.raises(UserError, match=r"2 generations .* 8 prompts, and those to 2 differ in score, of 4 wanted"):
+    with pytest.raises(UserError, match=r"after 2 generations for 8 prompts, only 2 of 4 groups differ in score"):
         Run([True, False, False, False] * 20, groups=4, limit=2).step()
 
 

@@ -100,7 +100,7 @@ def test_finished_batches_outlive_a_run_and_the_same_command_goes_on(small, tmp_
     assert len(kept) >= 4
     if end == signal.SIGINT:
         assert process.returncode == 130
-        assert f"{len(kept)} of 200 batches are in {parts}; the same command goes on from there" in said
+        assert f"{len(kept)} of 200 batches are in {parts}. The same command resumes from there" in said
     assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
     assert pq.read_table(output).equals(pq.read_table(tmp_path / "whole.parquet"))
     assert not parts.exists()
@@ -166,7 +166,7 @@ def test_prompts_that_hold_responses_already_are_refused(small, tmp_path, capsys
     table = pq.read_table(small / "train.parquet")
     pq.write_table(table.append_column("responses", pa.array(["x"] * table.num_rows)), tmp_path / "in.parquet")
     assert main(arguments(small, tmp_path / "out.parquet", data__path=tmp_path / "in.parquet")) == 1
-    assert "has a column 'responses', which will be written: rename it" in capsys.readouterr().err
+    assert "has a column 'responses', which this run writes: rename it" in capsys.readouterr().err
 
 
 def test_prompts_with_images_are_refused_before_anything_starts(small, tmp_path, capsys):
@@ -188,5 +188,5 @@ def test_a_dry_run_prints_what_would_be_done_and_names_keys_without_effect(small
     for part in ("24, 1 responses each", "3 of 10 prompts", "hf, 1 on cpu", "No problem found"):
         assert part in said
     assert "rollout.enforce_eager=True has no effect" in said
-    assert "model.use_remove_padding has no effect" in said
+    assert "model.use_remove_padding=True has no effect: nothing is trained." in said
     assert list(tmp_path.iterdir()) == []

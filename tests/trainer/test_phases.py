@@ -1,10 +1,13 @@
-"""Who has the device's memory when, over a whole run of the trainer's own loop. The engine is a client's, which refuses
-orders that make no sense; its backend, the workers and the stages only note what they are asked to do."""
+"""The engine and the models in training take turns on the device, over whole runs of the trainer's own loop.
+
+A ``Device`` stands for the GPU's memory: it raises when two that must not be there together are, and when somebody
+computes without what it needs. The engine is a real client, which refuses orders that make no sense.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,274 +18,290 @@ import torch
 
 from verl.rollout.client.engine import ClientEngine
 from verl.rollout.contract.base import Capabilities, MemoryTag
+from verl.rollout.loop import EventLoop
 from verl.trainer.ppo.phases import Phases, put_to_sleep
+from verl.trainer.ppo.runtime import Runtime
+from verl.trainer.ppo.stages import Stages
+from verl.trainer.ppo.step_log import StepLog
 from verl.trainer.ppo.trainer import PPOTrainer
+from verl.trainer.ppo.weight_sync import WeightSync
 
 BOTH: list[MemoryTag] = ["weights", "kv_cache"]
+
+
+class Device:
+    """awake: the engine's memory. loaded: roles whose models are on the device. cached: the trainer's allocator holds
+    memory that it does not use. versions: of the engine's weights at each generation."""
+
+    def __init__(self, sleep: Sequence[MemoryTag], borrows: bool):
+        self.can_sleep, self.borrows = set(sleep), borrows
+        self.awake: set[str] = set(BOTH)
+        self.loaded: set[str] = set()
+        self.cached = False
+        self.version: int | None = None
+        self.versions: list[int | None] = []
+        self.trained = self.freed = 0
+        self.compared: list[int | None] = []
+
+    def wake(self, tags: Sequence[str]) -> None:
+        assert not self.cached, "the trainer's allocator holds the memory that the engine needs"
+        self.awake |= set(tags)
+
+    def sleep(self, tags: Sequence[str]) -> None:
+        self.awake -= set(tags)
+        if "weights" in tags and not self.borrows:
+            self.version = None
+
+    def load(self, role: str) -> None:
+        if "kv_cache" in self.can_sleep:
+            assert "kv_cache" not in self.awake, f"{role} is loaded beside the KV cache"
+        self.loaded.add(role)
+
+    def unload(self, role: str, stays: bool) -> None:
+        self.cached = True
+        if not stays:
+            self.loaded.discard(role)
+
+    def free(self, tags: Sequence[str]) -> None:
+        self.cached, self.freed = False, self.freed + 1
+
+    def train(self) -> None:
+        assert "actor" in self.loaded
+        assert not self.awake & self.can_sleep, "trained beside the engine"
+        self.trained += 1
+
+    def save(self) -> None:
+        if self.borrows:
+            assert "weights" not in self.awake, "saved while the engine borrows the model"
+        if "kv_cache" in self.can_sleep:
+            assert "kv_cache" not in self.awake, "a model was exported beside the KV cache"
+
+    def update_weights(self, version: int) -> None:
+        if not self.borrows:
+            assert {"weights"} <= self.awake
+            assert "actor" in self.loaded
+        self.version = version
+
+    def generate(self) -> None:
+        assert self.awake == set(BOTH)
+        assert not self.borrows or "actor" in self.loaded
+        self.versions.append(self.version)
 
 
 class Backend:
     """See ``verl.rollout.client.backend.Backend``."""
 
-    def __init__(self, log: list[str], sleep: Sequence[MemoryTag], borrows: bool = False):
-        self.capabilities, self.log = Capabilities(sleep=frozenset(sleep), holds_weights=not borrows), log
-        self.keeps_weights, self.update_seconds = borrows, {"gather": 0.25, "wait": 0.5}
+    def __init__(self, device: Device):
+        self.device, self.keeps_weights = device, device.borrows
+        self.capabilities = Capabilities(sleep=frozenset(device.can_sleep), holds_weights=not device.borrows)
+        self.update_seconds = {"gather": 0.25, "wait": 0.5}
 
     def listen(self, listener: object) -> None:
         pass
 
     def update_weights(self, stream: object, version: int) -> None:
-        self.log.append(f"weights {version}")
+        self.device.update_weights(version)
 
     def check_weights(self, stream: object) -> list[str]:
-        self.log.append("check")
+        self.device.compared.append(self.device.version)
         return []
 
     def sleep(self, tags: Sequence[MemoryTag]) -> None:
-        self.log.append("sleep " + " ".join(tags))
+        self.device.sleep(tags)
 
     def wake(self, tags: Sequence[MemoryTag]) -> None:
-        self.log.append("wake " + " ".join(tags))
+        self.device.wake(tags)
 
     def drop_cache(self) -> None:
         pass
 
 
 class Workers:
-    def __init__(self, log: list[str]):
-        self.log = log
+    """takes: seconds of calls."""
 
-    def call(self, method: str, of: str | list[MemoryTag] = "", needed: bool = False, *_: Any) -> Future:
-        """of: a role, or what is about to wake. needed: of an unloaded role's parameters."""
-        kept = " kept" if method == "unload" and needed else ""
-        self.log.append(f"{method} {of if isinstance(of, str) else ' '.join(of)}".strip() + kept)
-        answer: Future = Future()
-        answer.set_result([None])
-        return answer
+    def __init__(self, device: Device):
+        self.device, self.takes = device, dict[str, float]()
+
+    def call(self, method: str, *args: Any) -> Future:
+        time.sleep(self.takes.get(method, 0.0))
+        if method == "load":
+            self.device.load(args[0])
+        elif method == "unload":
+            self.device.unload(args[0], stays=args[1])
+        elif method == "free_memory":
+            self.device.free(args[0])
+        elif method == "save":
+            self.device.save()
+        return answered([SimpleNamespace(flops=0.0, peak_flops=0.0, memory=0)])
+
+    def map(self, method: str, table: None) -> Future:
+        self.device.train()
+        return answered(table)
+
+
+def answered(value: Any) -> Future:
+    future: Future = Future()
+    future.set_result(value)
+    return future
+
+
+class Feed:
+    """generations: of each step, before each of which but the first the engine gets its weights again, as it slept
+    while a reward model scored."""
+
+    def __init__(self, stages: Stages, sync: WeightSync, device: Device, generations: int):
+        self.stages, self.sync, self.device, self.generations = stages, sync, device, generations
+
+    def generate(self, log: StepLog) -> None:
+        with self.stages.generating(log):
+            self.stages.runtime.rollout._state.check_generate()
+            self.device.generate()
+
+    def take(self, step: int, log: StepLog) -> None:
+        for number in range(self.generations):
+            if number:
+                self.sync.send_again(log)
+            self.generate(log)
+            self.stages.make_room_for_training(log)
+
+    def released(self, version: int) -> None:
+        pass
 
 
 class Trainer(PPOTrainer):
-    """The loop, with a generation that draws nothing and a training that loads the actor."""
+    """Forwards and updates of the actor alone."""
 
-    def __init__(
-        self, rollout: ClientEngine, log: list[str], validates: Sequence[int] = (), steps: int = 2, saves=False
-    ):
-        super().__init__(
-            config=SimpleNamespace(
-                data=SimpleNamespace(shuffle=False, seed=0, max_response_length=4),
-                algorithm=SimpleNamespace(adv_estimator="gae", kl_ctrl=SimpleNamespace(type="fixed", kl_coef=0.0)),
-                trainer=SimpleNamespace(check_log_probs=False, check_weights="first", save_freq=-1),
-            ),
-            plan=SimpleNamespace(
-                prompts=2, last_step=steps, validates=lambda step: step in validates, saves=lambda step: saves
-            ),
-            parts=SimpleNamespace(
-                rollout=rollout,
-                workers=Workers(log),
-                weights=lambda: [("weight", torch.zeros(1))],
-                checkpoints=SimpleNamespace(save=lambda step, write, state: write("folder")),
-                train_prompts=SimpleNamespace(num_rows=4, take=lambda rows: rows),
-                trackers=SimpleNamespace(progress=SimpleNamespace(stage=stage), log=lambda *_: None),
-            ),
-        )
-        self.log = log
-
-    def _generate(self) -> None:
-        with self.generating():
-            self.parts.rollout._state.check_generate()
-            self.log.append("generate")
-
-    def roll_out(self, prompts: Any) -> None:
-        self._generate()
-        self.make_room_for_training()
-
-    def validate(self) -> None:
-        self._generate()
-
-    def old_log_probs(self, table: None) -> None:
-        with self.loaded("actor"):
-            self.log.append("train")
-
-    def update_actor(self, table: None) -> None:
-        with self.loaded("actor", optimizer=True, needed=True):
-            self.log.append("update")
+    def update(self, table: None, step: int, log: StepLog) -> None:
+        with self.stages.computing(log, "update_actor", "actor", optimizer=True, stays_loaded=True):
+            self.stages.runtime.workers.map("update_actor", None)
 
     def nothing(self, *_: object) -> None:
         pass
 
-    rollout_correction = ref_log_probs = values = advantages = update_critic = report = nothing
-
-
-class DrawsTwice(Trainer):
-    """A reward model scores each draw of a step, and the engine loses its weights meanwhile."""
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.parts.reward_inputs = object()
-
-    def _respond(self, prompts: Any, draw: int = 0) -> Any:
-        self._generate()
-        self.make_room_for_training()
-
-    def roll_out(self, prompts: Any) -> None:
-        self._respond(prompts)
-        self._draw_more(1, draw=1)
+    rollout_correction = ref_log_probs = values = advantages = report = nothing
 
 
 @contextmanager
-def stage(name: str, total: int | None):
+def stage(name: str, total: int | None = None) -> Iterator[None]:
     yield None
 
 
-def run(
-    sleep: Sequence[MemoryTag], borrows: bool = False, trainer_class: type[Trainer] = Trainer, **options: Any
-) -> list[str]:
-    """What is noted from the start of the engine to the end of the run."""
-    log: list[str] = []
-    engine = ClientEngine(
-        Backend(log, sleep, borrows), eos_token_ids=[1], max_model_len=10, vocab_size=10, no_weights="none have come"
+@pytest.fixture
+def loop():
+    loop = EventLoop()
+    yield loop
+    loop.close()
+
+
+def engine_on(device: Device) -> ClientEngine:
+    return ClientEngine(
+        Backend(device), eos_token_ids=[1], max_model_len=10, vocab_size=10, no_weights="none have come"
     )
-    put_to_sleep(engine)
-    trainer = trainer_class(engine, log, **options)
+
+
+def runtime_of(device: Device, loop: EventLoop) -> Runtime:
+    engine = engine_on(device)
+    put_to_sleep(engine, loop)
+    progress = SimpleNamespace(stage=stage)
+    return Runtime(loop, Workers(device), engine, lambda: [("weight", torch.zeros(1))], progress)  # type: ignore[arg-type]
+
+
+def run(
+    loop: EventLoop,
+    sleep: Sequence[MemoryTag],
+    borrows: bool = False,
+    *,
+    validates: Sequence[int] = (),
+    steps: int = 2,
+    saves: bool = False,
+    generations: int = 1,
+) -> Device:
+    """The device after a run, on which nothing forbidden has happened."""
+    device = Device(sleep, borrows)
+    stages = Stages(runtime_of(device, loop))
+    sync = WeightSync(stages, "first")
+    feed = Feed(stages, sync, device, generations)
+
+    def save(step: int, table: None, log: StepLog, *, sound: bool) -> None:
+        assert sound
+        stages.phases.update()
+        stages.runtime.workers.call("save", "folder").result()
+        log.timer.seconds["save_checkpoint"] = 0.0
+
+    trainer = Trainer(
+        SimpleNamespace(algorithm=SimpleNamespace(adv_estimator="gae")),
+        SimpleNamespace(
+            last_step=steps, validates=lambda step: step in validates, saves=lambda step: saves, save_freq=-1
+        ),
+        stages=stages,
+        feed=feed,
+        weight_sync=sync,
+        validation=SimpleNamespace(run=lambda step, log: feed.generate(log)),
+        state=SimpleNamespace(save=save, unsaved=None),
+        samples=None,
+        kl_control=None,
+        trackers=SimpleNamespace(log=lambda metrics, step: None),
+    )
+    trainer.updates = SimpleNamespace(actor=trainer.update, critic=trainer.nothing, last_skipped=set())
     assert trainer.fit()
-    return log
-
-
-UPDATE = ["free_memory weights", "wake weights", "load actor", "weights {}", "unload actor"]
-CHECKED_UPDATE = [*UPDATE[:4], "check", "unload actor"]
-STAGES = [*["load actor", "train", "unload actor"], *["load actor", "update", "unload actor kept"]]
-TRAIN = ["sleep kv_cache weights", *STAGES]
-FULL = ["free_memory kv_cache", "wake kv_cache"]
-
-
-def test_engine_and_models_take_turns():
-    assert run(BOTH) == [
-        *["sleep kv_cache weights", *(order.format(0) for order in CHECKED_UPDATE)],
-        *[*FULL, "generate", *TRAIN, *(order.format(1) for order in UPDATE)],
-        *[*FULL, "generate", *TRAIN, *(order.format(2) for order in UPDATE)],
-    ]
-
-
-def test_validation_draws_before_the_engine_makes_room():
-    assert run(BOTH, validates=[0, 1, 2]) == [
-        *["sleep kv_cache weights", *(order.format(0) for order in CHECKED_UPDATE)],
-        *[*FULL, "generate", "generate", *TRAIN, *(order.format(1) for order in UPDATE)],
-        *[*FULL, "generate", "generate", *TRAIN, *(order.format(2) for order in UPDATE)],
-        *[*FULL, "generate"],
-    ]
-
-
-def test_weights_that_come_back_within_a_step_are_told_the_version_that_they_had():
-    log = run(BOTH, trainer_class=DrawsTwice)
-    noted = [order for order in log if order == "generate" or order.startswith("weights")]
-    assert noted == [
-        *["weights 0", "generate", "weights 0", "generate"],
-        *["weights 1", "generate", "weights 1", "generate", "weights 2"],
-    ]
+    assert device.trained == 2 * steps
+    return device
 
 
 @pytest.mark.parametrize("saves", [False, True])
 @pytest.mark.parametrize("validates", [[], [0], [0, 1, 2], [1], [2]])
-def test_no_model_is_loaded_beside_the_cache_and_none_is_trained_beside_the_engines_weights(validates, saves):
-    awake, kept = set(BOTH), False
-    for order in run(BOTH, validates=validates, saves=saves, steps=3):
-        name, *tags = order.split()
-        if name in ("load", "unload"):
-            kept = tags == ["actor", "kept"]
-        elif kept:
-            assert order in ("free_memory weights", "wake weights")
-        if name == "sleep":
-            awake -= set(tags)
-        elif name == "wake":
-            awake |= set(tags)
-        elif name in ("load", "save"):  # which may load models to export them
-            assert "kv_cache" not in awake
-        elif name in ("train", "update"):
-            assert not awake
-        elif name == "generate":
-            assert awake == set(BOTH)
+@pytest.mark.parametrize(("sleep", "borrows"), [(BOTH, False), (["kv_cache"], False), (["weights"], True), ([], False)])
+def test_engine_and_models_take_turns_and_each_step_is_generated_with_the_weights_of_the_step_before(
+    loop, sleep, borrows, validates, saves
+):
+    device = run(loop, sleep, borrows, validates=validates, saves=saves, steps=3)
+    expected = [0] * (0 in validates)
+    for step in (1, 2, 3):
+        expected += [step - 1] + [step] * (step in validates)
+    assert device.versions == expected
+    assert device.compared == ([] if borrows else [0])
 
 
-def test_an_engine_that_gives_up_only_its_cache_keeps_its_weights():
-    log = run(["kv_cache"], steps=1)
-    assert [order for order in log if order.split()[0] in ("sleep", "wake", "free_memory")] == [
-        *["sleep kv_cache", "free_memory kv_cache", "wake kv_cache", "sleep kv_cache"],
-    ]
+def test_weights_that_are_sent_again_within_a_step_keep_their_version(loop):
+    assert run(loop, BOTH, generations=2).versions == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("saves", [False, True])
-def test_an_engine_that_borrows_the_model_has_it_only_while_it_draws(saves):
-    whole = False
-    for order in run(["weights"], borrows=True, validates=[0, 1, 2], saves=saves):
-        name, *_ = order.split()
-        if name in ("sleep", "wake"):
-            whole = name == "wake"
-        elif name in ("train", "update", "save"):
-            assert not whole
-        elif name == "generate":
-            assert whole
+def test_memory_is_freed_only_before_the_engine_wakes(loop):
+    assert run(loop, BOTH, steps=2).freed == 3 + 2  # before each weight update, and before each generation
+    assert run(loop, [], steps=2).freed == 0
 
 
-def test_an_engine_that_cannot_sleep_is_left_alone():
-    update = ["load actor", "weights {}", "unload actor"]
-    assert run([], validates=[1], steps=1) == [
-        *["load actor", "weights 0", "check", "unload actor", "generate", *STAGES],
-        *[*(order.format(1) for order in update), "generate"],
-    ]
-
-
-def test_memory_is_freed_only_where_the_engine_is_about_to_take_some():
-    freed: list[str] = []
-    engine = ClientEngine(Backend(freed, BOTH), eos_token_ids=[1], max_model_len=10, vocab_size=10)
-    put_to_sleep(engine)
-    phases = Phases(engine, lambda tags: freed.append("free_memory " + " ".join(tags)))
-    for phase in (phases.train, phases.generate, phases.generate, phases.train, phases.update, phases.update):
-        phase()
-    assert freed == [
-        *["sleep kv_cache weights", "free_memory kv_cache weights", "wake kv_cache weights"],
-        *["sleep kv_cache weights", "free_memory weights", "wake weights"],
-    ]
-
-
-def test_a_phase_that_did_not_come_about_is_tried_again():
-    """The models hold the memory that the engine needs: once some is given back, it wakes."""
-    log: list[str] = []
-    backend = Backend(log, BOTH)
-    engine = ClientEngine(backend, eos_token_ids=[1], max_model_len=10, vocab_size=10)
-    put_to_sleep(engine)
-    phases = Phases(engine, lambda tags: None)
-    wake = backend.wake
-    backend.wake = lambda tags: (_ for _ in ()).throw(MemoryError("the GPU is full"))
-    with pytest.raises(MemoryError):
+def test_a_phase_that_failed_is_tried_again(loop):
+    """The models hold the memory that the engine needs. Once some is given back, the engine wakes."""
+    device = Device(BOTH, borrows=False)
+    engine = engine_on(device)
+    put_to_sleep(engine, loop)
+    phases = Phases(engine, loop, lambda tags: None)
+    device.cached = True
+    with pytest.raises(AssertionError, match="holds the memory"):
         phases.generate()
-    backend.wake = wake
+    assert device.awake == set()
+    device.cached = False
     phases.generate()
-    assert log[-1] == "wake kv_cache weights"
+    assert device.awake == set(BOTH)
 
 
-def test_what_a_weight_update_spent_its_time_on_is_reported():
-    log: list[str] = []
-    engine = ClientEngine(Backend(log, BOTH), eos_token_ids=[1], max_model_len=10, vocab_size=10)
-    put_to_sleep(engine)
-    trainer, takes = Trainer(engine, log), {"free_memory": 0.05, "load": 0.01, "unload": 0.02}
-    call = trainer.parts.workers.call
-
-    def slow(method: str, *arguments: Any) -> Future:
-        time.sleep(takes[method])
-        return call(method, *arguments)
-
-    trainer.parts.workers.call = slow
+def test_the_seconds_of_a_weight_update_are_reported_by_its_parts(loop):
+    device, log = Device(BOTH, borrows=False), StepLog()
+    runtime = runtime_of(device, loop)
+    runtime.workers.takes = {"free_memory": 0.05, "load": 0.01, "unload": 0.02}  # type: ignore[attr-defined]
+    sync = WeightSync(Stages(runtime), "first")
 
     def parts() -> dict[str, float]:
         start = "timing_part_s/update_weights/"
-        return {name.removeprefix(start): value for name, value in trainer.metrics.items() if name.startswith(start)}
+        return {name.removeprefix(start): value for name, value in log.metrics.items() if name.startswith(start)}
 
-    trainer.update_rollout_weights()
+    sync.send(log, 0)
     assert parts().keys() == {"room", "load", "gather", "wait"}
     assert (parts()["gather"], parts()["wait"]) == (0.25, 0.5)
     assert parts()["room"] >= 0.05
     assert parts()["load"] >= 0.03
-    assert parts()["room"] + parts()["load"] <= trainer.timer.seconds["update_weights"]
-    trainer.update_rollout_weights()  # one more in the same step
+    assert parts()["room"] + parts()["load"] <= log.timer.seconds["update_weights"]
+    sync.send(log, 0)  # once more in the same step
     assert parts()["wait"] == 1.0
     assert parts()["load"] >= 0.06

@@ -26,8 +26,8 @@ from verl.data.ragged import Ragged
 from verl.data.schema import with_columns
 from verl.errors import UserError
 from verl.memory.gpu_balance import DISABLE, GPUReading
-from verl.plan import RunPlan, plan_run
-from verl.rollout.client.backend import Draw, EngineDied
+from verl.plan import RunPlan, engine_of, plan_run
+from verl.rollout.client.backend import EngineDied, GenerateRequest
 from verl.rollout.contract.base import Capabilities, Request, SamplingParams
 from verl.rollout.embedded.engine import HFEngine
 from verl.rollout.engines.sglang.arguments import environment_of
@@ -38,7 +38,10 @@ from verl.trainer.ppo import ranks
 from verl.trainer.ppo.metrics import StageCost, sequence_lengths
 from verl.trainer.ppo.ranks import HOST, WORKER, make_host, token_shares
 from verl.trainer.ppo.replicas import Replicas
-from verl.trainer.ppo.trainer import PPOTrainer
+from verl.trainer.ppo.runtime import Runtime
+from verl.trainer.ppo.stages import Stages
+from verl.trainer.ppo.step_log import StepLog
+from verl.trainer.ppo.updates import Updates
 
 pytestmark = pytest.mark.timeout(120)  # of a deadlock
 
@@ -76,7 +79,7 @@ class Started:
         self.log, self.environment, self.part = options["log"], options["environment"], options["part"]
         self.sender, self.senders = options["sender"], options["senders"]
         self.process = SimpleNamespace(pid=os.getpid())
-        self.drawn: list[Draw] = []
+        self.generated: list[GenerateRequest] = []
         self.closed = False
         self.all_of.append(self)
 
@@ -86,8 +89,8 @@ class Started:
     def listen(self, listener: Any) -> None:
         self.listener = listener
 
-    def draw(self, draws: Sequence[Draw]) -> None:
-        self.drawn += draws
+    def generate(self, requests: Sequence[GenerateRequest]) -> None:
+        self.generated += requests
 
     def update_weights(self, stream: Any, version: int) -> None:
         self.update_seconds: dict[str, float] = {}
@@ -170,7 +173,7 @@ def made(small, started, tmp_path) -> Iterator[Callable[..., Ranks]]:
         def made(gpus: Sequence[str | None], **keys: object) -> Ranks:
             config, plan = planned(small / "model", **keys)
             found = Ranks(plan, gpus)
-            found.make(HOST, "verl.trainer.ppo.ranks:make_host", config, plan, tmp_path)
+            found.make(HOST, "verl.trainer.ppo.ranks:make_host", engine_of(config, plan), tmp_path)
             stack.callback(found.close)
             return found
 
@@ -282,7 +285,7 @@ def test_a_host_that_was_made_before_its_worker_sends_that_ones_weights(made):
     assert [here.objects[WORKER].sent for here in job.heres] == [2] * 8  # all take part, for whoever needs them
 
 
-def test_an_embedded_engine_draws_with_the_actor_of_its_rank(small, made):
+def test_an_embedded_engine_generates_with_the_actor_of_its_rank(small, made):
     job = made(
         [None], device="cpu", trainer__nnodes=1, trainer__n_gpus_per_node=1, actor_rollout_ref__rollout__name="hf"
     )
@@ -295,11 +298,11 @@ def test_an_embedded_engine_draws_with_the_actor_of_its_rank(small, made):
     facts = host.start([place])
     assert not facts["capabilities"].holds_weights
     sampling = SamplingParams(max_new_tokens=9, seed=5)
-    host.draw_and_recall(facts["number"], [[Draw("a", [5, 6], 9, sampling, frozenset({1}), False)]])
-    ((_, (drawn,)),) = host.reports(facts["number"], 20)
+    host.generate_and_abort(facts["number"], [[GenerateRequest("a", [5, 6], 9, sampling, frozenset({1}), False)]])
+    ((_, (generated,)),) = host.reports(facts["number"], 20)
     itself = HFEngine(model, eos_token_ids=[1], max_model_len=20)
     (expected,) = asyncio.run(itself.generate([Request("a", [5, 6], sampling)]))
-    assert drawn.ids == expected.response_ids
+    assert generated.ids == expected.response_ids
 
 
 # --- the driver's side -----------------------------------------------------------------------------------------------
@@ -318,7 +321,7 @@ def driven(small, started, tmp_path) -> Iterator[Callable[[int], Driven]]:
             config, plan = planned(small / "model", **keys)
             job, notes = Ranks(plan, NUMBERS), []
             tokenizer = AutoTokenizer.from_pretrained(small / "model")
-            replicas = Replicas(job, config, plan, tokenizer, tmp_path, notes.append)
+            replicas = Replicas(job, engine_of(config, plan), tokenizer, tmp_path, notes.append)
             stack.callback(job.close)
             for here in job.heres:
                 here.objects[WORKER] = Worker(torch.nn.Linear(3, 4))
@@ -361,7 +364,7 @@ def test_when_the_ranks_are_gone_nobody_waits_for_their_engines_and_nothing_is_a
         call = asyncio.create_task(
             router.generate([Request(str(i), [5, 6], SamplingParams(max_new_tokens=4)) for i in range(8)])
         )
-        while sum(len(process.drawn) for process in started) < 8:
+        while sum(len(process.generated) for process in started) < 8:
             await asyncio.sleep(0.01)
         job.failure = UserError("rank 3 is gone")
         await asyncio.to_thread(replicas.fail, job.failure)
@@ -448,20 +451,15 @@ def test_the_rows_of_an_optimizer_step_do_not_depend_on_how_ranks_share_them(sma
         actor_rollout_ref__actor__ppo_epochs=2,
         actor_rollout_ref__actor__shuffle=True,
     )
-    drawn = np.random.default_rng(0).integers(1, 13, (2, 32))
-    table = table_of(*drawn.tolist())
-    table = with_columns(table, advantages=Ragged.from_rows([[0.0] * length for length in drawn[1]], np.float32))
+    generated = np.random.default_rng(0).integers(1, 13, (2, 32))
+    table = table_of(*generated.tolist())
+    table = with_columns(table, advantages=Ragged.from_rows([[0.0] * length for length in generated[1]], np.float32))
     taken = {}
     for balance in (False, True):
         workers = Recording(plan.world_size, balance)
-        parts = SimpleNamespace(
-            workers=workers,
-            train_prompts=pa.table({"row": range(16)}),
-            weights=lambda: (),
-            rollout=SimpleNamespace(capabilities=Capabilities()),
-            trackers=SimpleNamespace(progress=Progress()),
-        )
-        PPOTrainer(config, plan, parts).update_actor(table)
+        rollout = SimpleNamespace(capabilities=Capabilities())
+        runtime = Runtime(None, workers, rollout, lambda: (), SimpleNamespace(stage=Progress().stage))  # type: ignore[arg-type]
+        Updates(config, plan, Stages(runtime)).actor(table, 1, StepLog())
         taken[balance] = workers.steps
         assert workers.unloaded == [("actor", True)]  # but for its parameters, which go to the rollout engine next
     assert len(taken[False]) == len(taken[True]) == 8

@@ -41,7 +41,7 @@ def test_a_replica_of_two_ranks_that_dies_is_started_again_and_no_prompt_is_lost
         assert run.wait(300) == 0, output.read_text()[-4000:]
     finally:
         run.kill()
-    assert "replica 0 (ranks 0 to 1) is started again" in output.read_text()
+    assert "replica 0 (ranks 0 to 1) is restarted" in output.read_text()
     assert (tmp_path / "run" / "rollout" / f"{engine.name}-0-start-2.log").exists()
     steps = metrics_of(tmp_path / "run")
     assert [step["step"] for step in steps] == list(range(1, 13))

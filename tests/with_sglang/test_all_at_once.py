@@ -18,7 +18,7 @@ AT_ONCE, LENGTH, PREFILL, RESPONSE = 8, 20, 64, 100
 
 
 @pytest.mark.parametrize("asked", [AT_ONCE, AT_ONCE + 2])
-def test_max_num_seqs_responses_are_drawn_at_once_where_a_prefill_is_cut_and_no_more(small, tmp_path, asked):
+def test_max_num_seqs_responses_are_generated_at_once_where_a_prefill_is_cut_and_no_more(small, tmp_path, asked):
     prompts = np.random.default_rng(0).integers(3, 16, (asked, LENGTH)).tolist()
     sampling = SamplingParams(max_new_tokens=RESPONSE, ignore_eos=True)
     requests = [Request(str(number), prompt, sampling) for number, prompt in enumerate(prompts)]

@@ -87,8 +87,19 @@ def connect(servers, model, tmp_path) -> Iterator[Callable[..., Router]]:
             f"actor_rollout_ref.model.path='{model}'",
         )
         times = Times(probe_every=1.0, probe_timeout=30.0, dead_after=60.0)
+        policy = config.actor_rollout_ref
         router = build_server_rollout(
-            config, None, [EOS], CONTEXT, VOCABULARY, dtype=None, bucket_bytes=50_000, note=note, times=times
+            policy.rollout,
+            Path(policy.model.path),
+            None,
+            [EOS],
+            CONTEXT,
+            VOCABULARY,
+            dtype=None,
+            bucket_bytes=50_000,
+            weights_dir=policy.rollout.server_weights_dir if by == "disk" else None,
+            note=note,
+            times=times,
         )
         router._pool.retry_every = retry_every
         routers.append(router)
@@ -134,7 +145,7 @@ def check(trainer: Qwen2ForCausalLM, asked: list[Request], results: list[Result]
 
 
 @pytest.mark.parametrize("by", ["tensors", "disk"])
-def test_both_servers_draw_from_the_trainers_weights(connect, by):
+def test_both_servers_generate_from_the_trainers_weights(connect, by):
     router = connect(by)
     with pytest.raises(IllegalState, match="has not been given the actor's weights"):
         generate(router, requests(1))
@@ -209,7 +220,8 @@ def test_a_killed_servers_requests_are_answered_and_it_is_synced_before_it_is_us
         time.sleep(0.1)
     assert router.members[0].engine.version == 1
     revived, served = router.members[0].engine, []
-    draw, revived.backend.draw = revived.backend.draw, lambda draws: (served.extend(draws), draw(draws))
+    send = revived.backend.generate
+    revived.backend.generate = lambda sent: (served.extend(sent), send(sent))
     asked = requests(20)
     check(trainer, asked, generate(router, asked))
     assert 0 < len(served) < 20

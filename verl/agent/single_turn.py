@@ -1,4 +1,4 @@
-"""Single-turn episodes: one response to each prompt, n samples a prompt."""
+"""Single-turn episodes: n responses to each prompt."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from verl.rollout.contract.base import PromptWindow, Request, Result, RolloutEng
 
 
 def episode_seed(*parts: object) -> int:
-    """A 63-bit seed that is a pure function of its parts, so that a resumed run draws what the first would have."""
+    """A 63-bit seed: a pure function of its parts, so that a resumed run generates the same responses."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def episodes_of(prompts: pa.Table, *, n: int, seed: int, step: int, draw: int = 0) -> pa.Table:
-    """Each prompt's row n times in a row, with the episode's ``uid``, ``group`` and ``seed``.
+    """Each prompt's row n times in succession, with the episode's ``uid``, ``group`` and ``seed``.
 
-    draw: of several in one step, which of them: a prompt that comes again gets other seeds."""
+    draw: number of the generation within the step. A prompt that comes again in the step gets other seeds."""
     count, name = prompts.num_rows, f"{step}.{draw}" if draw else f"{step}"
     table = prompts.take(pa.array([row for row in range(count) for _ in range(n)], pa.int64()))
     keys = [(row, sample) for row in prompts["row"].to_pylist() for sample in range(n)]
@@ -39,7 +39,7 @@ def episodes_of(prompts: pa.Table, *, n: int, seed: int, step: int, draw: int = 
 
 
 def greedy_episodes_of(prompts: pa.Table, *, step: int) -> pa.Table:
-    """One more episode of each prompt, to be drawn greedily: the same whatever its seed."""
+    """One more episode of each prompt, for greedy sampling, which does not use the seed."""
     episodes = episodes_of(prompts, n=1, seed=0, step=step)
     return with_columns(episodes, uid=[f"{uid}-greedy" for uid in episodes["uid"].to_pylist()])
 
@@ -50,11 +50,10 @@ async def roll_out(
     sampling: SamplingParams | Sequence[SamplingParams],
     on_finish: Callable[[int, Result], None] = lambda index, result: None,
 ) -> pa.Table:
-    """Draw every episode's response and return the table with the trajectory columns.
+    """The table with the trajectory columns: a response to every episode.
 
-    They are asked for in an order in which the engine computes prompts least often (``Capabilities.window``).
-    sampling: of all episodes, or of each. on_finish: called with (row index, result) as each episode ends, in the order
-    in which they end.
+    Requests are sent in the order in which the engine computes prompts least often (``Capabilities.window``).
+    sampling: for all episodes, or for each. on_finish: called with (row index, result) when an episode ends.
     """
     of_rows = [sampling] * episodes.num_rows if isinstance(sampling, SamplingParams) else sampling
 
@@ -73,7 +72,7 @@ async def roll_out(
 
 
 def _in_windows(prompts: Sequence[tuple[list[int], list[str]]], window: PromptWindow) -> list[int]:
-    """The rows of these prompts (ids, images): in each window the first of each, then the second, and so on."""
+    """Row numbers of these prompts (ids, images), window by window: the first row of each prompt, then the second."""
     alike: dict[tuple[tuple[int, ...], tuple[str, ...]], list[int]] = defaultdict(list)
     for row, (ids, images) in enumerate(prompts):
         alike[tuple(ids), tuple(images)].append(row)
@@ -96,5 +95,15 @@ def with_results(episodes: pa.Table, results: list[Result]) -> pa.Table:
         response_mask=ids.like(np.ones(len(ids.values), "int8")),
         rollout_log_probs=Ragged.from_rows([result.log_probs for result in results], "float32"),
         finish_reason=[result.finish_reason for result in results],
-        weight_version=[result.weight_versions[-1][0] if result.weight_versions else 0 for result in results],
+        first_version=[result.weight_versions[0][0] if result.weight_versions else 0 for result in results],
+        last_version=[result.weight_versions[-1][0] if result.weight_versions else 0 for result in results],
+        versions=Ragged.from_rows([token_versions(result) for result in results], "int64"),
     )
+
+
+def token_versions(result: Result) -> np.ndarray:
+    """int64, shape (T,): the version of the weights that generated each token."""
+    count = len(result.response_ids)
+    versions = [version for version, _ in result.weight_versions] or [0]
+    starts = [start for _, start in result.weight_versions] or [0]
+    return np.repeat(np.array(versions, "int64"), np.diff([*starts, count]))

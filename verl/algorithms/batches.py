@@ -1,4 +1,4 @@
-"""Which rows make each optimizer step, and how a step's rows are shared over ranks."""
+"""Chooses the rows of each optimizer step and each rank's share of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A function of the user's own, named by a key as ``package.module:function``."""
+"""Imports a function of the user, named by a key as ``package.module:function``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from verl.errors import UserError
 
 
 def users_function(key: str, name: str, known: Iterable[str]) -> Callable[..., Any]:
-    """The function that ``key=name`` names. known: the library's own names of this key.
+    """The function that ``key=name`` names. known: the library's own names for this key.
 
-    UserError when it cannot be had, and when the name is no import path: then with all that is known.
+    UserError if it cannot be imported or is not a function. If the name is not an import path, the error lists the
+    known names.
     """
     module_name, colon, attribute = name.partition(":")
     if not colon:

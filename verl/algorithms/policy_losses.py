@@ -1,13 +1,15 @@
-"""What a token costs the policy, one function a loss: ``policy_loss.loss_mode`` names it (see
-``verl.algorithms.loss_modes``).
+"""The policy losses, one function each. ``policy_loss.loss_mode`` names them (see ``verl.config.policy_losses``).
 
-A loss is ``(tokens: PolicyTokens, settings: ActorConfig) -> (losses, shares)``: losses, (T,), with gradient, what each
-token adds to ``sum_t weight_t * loss_t``; shares: metric name -> (T,) flags, reported as their share of the
-mini-batch's tokens. A token's loss may depend on its own row, whose tokens are always in one micro-batch, and on
-nothing else of the micro-batch: only then is the gradient the same for any split.
+A loss is a function ``(tokens: PolicyTokens, settings: ActorConfig) -> (losses, shares)``.
 
-r is the probability ratio to the policy that drew the tokens, A the advantage; ranges are 1 - clip_ratio_low to
-1 + clip_ratio_high.
+- losses: (T,), with gradient: the loss of each token in ``sum_t weight_t * loss_t``.
+- shares: metric name -> (T,) flags, reported as their share of the mini-batch's tokens.
+
+A token's loss may depend on its own row, whose tokens are always in one micro-batch, and on nothing else of the
+micro-batch. Only then is the gradient the same for any split.
+
+r is the probability ratio to the policy that generated the tokens, A the advantage. Clip ranges are 1 - clip_ratio_low
+to 1 + clip_ratio_high.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PolicyTokens:
-    """The T response tokens of a micro-batch, in whole rows; all is 0 where the mask is.
+    """The T response tokens of a micro-batch, in whole rows. All values are 0 where the mask is 0.
 
-    mask: bool, whether the policy wrote the token. log_probs: with gradient. columns: those of the table that an
-    update reads (``worker.READS``), as they are.
+    mask: bool, whether the policy wrote the token. log_probs: with gradient. columns: the unmasked columns of the table
+    that an update reads (``worker.reads_of``).
     """
 
     mask: torch.Tensor

@@ -1,4 +1,4 @@
-"""The plan of a run as a text."""
+"""The plan of a run as text."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Section = list[tuple[str, str]]
 
 
 def print_plan(loaded: Loaded[Config]) -> int:
-    """PPO's dry run. The exit code, see ``print_dry_run``."""
+    """The exit code of PPO's dry run, see ``print_dry_run``."""
     plan, findings = check(loaded, dry_run=True)
     return print_dry_run(None if loaded.config is None else plan_text(loaded.config, plan), findings)
 
 
 def print_dry_run(plan: str | None, findings: Findings) -> int:
-    """Print the plan (None: the settings could not be read), then all that the checks found.
+    """The exit code: 1 if there are problems, else 0. Prints the plan and then all findings.
 
-    The exit code: 1 when there are problems, else 0.
+    plan: None if the settings could not be read.
     """
     print(*([] if plan is None else [plan]), findings_text(findings), sep="\n\n")
     return 1 if findings.problems else 0
@@ -50,7 +50,7 @@ def plan_text(config: Config, plan: RunPlan) -> str:
 
 
 def findings_text(findings: Findings) -> str:
-    """What the checks found, one part a kind."""
+    """All findings as text, one paragraph per kind."""
     parts = []
     for title, texts in (
         ("Decided for you", findings.notices),
@@ -115,7 +115,7 @@ def _rollout(config: Config, plan: RunPlan) -> str:
 
 def _step(config: Config, plan: RunPlan) -> Section:
     groups = config.algorithm.filter_groups
-    drawn = f", drawn until so many have responses that differ in {groups.metric}" if groups.enable else ""
+    drawn = f", sampled until so many have responses that differ in {groups.metric}" if groups.enable else ""
     samples = "1 response" if plan.samples == 1 else f"{plan.samples} responses"
     rows = [
         ("prompts", f"{plan.prompts:,}{drawn}"),
@@ -186,7 +186,7 @@ def _optimizer_steps(plan: RunPlan) -> str:
 
 
 def _schedule(plan: RunPlan, due: Callable[[int], bool], every: int) -> str:
-    """When something happens: its steps while they are few, else the rule."""
+    """When something happens: its steps if they are few, else the rule."""
     parts = ["before training"] if due(0) else []
     steps = [str(step) for step in plan.steps(due) if step]
     if plan.total_steps is None and every > 0:

@@ -1,4 +1,4 @@
-"""What can be known of an evaluation before it starts, and what it will do as a text."""
+"""Checks of an evaluation before it starts, and its plan as text."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verl.checks.files import check_output_folder, check_parquet
+from verl.checks.inert import Run, find_inert
 from verl.checks.preflight import unexplained
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.findings import Findings
-from verl.reward.scorers import ARGUMENTS, SCORERS
+from verl.reward.scorers import ARGUMENTS
 
 if TYPE_CHECKING:
     from verl.config.loading.load import Loaded
     from verl.config.sections.models import EvalConfig
 
 
-OF_SCORERS = ("reward.data_sources", *(f"reward.{name}." for name in SCORERS))
-
-
 def check(loaded: Loaded[EvalConfig], *, dry_run: bool) -> Findings:
-    """All that is wrong, problems of loading included. Asks no network, imports no torch."""
+    """All findings, problems of loading included. Does not use the network or import torch."""
     config, findings = loaded.draft, Findings(notices=list(loaded.notices))
     data, scorer = config.data, config.custom_reward_function
     columns = {
@@ -42,17 +40,13 @@ def check(loaded: Loaded[EvalConfig], *, dry_run: bool) -> Findings:
         check_reward_function(findings, scorer.path, scorer.name, (*ARGUMENTS, *scorer.reward_kwargs))
     if data.output_path is not None:
         check_output_folder(findings, "data.output_path", str(Path(data.output_path).parent))
-    for key in sorted(loaded.set_keys):
-        if key.startswith(OF_SCORERS) and scorer.path is not None:
-            findings.warn(f"{key} has no effect: custom_reward_function.path scores instead of the source's scorer.")
-        if key in ("custom_reward_function.name", "custom_reward_function.reward_kwargs") and scorer.path is None:
-            findings.warn(f"{key} has no effect: there is no custom reward function (custom_reward_function.path).")
+    findings.warnings += find_inert(Run(config, loaded.set_keys, device="cpu"))
     findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
     return findings
 
 
 def _check_lines(findings: Findings, file: str, columns: dict[str, str]) -> None:
-    """The file is there, and its first line has the columns."""
+    """Checks that the file exists and that its first line has the columns."""
     try:
         with Path(file).expanduser().open(encoding="utf-8") as lines:
             first = json.loads(next(lines, "{}"))

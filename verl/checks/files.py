@@ -1,4 +1,4 @@
-"""Checks of files and folders: data sets (from their parquet footers alone), output folders, free disk space."""
+"""Checks of data files (only their parquet footers are read), output folders and free disk space."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from verl.units import gigabytes, some
 
 
 def check_parquet(findings: Findings, key: str, files: str | Sequence[str], columns: dict[str, str]) -> int | None:
-    """Every file is there and holds every column.
+    """The total number of rows; None if a file cannot be read. Checks that every file exists and has every column.
 
-    columns: dotted column name ("reward_model.ground_truth": a field of a struct) -> what to do when it is missing.
-    Returns the rows of all files together; None when one cannot be read.
+    columns: dotted column name ("reward_model.ground_truth" is a field of a struct) -> what to do if it is missing.
     """
     counts = [_check_one(findings, key, file, columns) for file in paths(files)]
     if not counts or None in counts:
@@ -82,10 +81,10 @@ def _leaves(schema: pa.Schema) -> list[str]:
 
 
 def _nearest(path: Path) -> str:
-    """What is there instead: a name like it in its folder, or how far the path exists."""
+    """A similar name in the same folder, or the part of the path that exists."""
     parent = existing_ancestor(path)
     if parent != path.parent:
-        return f"its folder does not exist either; the path is good up to {parent}"
+        return f"its folder does not exist either; the path exists up to {parent}"
     names = sorted(entry.name for entry in parent.iterdir())
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     if close:
@@ -100,8 +99,8 @@ def existing_ancestor(path: Path) -> Path:
 
 
 def check_output_folder(findings: Findings, key: str, folder: str, needed: int | None = None) -> None:
-    """It exists or can be made, can be written to and has ``needed`` bytes free, its checkpoints' own counted: they are
-    part of what the run keeps."""
+    """Checks that the folder exists or can be made, is writable and has ``needed`` bytes free. The folder's own
+    checkpoints count as free space: they are part of what the run keeps."""
     path = Path(folder).expanduser().absolute()
     base = next(place for place in (path, *path.parents) if place.exists())
     if not base.is_dir():

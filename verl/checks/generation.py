@@ -1,5 +1,7 @@
-"""What can be known of a generation run before it starts, and what it will do as a text. As for PPO, whose checks of
-engine and devices these are: the same keys have the same limits, without ``actor_rollout_ref`` in front."""
+"""Checks of a generation run before it starts, and its plan as text.
+
+Engine and devices are checked as in training, where the same keys have ``actor_rollout_ref`` in front.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.images import check_image_key, check_images
-from verl.checks.inert import find_inert
+from verl.checks.inert import Run, find_inert
 from verl.checks.models import check_model, check_tokenizer_of
 from verl.checks.preflight import check_devices, check_engine, unexplained
 from verl.checks.servers import check_servers
 from verl.checks.settings import check_context, check_lengths
 from verl.findings import Findings
 from verl.machine import installed_gpus, resolve_device, torch_is_cpu_build
-from verl.plan import RunPlan, ceil_div, plan_run
+from verl.plan import EnginePlan, ceil_div, engine_of_generation
 
 if TYPE_CHECKING:
     from verl.config.loading.load import Loaded
@@ -27,20 +29,18 @@ PREFIX = "actor_rollout_ref."
 
 
 def check(loaded: Loaded[GenerationConfig], *, dry_run: bool) -> Findings:
-    """All that is wrong, problems of loading included. Asks no network, imports no torch."""
+    """All findings, problems of loading included. Does not use the network or import torch."""
     config, shared = loaded.draft, Findings()
-    training, plan = config.as_training(), plan_of(config)
-    check_engine(shared, training, plan, dry_run)
-    check_servers(shared, training, dry_run)
-    check_devices(shared, training, plan, plan_gpus(), dry_run)
-    check_lengths(shared, training)
+    plan = plan_of(config)
+    check_engine(shared, plan, dry_run)
+    check_servers(shared, plan, dry_run)
+    check_devices(shared, plan, config.trainer.device, plan_gpus(), dry_run)
+    check_lengths(shared, config.data, config.rollout)
     facts = check_model(shared, "model.path", config.model.path)
     check_tokenizer_of(shared, "model", config.model, facts)
     if facts:
         positions = config.model.override_config.get("max_position_embeddings", facts.max_positions)
-        check_context(shared, training, "model.path", positions)
-    for sentence in find_inert(training, plan, _as_in_training(loaded.set_keys)):
-        shared.warn(sentence)
+        check_context(shared, config.data, "model.path", positions)
     findings = _as_typed(shared)
     findings.notices = [*loaded.notices, *findings.notices]
     prompt_rows(findings, config)
@@ -49,26 +49,26 @@ def check(loaded: Loaded[GenerationConfig], *, dry_run: bool) -> Findings:
     check_file_name(findings, "data.output_path", config.data.output_path)
     check_output_folder(findings, "data.output_path", str(Path(config.data.output_path).parent))
     _sampling(findings, config)
-    for key in sorted(loaded.set_keys & {"model.enable_gradient_checkpointing", "model.use_remove_padding"}):
-        findings.warn(f"{key} has no effect: nothing is trained.")
+    findings.warnings += find_inert(
+        Run(config, loaded.set_keys, plan.device, plan.world_size, plan.uses_ray, engine=plan.name)
+    )
     findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
     return findings
 
 
-def plan_of(config: GenerationConfig) -> RunPlan:
-    """Of engine and devices."""
+def plan_of(config: GenerationConfig) -> EnginePlan:
     trainer = config.trainer
     device = resolve_device(trainer.device, trainer.nnodes * trainer.n_gpus_per_node, plan_gpus())
-    return plan_run(config.as_training(), device=device, train_rows=None)
+    return engine_of_generation(config, device)
 
 
 def plan_gpus() -> int:
-    """GPUs that torch can use here."""
+    """The number of GPUs that torch can use here."""
     return 0 if torch_is_cpu_build() else installed_gpus()
 
 
 def prompt_rows(findings: Findings, config: GenerationConfig) -> int | None:
-    """Rows of the prompts, as far as they can be read."""
+    """The number of prompts; None if the files cannot be read."""
     columns = {config.data.prompt_key: "name the column of the chat messages in data.prompt_key"}
     rows = check_parquet(findings, "data.path", config.data.path, columns)
     limit = config.data.max_samples
@@ -76,10 +76,10 @@ def prompt_rows(findings: Findings, config: GenerationConfig) -> int | None:
 
 
 def check_file_name(findings: Findings, key: str, file: str) -> None:
-    """A new file whose format its name says."""
+    """Checks that the file is new and that its name tells its format."""
     path = Path(file).expanduser()
     if path.suffix not in SUFFIXES:
-        findings.problem(key, file, "its name does not say how to write it", "end it in .parquet or .jsonl")
+        findings.problem(key, file, "its name does not tell its format", "end it in .parquet or .jsonl")
     elif path.exists():
         findings.problem(key, file, "it is there already", "name another file, or move that one away")
 
@@ -94,18 +94,8 @@ def _sampling(findings: Findings, config: GenerationConfig) -> None:
         findings.problem("rollout.min_new_tokens", rollout.min_new_tokens, why, f"set it to {longest} or less")
 
 
-def _as_in_training(keys: frozenset[str]) -> list[str]:
-    """The keys that a run of PPO has, too, by their names there."""
-    shared = ("trainer.", "ray_kwargs.", "data.truncation")
-    return [
-        PREFIX + key if key.startswith(("rollout.", "model.")) else key
-        for key in keys
-        if key.startswith(("rollout.", "model.", *shared)) and key != "model.use_remove_padding"
-    ]
-
-
 def _as_typed(findings: Findings) -> Findings:
-    """With the keys' names as they are here."""
+    """The findings with the names that the keys have in generation."""
 
     def here(text: str) -> str:
         return text.replace(PREFIX, "")
@@ -126,7 +116,7 @@ def plan_text(config: GenerationConfig) -> str:
         [
             "Plan of the run",
             f"  model       {config.model.path}",
-            f"  engine      {plan.engine}, {plan.replicas} on {plan.device}{size}",
+            f"  engine      {plan.name}, {plan.replicas} on {plan.device}{size}",
             f"  prompts     {'unknown' if rows is None else rows}, {config.rollout.n} responses each",
             f"  batches     {batches} of {data.batch_size} prompts",
             f"  context     {plan.context_length:,} tokens",

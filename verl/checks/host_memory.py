@@ -1,4 +1,4 @@
-"""Whether the machines of a run have the host memory that it takes."""
+"""Checks that the machines of a run have enough host memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from verl.machine import HostMemory, host_memory
 from verl.memory.host_budget import HostBudget
 from verl.units import gigabytes
 
-LITTLE = 10**9  # bytes, which every machine has
-CLOSE = 0.85  # of what is available: processes themselves, engines and samples are in no budget
+LITTLE = 10**9  # bytes that every machine has
+CLOSE = 0.85  # of the available memory: no budget includes processes themselves, engines and samples
 
 
 @dataclass(frozen=True)
 class Finding:
-    """short: there is too little, and not only nearly so. table: what the models hold."""
+    """short: there is too little memory; False: there is only just enough. table: what the models hold."""
 
     short: bool
     why: str
@@ -29,7 +29,10 @@ class Finding:
 
 
 def judge(budgets: Sequence[HostBudget], machines: Sequence[tuple[str, HostMemory]], kind: str) -> Finding | None:
-    """None: every machine, by name, has enough for its budget, with room to spare. kind: of the devices."""
+    """What is wrong; None if every machine has enough memory for its budget with room to spare.
+
+    machines: name and memory of each, in the order of the budgets. kind: of the devices.
+    """
     near = [
         (budget, name, memory)
         for budget, (name, memory) in zip(budgets, machines, strict=True)
@@ -61,7 +64,7 @@ def _fix(budget: HostBudget, kind: str) -> str:
 
 
 def budget_table(budget: HostBudget) -> list[str]:
-    """Lines: what each model holds for good, and under which keys."""
+    """The lines of a table: the memory that each model holds throughout the run, and its section of keys."""
     rows = [("model", "weights", "optimizer", "keys")]
     rows += [(held.role, _amount(held.weights), _amount(held.optimizer), f"{held.section}.*") for held in budget.models]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -76,12 +79,12 @@ def _amount(count: int) -> str:
 
 
 def check_host_memory(findings: Findings, budget: HostBudget, kind: str, here: bool) -> None:
-    """In a dry run, by what the models' files hold. A run looks itself before it builds a model, at its own machines
-    and by what is built, which may be less. here: whether this is the machine."""
+    """Checks a dry run by the sizes of the models' files. A real run checks its own machines before it builds a model
+    (``require_host_memory``). here: whether the run would use this machine."""
     most, _ = budget.most()
     if not here and most > LITTLE:
         needed = gigabytes(most)
-        findings.cannot_check(f"host memory: whether each machine has {needed}; a run looks before it builds a model")
+        findings.cannot_check(f"host memory: whether each machine has {needed}; a run checks before it builds a model")
     elif here and (found := judge([budget], [("this machine", host_memory())], kind)):
         if found.short:
             findings.problem(*_largest(budget, kind), found.why, found.fix)
@@ -90,7 +93,7 @@ def check_host_memory(findings: Findings, budget: HostBudget, kind: str, here: b
 
 
 def _largest(budget: HostBudget, kind: str) -> tuple[str, object]:
-    """The setting that holds most, and its value."""
+    """The setting that takes the most memory, and its value."""
     if kind == "cpu" or not budget.kept:
         return "trainer.device", kind
     held = max(budget.models, key=lambda model: max(model.weights, model.optimizer))
@@ -100,7 +103,7 @@ def _largest(budget: HostBudget, kind: str) -> tuple[str, object]:
 def require_host_memory(
     budgets: Sequence[HostBudget], machines: Sequence[tuple[str, HostMemory]], kind: str
 ) -> str | None:
-    """UserError where a machine has too little; a warning's text where one has hardly enough. See ``judge``."""
+    """The text of a warning if a machine has hardly enough memory. UserError if one has too little. See ``judge``."""
     found = judge(budgets, machines, kind)
     if found is not None and found.short:
         raise UserError(str(found))

@@ -1,4 +1,4 @@
-"""Whether prompts are text alone: no engine takes images, and no model here is trained on them."""
+"""Checks that prompts are text only: images are not supported yet, neither by engines nor in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from verl.config.sections.generation import GenerationDataConfig
     from verl.config.sections.models import DataConfig, SFTDataConfig
 
-BATCH = 256  # rows read at a time: they may hold the pictures themselves
+BATCH = 256  # rows read at the same time: they may contain the image files
 
 
 def check_images(
@@ -27,11 +27,11 @@ def check_images(
     limit: int = -1,
     engine: str | None = None,
 ) -> None:
-    """No row that the run uses has an image, in a column of their own or in its messages; the first one of each file is
-    named.
+    """Checks that no row that the run uses has an image, in the image column or in its messages. It reports the first
+    such row of each file, and skips files that cannot be read.
 
-    key: that names the files. limit: rows that are used of all files together, the first; -1: all. engine: that draws,
-    if one does. Files that cannot be read are not this check's business.
+    key: the key that names the files. limit: number of rows to use of all files together, from the first; -1: all.
+    engine: name of the rollout engine, if there is one.
     """
     check_messages(findings, key, files, data.prompt_key)
     if data.image_key is None:
@@ -55,7 +55,7 @@ def check_images(
 
 
 def check_messages(findings: Findings, key: str, files: str | Sequence[str], prompt_key: str) -> None:
-    """The content of messages is a text, and no list of parts, which a chat template may write as Python prints it."""
+    """Checks that the content of messages is text. Chat templates may print a list of parts as Python code."""
     for file in paths(files):
         parts = _parts_of_messages(_schema(file), prompt_key)
         if parts is not None:
@@ -64,7 +64,7 @@ def check_messages(findings: Findings, key: str, files: str | Sequence[str], pro
 
 
 def check_image_key(findings: Findings, column: str | None, files: Sequence[str], set_keys: frozenset[str]) -> None:
-    """A column that the user named is in one of the files, or is said to be in none of them."""
+    """Warns if the user named a column that none of the files has."""
     if column is None or "data.image_key" not in set_keys:
         return
     schemas = [_schema(file) for file in files]
@@ -75,7 +75,7 @@ def check_image_key(findings: Findings, column: str | None, files: Sequence[str]
 
 
 def _schema(file: str) -> pa.Schema:
-    """Without columns where the file cannot be read."""
+    """The file's schema; one without columns if the file cannot be read."""
     try:
         return pq.read_schema(Path(file).expanduser())
     except (OSError, pa.ArrowException):
@@ -83,7 +83,7 @@ def _schema(file: str) -> pa.Schema:
 
 
 def _parts_of_messages(schema: pa.Schema, column: str) -> pa.DataType | None:
-    """The type of the messages' content where it has parts (of text, images, ...) instead of being a text."""
+    """The type of the messages' content if it is a list of parts (text, images, ...), None if it is text."""
     kind = schema.field(column).type if column in schema.names else None
     if kind is None or not pa.types.is_list(kind) or not pa.types.is_struct(kind.value_type):
         return None
@@ -93,7 +93,7 @@ def _parts_of_messages(schema: pa.Schema, column: str) -> pa.DataType | None:
 
 
 def _first_with_images(parquet: pq.ParquetFile, column: str, limit: int) -> int | None:
-    """Its row, counted from 0, among the first ``limit`` (-1: all)."""
+    """The first row with images, counted from 0, among the first ``limit`` rows (-1: all)."""
     if column not in parquet.schema_arrow.names:
         return None
     start = 0

@@ -1,15 +1,17 @@
-"""The log-prob contract before the first step: does the engine work with the distribution that the trainer trains?
+"""Checks before the first step that the engine samples from the distribution that the trainer trains.
 
-A few responses are drawn as in training. The engine gave a log-prob for each of their tokens, the trainer's forward
-gives its own, and two questions are asked.
+A few responses are generated as in training. Their tokens have a log-prob from the engine and one from the trainer's
+forward. Two questions are asked.
 
-1. Are they the same numbers, but for rounding? Rounding leaves small differences without a pattern. Another temperature
-   leaves differences that vanish when the trainer's are computed at that temperature; another model's vanish at none.
-2. Were the tokens drawn from that distribution? The probability of all of them at another temperature over that at the
-   temperature of the run is, if they were drawn at the latter, above x with a probability of at most 1 / x (Ville's
-   inequality), whatever the model and wherever responses end. Only a ratio that is beyond chance is reported.
+1. Are the log-probs equal up to rounding? Rounding leaves small differences without a pattern. Another temperature
+   leaves differences that vanish if the trainer's log-probs are computed at that temperature. The differences of
+   another model vanish at no temperature.
+2. Were the tokens sampled from that distribution? Take the probability of all tokens at another temperature, divided by
+   their probability at the run's temperature. If they were sampled at the run's temperature, this ratio is above x with
+   a probability of at most 1 / x (Ville's inequality), for any model and wherever responses end. Only a ratio beyond
+   chance is reported.
 
-Pure but for the two functions it is given: no torch.
+The module does not use torch. It calls the two functions that it is given.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ if TYPE_CHECKING:
     from verl.config.sections.models import Config
     from verl.rollout.contract.base import SamplingParams
 
-PROMPTS, TOKENS = 8, 32  # responses drawn, and their longest
+PROMPTS, TOKENS = 8, 32  # number of responses, and their greatest length
 
-# Mean |difference| in nats up to which rounding explains it. docs/log_probs.md has the measurements behind them.
+# Largest mean |difference| in nats that rounding explains. docs/log_probs.md has the measurements.
 FLOAT32_LIMIT = 0.01
 HALF_LIMIT = 0.1  # either side computes in 16 bits
 
-# A difference also means another distribution where it is as large as what the log-probs differ among themselves.
+# A difference of this share of the log-probs' own spread also means another distribution.
 SPREAD_LIMIT = 0.5
 # The trainer at another temperature explains the engine's log-probs when it leaves no more of their spread than this.
 SPREAD_EXPLAINED = 0.25
@@ -51,8 +53,8 @@ DRAWN_LIMIT = math.log(len(DRAWN_FACTORS) / FALSE_ALARMS)  # nats
 
 @dataclass(frozen=True)
 class Scores:
-    """The trainer's forward at one temperature over N drawn tokens: float64, shape (N,) each. entropy: of the whole
-    distribution that the token is from, in nats."""
+    """The trainer's forward at one temperature over N sampled tokens: float64, shape (N,) each. entropy: of the whole
+    distribution of each token, in nats."""
 
     log_probs: np.ndarray
     entropy: np.ndarray
@@ -74,8 +76,11 @@ ScoresAt = Callable[[float], Scores]
 def check_log_probs(
     table: pa.Table, score: Callable[[float], pa.Table], config: Config, sampling: SamplingParams, device: str
 ) -> str:
-    """Table: responses drawn with ``sampling``. score: the same table with the trainer's ``old_log_probs`` and
-    ``entropy`` at a temperature. One line on how far they agree; UserError where they mean different distributions."""
+    """One line on how well the log-probs agree. UserError if they belong to different distributions.
+
+    table: responses generated with ``sampling``. score: returns the same table with the trainer's ``old_log_probs`` and
+    ``entropy`` at a temperature.
+    """
     written = ragged(table, "response_mask").values > 0
     if not written.any():
         reasons = ", ".join(sorted(set(table["finish_reason"].to_pylist())))
@@ -109,13 +114,13 @@ def check_log_probs(
 
 
 def check_sampling(sampling: SamplingParams) -> SamplingParams:
-    """The run's, cut to the length of the check's responses."""
+    """The run's sampling parameters with the length of the check's responses."""
     longest = min(TOKENS, sampling.max_new_tokens)
     return replace(sampling, max_new_tokens=longest, min_new_tokens=min(sampling.min_new_tokens, longest))
 
 
 def filters(sampling: SamplingParams) -> bool:
-    """Whether tokens are drawn from a part of the vocabulary, while log-probs are of all of it."""
+    """Whether tokens are sampled from a part of the vocabulary. Log-probs are always over all of it."""
     return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0 or sampling.min_new_tokens > 0
 
 
@@ -124,7 +129,7 @@ def rounding_limit(config: Config, device: str) -> float:
     if trainer == "auto":
         trainer = "float32" if device == "cpu" else "bfloat16"
     rollout = config.actor_rollout_ref.rollout
-    if rollout.mode == "server":  # what a server computes in is its own affair
+    if rollout.mode == "server":  # the server chooses its type
         return HALF_LIMIT
     engine = trainer if rollout.name == "hf" or rollout.dtype == "auto" else rollout.dtype
     return FLOAT32_LIMIT if trainer == engine == "float32" else HALF_LIMIT
@@ -134,9 +139,9 @@ def rounding_limit(config: Config, device: str) -> float:
 
 
 def diagnose(rollout: np.ndarray, at: ScoresAt, temperature: float, *, limit: float) -> str | None:
-    """What is wrong with the engine's log-probs of its own tokens (float64, shape (N,)), if anything.
+    """What is wrong with the engine's log-probs of its own tokens (float64, shape (N,)); None if nothing is.
 
-    at: the trainer's at a temperature. temperature: of the run. limit: mean |difference| that rounding explains.
+    at: the trainer's scores at a temperature. temperature: of the run. limit: mean |difference| that rounding explains.
     """
     trainer = at(temperature)
     for owner, values in (("engine", rollout), ("trainer", trainer.log_probs)):
@@ -169,10 +174,11 @@ def diagnose(rollout: np.ndarray, at: ScoresAt, temperature: float, *, limit: fl
 
 
 def closest_temperature(rollout: np.ndarray, at: ScoresAt, temperature: float) -> tuple[float, float]:
-    """Other than the run's: the one at which the trainer's log-probs come closest to the engine's, and how close."""
+    """The temperature, other than the run's, at which the trainer's log-probs are closest to the engine's, and their
+    mean |difference| there."""
     tried = {other: at(other).error(rollout) for other in {1.0, *(temperature * f for f in FACTORS)} - {temperature}}
     best = min(tried, key=lambda other: tried[other])
-    for _ in range(2):  # to between the points of the grid
+    for _ in range(2):  # refine between the points of the grid
         refined = best / max(1.0 + at(best).slope(rollout), 0.1)
         if at(refined).error(rollout) >= at(best).error(rollout):
             break
@@ -181,7 +187,7 @@ def closest_temperature(rollout: np.ndarray, at: ScoresAt, temperature: float) -
 
 
 def _is_better(rollout: np.ndarray, trainer: Scores, other: Scores, *, certain: bool) -> bool:
-    """Whether the other temperature's differences are smaller by more than chance and worth a word."""
+    """Whether the other temperature's differences are smaller beyond chance, by enough to report."""
     if other.error(rollout) > BETTER * trainer.error(rollout):
         return False
     gains = np.abs(rollout - trainer.log_probs) - np.abs(rollout - other.log_probs)
@@ -192,7 +198,7 @@ def _is_better(rollout: np.ndarray, trainer: Scores, other: Scores, *, certain: 
 
 
 def diagnose_draws(at: ScoresAt, temperature: float) -> str | None:
-    """Whether the tokens were drawn at another temperature than the run's, beyond chance."""
+    """What is wrong if the tokens were sampled at another temperature than the run's, beyond chance; else None."""
     scores = at(temperature)
     surplus = float((scores.log_probs + scores.entropy).sum())
     gains = {}

@@ -1,4 +1,4 @@
-"""Checks of model paths: a folder in Hugging Face layout, or a hub id, of which only the local cache is looked at."""
+"""Checks of model paths: a folder in Hugging Face format, or a hub id, which is looked up in the local cache only."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_tokenizer_path(findings: Findings, key: str, path: str) -> None:
 
 
 def check_tokenizer(findings: Findings, key: str, path: str, folder: Path, elsewhere: str) -> None:
-    """elsewhere: the key that names another folder for it."""
+    """Checks the tokenizer of a folder. elsewhere: the key that can name another folder for it."""
     found = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
     if not found:
         fix = f"save the tokenizer there, or name its folder in {elsewhere}"
@@ -75,7 +75,7 @@ def check_tokenizer(findings: Findings, key: str, path: str, folder: Path, elsew
 
 
 def find_folder(findings: Findings, key: str, path: str) -> Path | None:
-    """The local folder of a path or a hub id; None, said in ``findings``, where there is none."""
+    """The local folder of a path or hub id. If there is none, None, and ``findings`` says why."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -152,7 +152,7 @@ def _is_pointer(file: Path) -> bool:
 
 
 def _damage(file: Path) -> str | None:
-    """What is wrong with a weight file, as far as its header tells, which only safetensors have."""
+    """What is wrong with a weight file by its header. Only safetensors files have one."""
     if file.suffix != ".safetensors":
         return None
     try:
@@ -167,7 +167,7 @@ def _damage(file: Path) -> str | None:
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begin, and what it says of its tensors. Raises one of ``NO_HEADER``, or
+    """The offset of the data of a safetensors file, and its entries by tensor. Raises one of ``NO_HEADER``, or
     OSError."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
@@ -185,8 +185,8 @@ def _shards(index: Path) -> list[str]:
 
 
 def parameter_counts(folder: Path) -> tuple[int | None, int]:
-    """Parameters in the folder's safetensors files, read from their headers, and of these the output embeddings'; None
-    where there are none to read."""
+    """The number of parameters in the folder's safetensors files, by their headers, and how many of them are output
+    embeddings. None if there is no such file."""
     total = head = 0
     for file in folder.glob("*.safetensors"):
         try:
@@ -200,7 +200,7 @@ def parameter_counts(folder: Path) -> tuple[int | None, int]:
 
 
 def _text_config(config: dict) -> dict:
-    """A vision-language model keeps its language model's settings in a config of their own."""
+    """The settings of the language model, which a vision-language model keeps in ``text_config``."""
     return config.get("text_config") or config
 
 
@@ -220,4 +220,4 @@ def _nearest(folder: Path) -> str:
     close = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
     if close:
         return f"the nearest name there is {parent / close[0]}"
-    return f"the path is good up to {parent}; name a folder, or a hub id like Qwen/Qwen3-0.6B"
+    return f"the path exists up to {parent}; name a folder, or a hub id like Qwen/Qwen3-0.6B"

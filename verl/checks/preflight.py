@@ -1,4 +1,4 @@
-"""Everything that can be known before a run starts, checked before it starts, all of it in one report."""
+"""Checks everything that can be checked before a run starts, and reports all problems together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
-from verl.checks.inert import find_inert
+from verl.checks.inert import Run, find_inert
 from verl.checks.models import ModelFacts, check_model, check_tokenizer_of, check_tokenizer_path
 from verl.checks.rewards import check_reward_function, check_scoring
 from verl.checks.servers import check_servers
@@ -21,7 +21,7 @@ from verl.checks.settings import ROLLOUT, check_context, check_settings
 from verl.findings import Findings
 from verl.machine import installed_gpus, resolve_device, torch_is_cpu_build
 from verl.memory.host_budget import budget_of_run
-from verl.plan import ModelSize, RunPlan, plan_run
+from verl.plan import EnginePlan, ModelSize, RunPlan, engine_of, plan_run
 from verl.reward.batch import ARGUMENTS as OF_A_BATCH
 from verl.reward.scorers import ARGUMENTS
 from verl.rollout.engines.registry import ADAPTERS
@@ -31,22 +31,21 @@ from verl.tracking import LOGGERS, how_to_install, missing_package
 if TYPE_CHECKING:
     from verl.config.loading.load import Loaded
     from verl.config.loading.problems import Problem
+    from verl.config.sections.base import Device
     from verl.config.sections.models import Config
     from verl.config.sections.reward import RewardModelModelConfig
 
-ENGINES = ("hf", *ADAPTERS)
-
 DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")  # a key in a text
 
-# Weights are saved in fp32, and so are Adam's two moments; the Hugging Face export is another copy of the weights.
+# Weights and Adam's two moments are saved in fp32. The Hugging Face export is another copy of the weights.
 CHECKPOINT_BYTES, EXPORT_BYTES = 12, 4
 
 
 def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
-    """The plan of the run and all that is wrong with it, problems of loading included.
+    """The plan of the run and all findings, problems of loading included.
 
-    In a dry run what only another machine could tell (its GPUs, its engines) is unchecked; in a real one it is a
-    problem. Nothing here asks the network or imports torch.
+    What only another machine can show (its GPUs, its engines) is listed as unchecked in a dry run, and is a problem in
+    a real run. The checks do not use the network or import torch.
     """
     config, findings = loaded.draft, Findings(notices=list(loaded.notices))
     train_rows, val_rows = _data(findings, config, dry_run, loaded.set_keys)
@@ -56,33 +55,34 @@ def check(loaded: Loaded[Config], *, dry_run: bool) -> tuple[RunPlan, Findings]:
     plan = plan_run(config, device=device, train_rows=train_rows, val_rows=val_rows)
     check_settings(findings, config, plan)
     plan = dataclasses.replace(plan, models=_models(findings, config, plan))
-    check_engine(findings, config, plan, dry_run)
-    check_servers(findings, config, dry_run)
-    check_devices(findings, config, plan, gpus, dry_run)
+    engine = engine_of(config, plan)
+    check_engine(findings, engine, dry_run)
+    check_servers(findings, engine, dry_run)
+    check_devices(findings, engine, config.trainer.device, gpus, dry_run)
     if dry_run and (budget := budget_of_run(config, plan)):
         here = not plan.uses_ray and (plan.device == "cpu" or gpus >= plan.devices_per_node)
         check_host_memory(findings, budget, plan.device, here)
     _files(findings, config, plan)
-    for sentence in find_inert(config, plan, loaded.set_keys):
+    for sentence in find_inert(Run.of_plan(config, plan, loaded.set_keys)):
         findings.warn(sentence)
     findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
     return plan, findings
 
 
 def unexplained(problems: list[Problem], faults: list[Problem]) -> list[Problem]:
-    """Those that do not follow from what loading found at fault."""
+    """The problems that do not follow from the problems of loading (``faults``)."""
     return [problem for problem in problems if not _follows(problem, faults)]
 
 
 def _follows(problem: Problem, faults: list[Problem]) -> bool:
-    """Whether it is about a key that loading found at fault, or took for what an unknown one was meant to be: that key
-    stands at its default now, which is not what the user wants."""
+    """Whether the problem names a key that a fault names, as wrong or as the nearest to an unknown key. That key has
+    its default now, which is not what the user wants."""
     named = set(DOTTED.findall(f"{problem.key} {problem.why}"))
     return any(named & set(DOTTED.findall(f"{fault.key} {fault.fix}")) for fault in faults)
 
 
 def _data(findings: Findings, config: Config, dry_run: bool, set_keys: frozenset[str]) -> tuple[int | None, int | None]:
-    """Rows of the training and validation data, as far as they can be read."""
+    """The number of rows of the training and validation data; None if they cannot be read."""
     data, trainer = config.data, config.trainer
     columns = {
         data.prompt_key: "name the column of the chat messages in data.prompt_key",
@@ -114,7 +114,7 @@ def _at_most(rows: int | None, limit: int) -> int | None:
 
 
 def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, ModelSize]:
-    """Sizes of the models that could be looked at, by role. A path that two keys share is looked at once."""
+    """The sizes of the models whose files can be read, by role. A path that two keys share is read once."""
     actor, critic = config.actor_rollout_ref.model, config.critic.model
     found = _model(findings, config, "actor", "actor_rollout_ref.model.path", actor.path)
     check_tokenizer_of(findings, "actor_rollout_ref.model", actor, found.get("actor"))
@@ -131,7 +131,7 @@ def _models(findings: Findings, config: Config, plan: RunPlan) -> dict[str, Mode
         if facts is not None:
             _one_label(findings, reward, facts)
         if reward.input_tokenizer is None and facts is not None:
-            check_context(findings, config, "reward_model.model.path", facts.max_positions)
+            check_context(findings, config.data, "reward_model.model.path", facts.max_positions)
         elif reward.input_tokenizer is not None:
             check_tokenizer_path(findings, "reward_model.model.path", reward.path)
             check_tokenizer_path(findings, "reward_model.model.input_tokenizer", reward.input_tokenizer)
@@ -155,7 +155,7 @@ def _one_label(findings: Findings, reward: RewardModelModelConfig, facts: ModelF
 
 
 def _size(facts: ModelFacts, whole: bool) -> ModelSize | None:
-    """whole: with its output embeddings; a critic has a head of a few thousand parameters instead."""
+    """whole: with output embeddings. A critic has a head of a few thousand parameters instead."""
     if facts.parameters is None:
         return None
     return ModelSize(facts.parameters - (0 if whole else facts.head), facts.dtype)
@@ -167,18 +167,18 @@ def _model(findings: Findings, config: Config, role: str, key: str, path: str) -
         return {}
     section = config.critic.model if role == "critic" else config.actor_rollout_ref.model
     positions = section.override_config.get("max_position_embeddings", facts.max_positions)
-    check_context(findings, config, key, positions)
+    check_context(findings, config.data, key, positions)
     return {role: facts}
 
 
-def check_engine(findings: Findings, config: Config, plan: RunPlan, dry_run: bool) -> None:
-    key, name = f"{ROLLOUT}.name", plan.engine
-    if name not in ENGINES:
-        findings.problem(
-            key, name, f"no engine has this name (known: {', '.join(ENGINES)})", f"set it to {_nearest(name, ENGINES)}"
-        )
+def check_engine(findings: Findings, plan: EnginePlan, dry_run: bool) -> None:
+    key, name = f"{ROLLOUT}.name", plan.name
+    known = ("hf", *ADAPTERS)
+    if name not in known:
+        why = f"no engine has this name (known: {', '.join(known)})"
+        findings.problem(key, name, why, f"set it to {_nearest(name, known)}")
     elif name in ADAPTERS:
-        _adapter(findings, config, plan, ADAPTERS[name], dry_run)
+        _adapter(findings, plan, ADAPTERS[name], dry_run)
     working = [size for size in range(1, plan.world_size + 1) if _splits(plan, size)]
     if plan.tensor_parallel not in working:
         nodes = f" ({plan.nnodes} nodes of {plan.devices_per_node})" if plan.nnodes > 1 else ""
@@ -190,13 +190,13 @@ def check_engine(findings: Findings, config: Config, plan: RunPlan, dry_run: boo
         )
 
 
-def _splits(plan: RunPlan, size: int) -> bool:
-    """Into tensor-parallel groups, each within a node or on all devices of several."""
+def _splits(plan: EnginePlan, size: int) -> bool:
+    """Whether the devices divide into tensor-parallel groups, each within a node or on all devices of several."""
     return plan.world_size % size == 0 and (plan.devices_per_node % size == 0 or size % plan.devices_per_node == 0)
 
 
-def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter, dry_run: bool) -> None:
-    rollout, name = config.actor_rollout_ref.rollout, adapter.name
+def _adapter(findings: Findings, plan: EnginePlan, adapter: Adapter, dry_run: bool) -> None:
+    rollout, name = plan.rollout, adapter.name
     if rollout.mode == "colocated" and not adapter.installed:
         if dry_run:
             findings.cannot_check(
@@ -208,7 +208,7 @@ def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter
                 f'run pip install -e ".[{name}]" (without a GPU: make {name}-cpu), or set it to hf, the embedded engine'
             )
             findings.problem(f"{ROLLOUT}.name", name, why, fix)
-    for argument, value in getattr(rollout.engine_kwargs, name).items():
+    for argument, value in rollout.engine_kwargs.of(name).items():
         if argument in adapter.own_keys:
             key, why = f"{ROLLOUT}.engine_kwargs.{name}.{argument}", "another key decides this argument"
             findings.problem(key, value, f"{why} of {adapter.title}", f"set {adapter.own_keys[argument]}")
@@ -233,14 +233,14 @@ def _adapter(findings: Findings, config: Config, plan: RunPlan, adapter: Adapter
             )
 
 
-def check_devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, dry_run: bool) -> None:
-    """gpus: as many as torch can use here."""
+def check_devices(findings: Findings, plan: EnginePlan, device: Device, gpus: int, dry_run: bool) -> None:
+    """device: value of trainer.device. gpus: number of GPUs that torch can use here."""
     key, asked = "trainer.n_gpus_per_node", plan.devices_per_node
     if torch_is_cpu_build():
         have = "the torch that is installed is a CPU build"
     else:
         have = f"this machine has {gpus or 'no'} GPU{'s' if gpus != 1 else ''}"
-    if plan.device == "cpu" and config.trainer.device == "auto" and installed_gpus():
+    if plan.device == "cpu" and device == "auto" and installed_gpus():
         findings.warn(f"the run uses the CPU and not this machine's GPU: {have}. Install a CUDA build of torch.")
     if plan.uses_ray:
         if plan.device == "cuda" and torch_is_cpu_build() and not dry_run:
@@ -254,13 +254,13 @@ def check_devices(findings: Findings, config: Config, plan: RunPlan, gpus: int, 
             )
     elif plan.device == "cuda" and gpus < asked and dry_run:
         findings.cannot_check(f"{key}={asked}: {have}; the plan takes them as given, and their memory is not checked")
-    elif config.trainer.device == "cuda" and gpus < asked:
+    elif device == "cuda" and gpus < asked:
         fix = f"set it to {gpus}" if gpus else f"set trainer.device=cpu and {key}=1"
         findings.problem(key, asked, have, fix)
     if plan.executor == "local" and plan.world_size > 1:
         why = f"it is one process, and the run asks for {plan.world_size} devices"
         findings.problem("trainer.executor", plan.executor, why, "leave it out, or set it to ray")
-    if plan.uses_ray and config.actor_rollout_ref.rollout.mode == "server":
+    if plan.uses_ray and plan.rollout.mode == "server":
         why = (
             "weights go to servers from a trainer that is one process, and this run's ranks are processes of their own"
         )
@@ -295,7 +295,8 @@ def _files(findings: Findings, config: Config, plan: RunPlan) -> None:
 
 
 def checkpoint_bytes(config: Config, plan: RunPlan) -> int | None:
-    """What the run's checkpoints take at most: as many as are kept, and the one being written. None if unknown."""
+    """The most disk space of the run's checkpoints, in bytes: those that are kept and the one being written. None if
+    unknown."""
     contents = {"actor": config.actor_rollout_ref.actor.checkpoint.save_contents}
     if plan.critic:
         contents["critic"] = config.critic.checkpoint.save_contents

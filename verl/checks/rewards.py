@@ -1,4 +1,4 @@
-"""Checks of how responses will be scored: the user's own function, without running it, or the data sources' scorers."""
+"""Checks of scoring: the user's own function, which is not run, or the scorers of the data sources."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def check_reward_function(findings: Findings, path: str, name: str, arguments: Sequence[str]) -> None:
-    """The file is Python and has the function, which takes these keyword arguments as far as can be read. It is not
-    imported: that may take long, and the run does it."""
+    """Checks that the file is Python and that its function takes these keyword arguments. The file is parsed and not
+    imported: an import may take long, and the run does it."""
     try:
         module = ast.parse(Path(path).expanduser().read_bytes())
     except OSError as error:
@@ -49,7 +49,7 @@ def check_reward_function(findings: Findings, path: str, name: str, arguments: S
 
 
 def _binds(node: ast.AST, name: str) -> bool:
-    """Whether this may give the name a meaning, itself or in what is below it."""
+    """Whether this statement, or one inside it, may define the name."""
     bound = set[str]()
     for each in ast.walk(node):
         match each:
@@ -63,7 +63,7 @@ def _binds(node: ast.AST, name: str) -> bool:
 
 
 def _refuses(taken: ast.arguments, given: Sequence[str]) -> str:
-    """Why a call with these keyword arguments alone would fail; empty where it would not."""
+    """Why a call with only these keyword arguments would fail; empty if it would not."""
     by_place = taken.posonlyargs + taken.args
     required = by_place[: len(by_place) - len(taken.defaults)]
     required += [argument for argument, default in zip(taken.kwonlyargs, taken.kw_defaults, strict=True) if not default]
@@ -76,7 +76,7 @@ def _refuses(taken: ast.arguments, given: Sequence[str]) -> str:
 
 
 def _names(module: ast.Module) -> set[str]:
-    """What a module defines or imports at its top level; "*" where that cannot be told."""
+    """The names that a module defines or imports at its top level; with "*" if there may be others."""
     names: set[str] = set()
     for node in module.body:
         match node:
@@ -101,10 +101,10 @@ def check_scoring(
     dry_run: bool,
     set_keys: frozenset[str],
 ) -> None:
-    """Every data source has a scorer, which can run on this machine, and no scorer is set that has nothing to score.
+    """Checks that every data source has a scorer that can run on this machine, and warns of settings of scorers that
+    nothing uses. It skips files that cannot be read.
 
-    files: by the key that names them. column: the data sources'. Files that cannot be read are not this check's
-    business.
+    files: by the key that names them. column: the one with the data sources.
     """
     for source, name in reward.data_sources.items():
         if name not in SCORERS and ":" not in name:

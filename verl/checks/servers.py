@@ -1,4 +1,4 @@
-"""Checks of ``rollout.mode=server``: where the servers are, who may speak to them, and how weights get there."""
+"""Checks of ``rollout.mode=server``: the servers' addresses, their key, and how they get weights."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from verl.checks.settings import ROLLOUT
+from verl.config.sections.rollout import RolloutConfig
 from verl.findings import Findings
 
 if TYPE_CHECKING:
-    from verl.config.sections.models import Config
+    from verl.plan import EnginePlan
 
 EXAMPLE = "http://10.0.0.5:30000"
 
 
-def check_servers(findings: Findings, config: Config, dry_run: bool) -> None:
-    rollout = config.actor_rollout_ref.rollout
+def check_servers(findings: Findings, engine: EnginePlan, dry_run: bool) -> None:
+    rollout = engine.rollout
     if rollout.mode != "server":
         return
     if rollout.name != "sglang":
-        why = f"{ROLLOUT}.mode=server speaks to SGLang servers"
+        why = f"{ROLLOUT}.mode=server supports SGLang servers only"
         findings.problem(f"{ROLLOUT}.name", rollout.name, why, f"set it to sglang, or {ROLLOUT}.mode=colocated")
     _urls(findings, rollout.server_urls, has_key=rollout.server_api_key_env is not None)
     _key(findings, rollout.server_api_key_env, dry_run)
-    if rollout.server_weight_update == "disk":
+    if isinstance(rollout, RolloutConfig) and rollout.server_weight_update == "disk":
         _folder(findings, rollout.server_weights_dir, dry_run)
 
 
 def _urls(findings: Findings, urls: list[str], has_key: bool) -> None:
     key = f"{ROLLOUT}.server_urls"
     if not urls:
-        findings.problem(key, urls, f"{ROLLOUT}.mode=server needs to know its servers", f"set it to [{EXAMPLE}]")
+        findings.problem(key, urls, f"{ROLLOUT}.mode=server needs server addresses", f"set it to [{EXAMPLE}]")
     plain = [url.rstrip("/") for url in urls]
     if twice := sorted({url for url in plain if plain.count(url) > 1}):
         shown = list(map(_presentable, urls))

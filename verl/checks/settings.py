@@ -1,4 +1,4 @@
-"""Checks of settings against each other: batch arithmetic, contradictions, lengths. Pure: no file is looked at."""
+"""Checks of settings against each other: batch arithmetic, contradictions, lengths. No file is read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from verl.findings import Findings
 from verl.plan import MicroBatching, RunPlan, needs_critic
 
 if TYPE_CHECKING:
-    from verl.config.sections.models import Config
+    from verl.config.sections.generation import GenerationDataConfig
+    from verl.config.sections.models import Config, DataConfig, EngineConfig
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 REF = "actor_rollout_ref.ref"
 
-# Whose micro-batches -> the keys that set their size in sequences and in tokens.
+# Name of the micro-batches -> the keys of their size in sequences and in tokens.
 SPLIT_KEYS = {
     "actor": (f"{ACTOR}.ppo_micro_batch_size_per_gpu", f"{ACTOR}.ppo_max_token_len_per_gpu"),
     "critic": ("critic.ppo_micro_batch_size_per_gpu", "critic.ppo_max_token_len_per_gpu"),
@@ -32,7 +33,7 @@ def check_settings(findings: Findings, config: Config, plan: RunPlan) -> None:
     _mini_batches(findings, config, plan)
     _micro_batches(findings, plan)
     _steps(findings, config, plan)
-    check_lengths(findings, config)
+    check_lengths(findings, config.data, config.actor_rollout_ref.rollout)
     _sampling(findings, config)
     _algorithm(findings, config, plan)
     _dapo(findings, config, plan)
@@ -40,7 +41,7 @@ def check_settings(findings: Findings, config: Config, plan: RunPlan) -> None:
 
 
 def splits(plan: RunPlan) -> dict[str, MicroBatching]:
-    """Every way in which a rank's rows are cut, by the names of SPLIT_KEYS."""
+    """The micro-batches of a rank, by the names of SPLIT_KEYS."""
     updates = {"actor": plan.actor.micro_batching} | ({"critic": plan.critic.micro_batching} if plan.critic else {})
     return updates | plan.forwards
 
@@ -49,10 +50,8 @@ def splits(plan: RunPlan) -> dict[str, MicroBatching]:
 
 
 def _mini_batches(findings: Findings, config: Config, plan: RunPlan) -> None:
-    """A step's prompts are whole mini-batches, and a mini-batch's trajectories spread evenly over the ranks.
-
-    Then a step's trajectories do too, being whole mini-batches.
-    """
+    """Checks that a step's prompts are whole mini-batches, and that a mini-batch's trajectories divide evenly among
+    the ranks."""
     sizes = {f"{ACTOR}.ppo_mini_batch_size": config.actor_rollout_ref.actor.ppo_mini_batch_size}
     if plan.critic and config.critic.ppo_mini_batch_size not in sizes.values():
         sizes["critic.ppo_mini_batch_size"] = config.critic.ppo_mini_batch_size
@@ -73,7 +72,7 @@ def _mini_batches(findings: Findings, config: Config, plan: RunPlan) -> None:
 
 
 def _fix_mini_batch(size: int, plan: RunPlan) -> str:
-    """The nearest size that works with this batch, and the nearest batch that works with this size."""
+    """How to fix it: the nearest size that works with this batch, or the nearest batch that works with this size."""
     working = [m for m in _divisors(plan.prompts) if m * plan.samples % plan.world_size == 0]
     fixes = [f"set it to {min(working, key=lambda m: abs(m - size))}"] if working else []
     if size * plan.samples % plan.world_size == 0:
@@ -126,8 +125,7 @@ def _steps(findings: Findings, config: Config, plan: RunPlan) -> None:
             )
 
 
-def check_lengths(findings: Findings, config: Config) -> None:
-    data, rollout = config.data, config.actor_rollout_ref.rollout
+def check_lengths(findings: Findings, data: DataConfig | GenerationDataConfig, rollout: EngineConfig) -> None:
     longest = data.max_prompt_length + data.max_response_length
     if rollout.max_model_len is not None and rollout.max_model_len < longest:
         findings.problem(
@@ -138,9 +136,10 @@ def check_lengths(findings: Findings, config: Config) -> None:
         )
 
 
-def check_context(findings: Findings, config: Config, key: str, max_positions: int | None) -> None:
-    """max_positions: what the model's config.json calls max_position_embeddings."""
-    data = config.data
+def check_context(
+    findings: Findings, data: DataConfig | GenerationDataConfig, key: str, max_positions: int | None
+) -> None:
+    """key: of the model's path. max_positions: max_position_embeddings of the model's config.json."""
     longest = data.max_prompt_length + data.max_response_length
     if max_positions is None or longest <= max_positions:
         return

@@ -1,4 +1,4 @@
-"""What can be known of a supervised run before it starts, and its plan as a text."""
+"""Checks of a supervised run before it starts, and its plan as text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from verl.checks.files import check_output_folder, check_parquet, paths
 from verl.checks.host_memory import check_host_memory
 from verl.checks.images import check_image_key, check_images
+from verl.checks.inert import Run, find_inert
 from verl.checks.models import ModelFacts, check_model, check_tokenizer_of
 from verl.checks.preflight import check_loggers, unexplained
 from verl.findings import Findings
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:
-    """All that is wrong, problems of loading included. Asks no network, imports no torch."""
+    """All findings, problems of loading included. Does not use the network or import torch."""
     config, findings = loaded.draft, Findings(notices=list(loaded.notices))
     rows = train_rows(findings, config)
     data, trainer = config.data, config.trainer
@@ -48,7 +49,7 @@ def check(loaded: Loaded[SFTConfig], *, dry_run: bool) -> Findings:
     if dry_run and (budget := _budget(config, facts)):
         kind = device_of(config)
         check_host_memory(findings, budget, kind, here=kind == "cpu" or installed_gpus() > 0)
-    _inert(findings, config, loaded.set_keys)
+    findings.warnings += find_inert(_run_of(config, loaded.set_keys))
     findings.problems = [*loaded.problems, *unexplained(findings.problems, loaded.problems)]
     return findings
 
@@ -74,38 +75,15 @@ def _budget(config: SFTConfig, facts: ModelFacts | None) -> HostBudget | None:
     return budget_of_sft(config, ModelSize(facts.parameters, facts.dtype), device_of(config))
 
 
-def _inert(findings: Findings, config: SFTConfig, set_keys: frozenset[str]) -> None:
-    """Keys that were set and have no effect."""
-    one_device = "training on one device does not shard the model"
-    reasons = {
-        "fsdp_config.fsdp_size": one_device,
-        "fsdp_config.reshard_after_forward": one_device,
-        "fsdp_config.param_offload": "the model is in use all the time",
-    }
-    if device_of(config) == "cpu":
-        reasons["model.use_remove_padding"] = "on a CPU each micro-batch is padded to its longest sequence"
-        reasons["fsdp_config.use_torch_compile"] = "nothing is compiled on a CPU"
-        reasons["fsdp_config.optimizer_offload"] = "on a CPU all memory is the host's"
-    if not config.data.val_files:
-        reasons["trainer.test_freq"] = "there is nothing to validate on (data.val_files)"
-    if config.trainer.total_training_steps is not None:
-        reasons["trainer.total_epochs"] = "trainer.total_training_steps says how long the run is"
-    if config.trainer.save_freq <= 0:
-        reasons["trainer.max_ckpt_to_keep"] = "only one checkpoint is saved, at the end (trainer.save_freq)"
-    if not config.data.shuffle:
-        reasons["data.seed"] = "the examples are not shuffled (data.shuffle)"
-    if config.data.micro_batch_size_per_gpu is not None:
-        reasons["data.max_token_len_per_gpu"] = "micro-batches are cut by examples (data.micro_batch_size_per_gpu)"
-    if config.data.val_files and config.trainer.test_freq <= 0:
-        reasons["data.val_files"] = "nothing is validated (trainer.test_freq)"
-    if config.optim.lr_scheduler_type == "constant":
-        reasons["optim.min_lr_ratio"] = "a constant learning rate has no end (optim.lr_scheduler_type)"
-    if config.optim.lr_warmup_steps >= 0:
-        reasons["optim.lr_warmup_steps_ratio"] = "optim.lr_warmup_steps says how long the warm-up is"
-    if config.trainer.resume_mode != "resume_path":
-        reasons["trainer.resume_from_path"] = "it is read with trainer.resume_mode=resume_path only"
-    for key in sorted(set_keys & reasons.keys()):
-        findings.warn(f"{key} has no effect: {reasons[key]}")
+def _run_of(config: SFTConfig, set_keys: frozenset[str]) -> Run:
+    trainer = config.trainer
+    return Run(
+        config,
+        set_keys,
+        device_of(config),
+        validates=bool(config.data.val_files) and trainer.test_freq > 0,
+        saves=trainer.save_freq > 0,
+    )
 
 
 def plan_text(config: SFTConfig) -> str:

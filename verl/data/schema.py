@@ -13,6 +13,7 @@ from verl.data.ragged import Ragged, offsets_of
 FLOATS = pa.list_(pa.float32())
 IDS = pa.list_(pa.int32())
 FLAGS = pa.list_(pa.int8())
+VERSIONS = pa.list_(pa.int64())
 STRINGS = pa.list_(pa.string())
 
 # What the data loader gives: one row a prompt. JSON text where a data set's own structure varies.
@@ -36,7 +37,9 @@ TRAJECTORY_COLUMNS: dict[str, pa.DataType] = {
     "response_mask": FLAGS,  # 1 where the policy wrote the token
     "rollout_log_probs": FLOATS,
     "finish_reason": pa.string(),  # stop | length | abort
-    "weight_version": pa.int64(),  # of the weights that wrote the last token
+    "first_version": pa.int64(),  # of the weights that generated the first token
+    "last_version": pa.int64(),  # of the weights that generated the last token
+    "versions": VERSIONS,  # of the weights that generated each token
 }
 
 # Added by later stages of a step.

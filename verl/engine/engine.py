@@ -350,6 +350,11 @@ class TrainEngine:
         if not self.params_loaded:
             raise OffloadedError("the parameters are on the host: call onload(params=True) first")
 
+    def not_finite(self) -> str:
+        """The name of a parameter with a number that is not finite, in this rank's shard; "" if there is none."""
+        shards = ((name, offload.local(param)) for name, param in self.module.named_parameters())
+        return next((name for name, shard in shards if not torch.isfinite(shard).all()), "")
+
     # ---- checkpoints
 
     def save(self, path: str | os.PathLike) -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from verl.engine.token_statistics import token_statistics
+from verl.engine.weight_files import check_loaded
 from verl.errors import UserError
 from verl.plan import ModelSize
 
@@ -134,6 +135,7 @@ def read_model(
         missing = {name for name in missing if not name.startswith("score.")}
     if missing:
         raise UserError(f"model.path={model.path}: its files lack {min(missing)} ({len(missing)} tensors in all)")
+    check_loaded(hf.named_parameters(), report["unexpected_keys"], model.path)
     return hf
 
 
@@ -166,7 +168,7 @@ def model_size(model: ModelConfig, kind: Kind) -> ModelSize:
 def write_model(hf: transformers.PreTrainedModel, folder: str | Path, state: dict[str, torch.Tensor] | None) -> None:
     """A folder that transformers loads by path. state: the whole tensors by name, when the module holds only shards."""
     try:
-        with _quiet():
+        with _quiet(), _any_generation_config(hf, Path(folder)):
             hf.save_pretrained(folder, state_dict=state)
     except SafetensorError as error:  # how safetensors tells of a disk that is full
         raise OSError(str(error)) from error
@@ -182,6 +184,24 @@ def _auto_class(kind: Kind):
         "value": transformers.AutoModelForTokenClassification,
         "reward": transformers.AutoModelForSequenceClassification,
     }[kind]
+
+
+@contextmanager
+def _any_generation_config(hf: transformers.PreTrainedModel, folder: Path) -> Iterator[None]:
+    """Within the block the module has the default generation config. Its own is written to the folder afterwards.
+
+    transformers refuses to save a config that looks contradictory, such as top_k without do_sample. Models on the hub
+    have such files."""
+    own = getattr(hf, "generation_config", None)  # a classifier has none
+    if own is None:
+        yield
+        return
+    hf.generation_config = transformers.GenerationConfig()
+    try:
+        yield
+    finally:
+        hf.generation_config = own
+    own.to_json_file(folder / "generation_config.json")
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class BuiltIn:
     missing: Callable[..., MissingDependency | None] = lambda **settings: None
 
 
-# The name of a scorer is also that of its settings: reward.gsm8k.
+# A scorer's settings, if it has any, are the section of its name: reward.gsm8k.
 SCORERS: dict[str, BuiltIn] = {
     "gsm8k": BuiltIn(gsm8k.compute_score),
     "math": BuiltIn(symbolic_math.compute_score, symbolic_math.missing),
@@ -78,8 +78,9 @@ class ScorerSpec:
 
 
 def settings_of(config: RewardConfig) -> dict[str, dict[str, Any]]:
-    """{scorer name: its settings}"""
-    return {name: getattr(config, name).model_dump() for name in SCORERS}
+    """{scorer name: its settings}; nothing for a scorer that has no section in the configuration."""
+    sections = {name: getattr(config, name, None) for name in SCORERS}
+    return {name: section.model_dump() if section else {} for name, section in sections.items()}
 
 
 def make_scorer(spec: ScorerSpec) -> Callable[[dict[str, Any]], tuple[float, str]]:

@@ -49,6 +49,14 @@ class Checkpoint:
     def state(self) -> dict:
         return json.loads((self.folder / "trainer.json").read_text())
 
+    @property
+    def sound(self) -> bool:
+        """False if the last optimizer step before it was skipped, or if it cannot be read."""
+        try:
+            return self.state().get("sound", True)
+        except (OSError, ValueError):
+            return False
+
 
 class Checkpoints:
     """keep: how many to keep (None: all)."""
@@ -98,8 +106,16 @@ class Checkpoints:
             checkpoint.folder.rename(aside / checkpoint.folder.name)
         return aside
 
+    def where_to_resume(self) -> str:
+        """A sentence that names the newest checkpoint, for a run that cannot go on from what it has."""
+        if kept := [checkpoint for checkpoint in self.all() if checkpoint.sound] or self.all():
+            return f"The last checkpoint before that is {kept[-1].folder}"
+        return "No checkpoint was written before that: start from the beginning"
+
     def save(self, step: int, write: Callable[[Path], None], state: dict) -> Checkpoint:
-        """write(folder) puts the models there; ``state`` becomes trainer.json. SaveError if it does not fit."""
+        """write(folder) puts the models there; ``state`` becomes trainer.json. SaveError if it does not fit.
+
+        state["sound"]: False if the last optimizer step was skipped."""
         final, partial = self.folder / f"global_step_{step}", self.folder / f".partial_global_step_{step}"
         try:
             for left_over in self.folder.glob(".partial_global_step_*"):  # of a run that was killed while saving
@@ -126,8 +142,11 @@ class Checkpoints:
         return f"could not write {final}: {error.strerror or error} ({free / 1e6:,.0f} MB free there); {safe}"
 
     def _prune(self) -> None:
-        if self.keep:
-            for checkpoint in self.all()[: -self.keep]:
+        """Deletes all but the newest ``keep``. Only a sound checkpoint takes the place of others, so the last sound one
+        is always kept."""
+        kept = self.all()
+        if self.keep and kept[-1].sound:
+            for checkpoint in kept[: -self.keep]:
                 shutil.rmtree(checkpoint.folder)
 
 

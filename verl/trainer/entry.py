@@ -1,4 +1,4 @@
-"""What the entry points without a plan of PPO's have in common: settings, checks, the run, an exit code."""
+"""Shared by all entry points but PPO's: loads settings, checks them, runs, and returns an exit code."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def enter(
     plan_text: Callable[[Any], str],
     run: Callable[[Any, Any], int],
 ) -> int:
-    """The exit code: 0 when all went well, 2 when the settings are wrong, 1 for other errors that the user can mend.
+    """The exit code: 0 for success, 2 for wrong settings, 1 for other errors that the user can fix.
 
-    schema: class of the configuration. check(loaded, dry_run=...) finds what is wrong with it; run(loaded, findings)
-    imports torch; plan_text(config), of a dry run, does not. argv: None for the command line.
+    schema: class of the configuration. check(loaded, dry_run=...) returns the findings. run(loaded, findings) imports
+    torch; plan_text(config), for a dry run, does not. argv: None for the command line.
     """
     from verl.checks.dry_run import print_dry_run
     from verl.config.loading.load import load

@@ -1,6 +1,6 @@
-"""``python3 -m verl.trainer.main_eval key=value ...``: scores of a file of responses. ``--help`` says more.
+"""``python3 -m verl.trainer.main_eval key=value ...`` scores a file of responses. ``--help`` shows the usage.
 
-Light on purpose: processes that score import this module, too.
+The module is light: scoring processes import it too.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""``python3 -m verl.trainer.main_export CHECKPOINT OUT``: a checkpoint as a folder that transformers, SGLang and vLLM
-load. No GPU and no other process is needed, whatever the run had."""
+"""``python3 -m verl.trainer.main_export CHECKPOINT OUT``: writes a checkpoint as a folder that transformers, SGLang and
+vLLM load. It needs no GPU and no other process, whatever the run used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Source(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What training began with. dtype: of its computation, or auto."""
+    """The model that training started from. dtype: type of the computation, or auto."""
 
     model: ModelConfig
     tokenizer_path: str
@@ -34,15 +34,15 @@ class Trained(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 when all went well, 1 for errors that the user can mend."""
+    """The exit code: 0 for success, 1 for errors that the user can fix."""
     parser = argparse.ArgumentParser(
         prog="verl export", description=__doc__.partition(". ")[0].partition(": ")[2] + "."
     )
     parser.add_argument("checkpoint", type=Path, help="a run's folder (its newest checkpoint), or .../global_step_N")
-    parser.add_argument("out", type=Path, help="folder to write, which is not there yet")
-    parser.add_argument("--role", choices=("actor", "critic"), help="which model of a PPO run (actor)")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the tensors (that of the model training began with)")
-    parser.add_argument("--model", help="the model training began with, if it is not where the run's config.yaml says")
+    parser.add_argument("out", type=Path, help="folder to write; it must not exist")
+    parser.add_argument("--role", choices=("actor", "critic"), help="which model of a PPO run (default: actor)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the tensors (default: that of the original model)")
+    parser.add_argument("--model", help="the original model, if it is not at the path in the run's config.yaml")
     chosen = parser.parse_args(argv)
     try:
         share_cores()
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(checkpoint: Path, out: Path, role: str | None, dtype: str | None, model: str | None) -> str:
-    """What was written, in words. ``out`` appears whole."""
+    """A sentence on what was written. ``out`` appears only when it is complete."""
     import torch
 
     from verl.data.tokenizer import load_tokenizer
@@ -81,7 +81,7 @@ def export(checkpoint: Path, out: Path, role: str | None, dtype: str | None, mod
 
 
 def find(path: Path, role: str | None) -> Source:
-    """The checkpoint that a path means, found undamaged."""
+    """The checkpoint at a path. UserError if there is none or it is damaged."""
     from verl.trainer.checkpoints import MANIFEST, Checkpoint, Checkpoints
 
     if (path / MANIFEST).is_file():
@@ -102,11 +102,13 @@ def find(path: Path, role: str | None) -> Source:
 
 
 def model_of(source: Source) -> Trained:
-    """As the run's config.yaml says."""
+    """The original model, from the run's config.yaml."""
     from verl.config.loading.load import load
     from verl.config.sections.models import Config, Root, SFTConfig
 
-    places = [folder / "config.yaml" for folder in source.step.absolute().parents[:2]]  # also of one that was set aside
+    places = [
+        folder / "config.yaml" for folder in source.step.absolute().parents[:2]
+    ]  # also of a checkpoint that was set aside
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise UserError(f"there is no {places[0]}, which says what model the checkpoint is of")

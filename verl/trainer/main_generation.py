@@ -1,6 +1,6 @@
-"""``python3 -m verl.trainer.main_generation key=value ...``: responses to a file of prompts. ``--help`` says more.
+"""``python3 -m verl.trainer.main_generation key=value ...`` generates responses to a file of prompts.
 
-Light on purpose: torch is imported only once the checks have passed.
+``--help`` shows the usage. The module is light: torch is imported only after the checks have passed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from verl.trainer.entry import enter
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code, see ``enter``; 130 when it was interrupted and the same command goes on."""
+    """The exit code, see ``enter``; 130 if the run was interrupted. The same command then resumes it."""
     from verl.checks.generation import check, plan_text
     from verl.config.sections.models import GenerationConfig
 

@@ -1,6 +1,6 @@
-"""``python3 -m verl.trainer.main_ppo key=value ...``: train a model with PPO. ``--help`` says more.
+"""``python3 -m verl.trainer.main_ppo key=value ...`` trains a model with PPO. ``--help`` shows the usage.
 
-Light on purpose: torch is imported only once the checks have passed, and processes that score import this module, too.
+The module is light: torch is imported only after the checks have passed. Scoring processes import this module too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from verl.trainer.environment import share_cores
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 when all went well, 2 when the settings are wrong, 1 for other errors that the user can mend."""
+    """The exit code: 0 for success, 2 for wrong settings, 1 for other errors that the user can fix."""
     from verl.checks.dry_run import print_plan
     from verl.checks.preflight import check
     from verl.config.loading.load import load

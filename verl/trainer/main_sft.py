@@ -1,6 +1,6 @@
-"""``python3 -m verl.trainer.main_sft key=value ...``: supervised fine-tuning on prompts and responses.
+"""``python3 -m verl.trainer.main_sft key=value ...`` trains a model on prompts and responses.
 
-Light on purpose: torch is imported only once the checks have passed.
+``--help`` shows the usage. The module is light: torch is imported only after the checks have passed.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from verl.config.loading.dump import resolved_yaml
 from verl.config.sections.models import Config, SFTConfig
@@ -79,10 +80,22 @@ def finishes(fit: Callable[[], bool], abandon: Callable[[], None] = lambda: None
 
 
 def close_run(
-    trainer: RunConfig, checkpoints: Checkpoints, step: int, finished: bool, *, validation: Path | None = None
+    trainer: RunConfig,
+    checkpoints: Checkpoints,
+    step: int,
+    finished: bool,
+    *,
+    validation: Path | None = None,
+    skipped: Mapping[str, int] = MappingProxyType({}),
 ) -> int:
-    """Write the report, say where everything is, and give the exit code. step: the last one begun."""
-    folder, texts = checkpoints.folder, []
+    """Writes the report, says where everything is, and returns the exit code. step: the last one begun. skipped:
+    optimizer steps that were skipped, by model."""
+    folder = checkpoints.folder
+    texts = [
+        f"warning: {count} optimizer steps of the {role} were skipped, because their gradients were not finite"
+        for role, count in skipped.items()
+        if count
+    ]
     if "file" in trainer.logger:
         try:
             write_report(folder, validation=validation)

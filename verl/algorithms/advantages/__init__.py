@@ -1,9 +1,9 @@
-"""Advantages: one registry of estimators over ragged numpy columns, on the driver.
+"""The registry of advantage estimators. They work on ragged numpy columns, on the driver.
 
-An estimator is a function ``AdvantageInputs -> (advantages, returns)``, both float32 columns of the response tokens,
-zero on tokens that the policy did not write. ``algorithm.adv_estimator`` names one of the registry, or a function of
-the user's own as ``package.module:function`` (true attributes ``needs_critic`` and ``needs_greedy`` on it ask for a
-critic and for greedy responses).
+An estimator is a function ``AdvantageInputs -> (advantages, returns)``. Both results are float32 columns of the
+response tokens, zero on tokens that the policy did not write. ``algorithm.adv_estimator`` names an entry of the
+registry, or your own function as ``package.module:function``. The attributes ``needs_critic = True`` and
+``needs_greedy = True`` of your function request a critic and greedy responses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ESTIMATORS = {
 
 
 def resolve(name: str) -> Estimator:
-    """The estimator that ``algorithm.adv_estimator`` names. UserError when there is none."""
+    """The estimator that ``algorithm.adv_estimator`` names. UserError if there is none."""
     if name in ESTIMATORS:
         return ESTIMATORS[name]
     compute = users_function("algorithm.adv_estimator", name, ESTIMATORS)

@@ -1,4 +1,4 @@
-"""What every estimator of advantages takes and gives."""
+"""The inputs and results of advantage estimators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verl.errors import UserError
 
 
 class AdvantageSettings(Protocol):
-    """What estimators read of the ``algorithm`` section."""
+    """The keys of the ``algorithm`` section that estimators read."""
 
     @property
     def gamma(self) -> float: ...
@@ -28,7 +28,8 @@ class AdvantageInputs:
     """token_rewards, values: float columns; response_mask: 1 where the policy wrote the token; all aligned.
 
     values: the critic's, None without a critic. group: int64, shape (B,): rows of one prompt share it.
-    greedy_rewards: float64, shape (B,): what the greedy response to the row's prompt got; None where none was drawn.
+    greedy_rewards: float64, shape (B,): the reward of the greedy response to the row's prompt; None without greedy
+        responses.
     """
 
     token_rewards: Ragged
@@ -44,10 +45,10 @@ Compute = Callable[[AdvantageInputs], tuple[Ragged, Ragged]]
 
 @dataclass(frozen=True)
 class Estimator:
-    """needs_critic: reads ``values``. needs_greedy: reads ``greedy_rewards``, so the rollout draws them.
-
-    compares_group: sets a response against others to its prompt. reads: keys of the ``algorithm`` section that it
-    takes; None where that is not known.
+    """needs_critic: reads ``values``. needs_greedy: reads ``greedy_rewards``, so that the rollout generates greedy
+        responses.
+    compares_group: compares a response with the others to its prompt.
+    reads: keys of the ``algorithm`` section that only some estimators read; None if that is not known.
     """
 
     name: str

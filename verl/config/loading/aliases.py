@@ -1,4 +1,4 @@
-"""Names and values that other versions of the configuration use, and what they are called here."""
+"""Names and values that other versions of the configuration use, and their names here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RENAMED = {
     "trainer.max_critic_ckpt_to_keep": "trainer.max_ckpt_to_keep",
 }
 
-# Old batch size over all ranks -> batch size of one rank, to which its value is divided.
+# Old batch size over all ranks -> batch size of one rank. The value is divided by the number of ranks.
 PER_RANK = {
     "actor_rollout_ref.actor.ppo_micro_batch_size": "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size": (
@@ -41,7 +41,7 @@ PER_RANK = {
     "critic.forward_micro_batch_size": "critic.forward_micro_batch_size_per_gpu",
 }
 
-# Keys that old commands carry and that have nothing left to decide.
+# Keys of old commands that decide nothing any more.
 WITHOUT_EFFECT = {
     "data.gen_batch_size": "a step draws prompts until it has data.train_batch_size of them",
     "data.val_batch_size": "validation takes all prompts at once",
@@ -69,8 +69,8 @@ REVALUED = {
 
 @dataclass(frozen=True)
 class Canonical:
-    """A setting under its name here. key: None when it has no effect. per_rank: the value is to be divided over the
-    ranks. notice: what to tell the user."""
+    """A setting under its name here. key: None if it has no effect. per_rank: whether the value must be divided by the
+    number of ranks. notice: a message to the user."""
 
     key: str | None
     value: Any

@@ -1,4 +1,4 @@
-"""Settings from files and the command line, laid over each other under the names used here."""
+"""Merges settings from files and the command line, under the names used here."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from verl.config.loading.problems import NO_VALUE, Problem
 from verl.config.loading.schema import choices, get, keys_of, put, sections_of
 
 COMMAND_LINE = "the command line"
-SET_BY_USER = "set_by_user"  # in a run's resolved configuration: the keys that are not there as mere defaults
+SET_BY_USER = "set_by_user"  # entry of a run's resolved configuration: the keys that the user set
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where a key's value came from. layer: COMMAND_LINE or the file. given: the name used there. text: the value as
-    typed. per_rank: the value is of all ranks together. default: it stands in the file, but no one chose it."""
+    typed. per_rank: the value is for all ranks together. default: the file has it as a default that nobody set."""
 
     layer: str
     given: str
@@ -32,7 +32,7 @@ class Origin:
 
 @dataclass
 class Settings:
-    """tree: values as nested dicts. origins: of every key in it."""
+    """tree: values as nested dicts. origins: the origin of every key in it."""
 
     schema: type[BaseModel]
     tree: dict[str, Any] = field(default_factory=dict)
@@ -63,13 +63,12 @@ class Settings:
         self.problems.append(Problem(key, value, why, fix))
 
     def misfit(self, key: str, why: str, fix: str) -> None:
-        """A problem of a key that is set, named and shown as it was given."""
+        """Adds a problem of a key that is set, with the name and value that the user gave."""
         origin = self.origins[key]
         self.problem(origin.given, get(self.tree, key) if origin.text is None else origin.text, why, fix)
 
     def _leaves(self, key: str, value: Any) -> Iterator[tuple[str, Any]]:
-        """The keys that a mapping sets. A mapping may also itself be the value of a key that takes one, and a file's
-        section may be empty."""
+        """The keys that a mapping sets. A mapping may itself be the value of a key. A file's section may be empty."""
         name = canonical(key, value).key
         if isinstance(value, Mapping) and value and name not in keys_of(self.schema):
             for part, item in value.items():
@@ -96,7 +95,7 @@ class Settings:
         self.origins[key] = origin
 
     def _key_of(self, name: str) -> str | None:
-        """The schema's key: the name itself, or the key of which it is an entry, where that takes a mapping."""
+        """The schema's key: the name itself, or the key of a mapping that has it as an entry; None if there is none."""
         known = keys_of(self.schema)
         parts = name.split(".")
         prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
@@ -104,8 +103,8 @@ class Settings:
         return key if key == name or (key and dict in choices(known[key].annotation)) else None
 
     def _second_name(self, key: str, value: Any, origin: Origin) -> bool:
-        """Whether this layer already sets the key by another name, so that this value must not. A null gives way;
-        two different values are a problem."""
+        """Whether this layer already sets the key by another name, so that this value is not used. A null is replaced.
+        Two different values are a problem."""
         before, old = self.origins.get(key), get(self.tree, key)
         if before is None or (before.layer, old) == (origin.layer, None) or before.layer != origin.layer:
             return False

@@ -1,4 +1,5 @@
-"""What a key takes, in words: for the docs and for the message about a value that does not fit."""
+"""The values that a key takes and the conditions under which it has no effect, in words: for the documentation,
+``--help`` and the message about a wrong value."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from verl.config.loading.problems import shown
+from verl.config.sections.effects import Condition, NoEffect, always
 
 WORDS = {int: "whole number", float: "number", str: "text", bool: "True or False", dict: "mapping", NoneType: "null"}
 BOUNDS = {
@@ -22,8 +24,16 @@ BOUNDS = {
 
 
 def wanted(field: FieldInfo) -> str:
-    """As in "whole number, at least 1, or null"."""
+    """The values that a field takes, such as "whole number, at least 1, or null"."""
     return _words(field.annotation, field.metadata)
+
+
+def effect(section: str, condition: Condition) -> str:
+    """A condition as a sentence. section: dotted name of the section that holds it."""
+    if not isinstance(condition, NoEffect):
+        return f"No effect if {condition.choice} does not read it."
+    joint = ":" if condition.when is always else " if"
+    return f"No effect{joint} {condition.why.replace('{section}', section)}."
 
 
 def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
@@ -46,7 +56,7 @@ def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
 
 
 def literals(annotation: Any) -> list[str]:
-    """The words that a key takes, where it takes only certain words."""
+    """The words that a key takes if it takes only certain words, else nothing."""
     return [choice for choice in get_args(annotation) if get_origin(annotation) is Literal and isinstance(choice, str)]
 
 

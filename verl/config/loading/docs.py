@@ -1,4 +1,5 @@
-"""``python -m verl.config.loading.docs`` writes ``docs/config.md``, the reference of all keys, from their classes."""
+"""``python -m verl.config.loading.docs`` writes ``docs/config.md``, the reference of all keys, from the section
+classes."""
 
 from __future__ import annotations
 
@@ -7,21 +8,24 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from verl.config.loading.aliases import PER_RANK, RENAMED, REVALUED, WITHOUT_EFFECT
-from verl.config.loading.describe import wanted
+from verl.config.loading.describe import effect, wanted
 from verl.config.loading.help import MODULES, default_of
-from verl.config.loading.schema import keys_of, sections_of
+from verl.config.loading.schema import conditions_of, keys_of, sections_of
 from verl.config.sections.models import Root
 
 HEAD = """# Configuration
 
-Made from the classes in `verl/config/` by `make docs`; change those, not this page.
+This page is generated from the classes in `verl/config/` by `make docs`. Change the classes, not this page.
 
-Settings are given as `key=value` in [Hydra's override syntax](https://hydra.cc/docs/advanced/override_grammar/basic/),
-and in YAML files with `--config FILE.yaml` (as many as you like). Later files win over earlier ones, and the command
-line over files. `key=null` is "none", `~key` takes a key back to its default, and `${another.key}` stands for another
-key's value (in a shell, in single quotes). A key that is misspelt, does not fit or is missing stops the run before it
-starts, together with all other problems; `--help WORD` shows the keys with that word, and `trainer.dry_run=True` the
-plan of the run.
+- Settings are given as `key=value` in
+  [Hydra's override syntax](https://hydra.cc/docs/advanced/override_grammar/basic/), and in YAML files with
+  `--config FILE.yaml`, which may be repeated. Later files win over earlier ones. The command line wins over files.
+- `key=null` means "none". `~key` resets a key to its default. `${another.key}` is the value of another key; in a shell,
+  put it in single quotes.
+- A key that is misspelt, missing or has a wrong value stops the run before it starts. All problems are reported
+  together.
+- A key that was set and has no effect in the run is named in a warning. The tables say when a key has no effect.
+- `--help WORD` shows the keys that contain a word. `trainer.dry_run=True` prints the plan of the run.
 """
 
 
@@ -36,18 +40,23 @@ def config_page() -> str:
 
 
 def _section(schema: type[Root], name: str, section: type[BaseModel]) -> str:
+    """A table of the section's keys. A condition that holds for all of them stands above it."""
     keys = {key: field for key, field in keys_of(schema).items() if key.rpartition(".")[0] == name}
     if not keys:
         return ""
-    lines = [f"### {name}\n", "| key | default | takes | meaning |", "|---|---|---|---|"]
+    effects = {key: [effect(*found) for found in conditions_of(schema, key)] for key in keys}
+    shared = [text for text in next(iter(effects.values())) if all(text in found for found in effects.values())]
+    lines = [f"### {name}\n"] + ([" ".join(shared) + "\n"] if shared else [])
+    lines += ["| key | default | takes | meaning |", "|---|---|---|---|"]
     for key, field in keys.items():
-        cells = [f"`{key.rpartition('.')[2]}`", f"`{default_of(schema, key)}`", wanted(field), field.description or ""]
+        meaning = " ".join([field.description or "", *(text for text in effects[key] if text not in shared)])
+        cells = [f"`{key.rpartition('.')[2]}`", f"`{default_of(schema, key)}`", wanted(field), meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _other_names() -> str:
-    lines = ["## Names and values of other versions\n", "Accepted, each with a notice.\n"]
+    lines = ["## Names and values of other versions\n", "These are accepted. Each prints a notice.\n"]
     lines += ["| given | read as |", "|---|---|"]
     lines += [f"| `{old}` | `{new}` |" for old, new in RENAMED.items()]
     lines += [f"| `{key}={old}` | `{key}={new}` |" for (key, old), new in REVALUED.items()]
@@ -59,6 +68,6 @@ def _other_names() -> str:
 
 
 if __name__ == "__main__":
-    page = Path(__file__).parents[2] / "docs" / "config.md"
+    page = Path(__file__).parents[3] / "docs" / "config.md"
     page.write_text(config_page())
     print(f"wrote {page}")

@@ -1,4 +1,4 @@
-"""A configuration as the YAML text that ``--config`` reads back to the same."""
+"""Writes a configuration as YAML text that ``--config`` reads back."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from verl.config.sections.models import Root
 
 
 def resolved_yaml(config: Root, set_keys: Iterable[str] = ()) -> str:
-    """Every key with its value. set_keys: which of them the user set; a run from this file takes the others as
-    defaults."""
+    """YAML text with every key and its value. set_keys: the keys that the user set. A run from this file treats the
+    others as defaults."""
     content = {**_literal(config.model_dump(mode="json")), SET_BY_USER: sorted(set_keys)}
     return OmegaConf.to_yaml(OmegaConf.create(content))
 
 
 def _literal(value: Any) -> Any:
-    """Values in which ``${`` stands for itself."""
+    """The value with every ``${`` escaped."""
     if isinstance(value, dict):
         return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, list):

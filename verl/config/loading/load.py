@@ -1,4 +1,4 @@
-"""From the command line to a whole, checked configuration, with every problem found on the way."""
+"""Loads a complete, checked configuration from the command line, and collects all problems."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ AnyConfig = TypeVar("AnyConfig", bound=Root)
 
 @dataclass(frozen=True)
 class Loaded(Generic[AnyConfig]):
-    """config: None exactly when there are problems.
-    draft: the configuration; with problems, one with what is at fault left at its default, or at schema.MISSING
-        where it has none, so that the rest can be checked too.
-    set_keys: what the user set, under the names used here.
-    notices: what was read differently from how it was written, or decided on the user's behalf.
+    """config: the configuration; None if there are problems.
+    draft: the configuration. If there are problems, the wrong keys have their defaults (schema.MISSING if they have
+        none), so that the rest can be checked too.
+    set_keys: the keys that the user set, under the names used here.
+    notices: what was read differently from how it was written, or decided for the user.
     """
 
     config: AnyConfig | None
@@ -40,7 +40,8 @@ class Loaded(Generic[AnyConfig]):
 
 
 def load(argv: Sequence[str], schema: type[AnyConfig] = Config) -> Loaded[AnyConfig]:  # type: ignore[assignment]
-    """Files in the order given, then the command line; later ones win. ``--help`` prints and exits."""
+    """The configuration from files, in their order, and then the command line. Later settings win. ``--help`` prints
+    and exits."""
     arguments = parse_arguments(argv)
     if arguments.help is not None:
         print(help_text(schema, arguments.help))

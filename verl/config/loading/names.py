@@ -1,4 +1,4 @@
-"""Finding the known name that a misspelt one was meant to be."""
+"""Finds the known name that is nearest to a misspelt one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import SequenceMatcher
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The known dotted key most like this one: in its last part above all, then in the groups that it names."""
+    """The known dotted key most similar to this one. Its last part counts most, then the groups that it names."""
     return max(known, key=lambda candidate: _likeness(key, candidate))
 
 

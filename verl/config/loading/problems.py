@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, one finding each, and the text that shows them all."""
+"""Problems of a configuration, and the report of all of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NO_VALUE: Final = _NoValue()
 
 @dataclass(frozen=True)
 class Problem:
-    """key: the full key, or the argument as typed. value: what it was set to; NO_VALUE where there is none to show.
-    why: what is wrong. fix: what would work."""
+    """key: the full key, or the argument as typed. value: its value; NO_VALUE if there is none to show. why: what is
+    wrong. fix: what would work."""
 
     key: str
     value: object
@@ -37,7 +37,7 @@ def report(problems: Sequence[Problem]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as one would type it on the command line."""
+    """A value as typed on the command line."""
     if value is None:
         return "null"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The keys of a configuration class: its tree of sections seen as dotted keys, and nested dicts addressed by them."""
+"""Dotted keys of a configuration class, and access to nested dicts by dotted key."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from verl.config.sections.effects import Condition, NoEffect, ReadBy
+
 ABSENT: Final = PydanticUndefined
-MISSING: Final = "???"  # OmegaConf's sign for a required value that is not there
+MISSING: Final = "???"  # OmegaConf's mark for a required value that is missing
 
 
 @cache
@@ -37,6 +39,23 @@ def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Field
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+@cache
+def conditions_of(model: type[BaseModel], key: str) -> list[tuple[str, Condition]]:
+    """The conditions under which a key has no effect, those of outer sections first; each with the dotted name of the
+    section that holds it ("" for the whole configuration)."""
+    found: list[tuple[str, Condition]] = []
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        field = model.model_fields[name]
+        conditions = [item for item in field.metadata if isinstance(item, NoEffect | ReadBy)]
+        found += [(".".join(names[:depth]), item) for item in conditions if item.covers(names[depth + 1 :])]
+        section = section_of(field)
+        if section is None:
+            break
+        model = section
+    return found
 
 
 def choices(annotation: Any) -> set[Any]:
@@ -73,14 +92,14 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def plain(tree: Any) -> Any:
-    """A copy of nested dicts and sections as dicts; of a section only what was set in it."""
+    """A copy of nested dicts and sections as dicts. Of a section, only the values that were set."""
     if isinstance(tree, BaseModel):
         return tree.model_dump(exclude_unset=True)
     return {key: plain(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def defaults_of(model: type[BaseModel]) -> dict[str, Any]:
-    """All defaults as nested dicts; one that comes from another key as a reference, a required key as MISSING."""
+    """All defaults as nested dicts. A default from another key is a reference, a required key is MISSING."""
     tree: dict[str, Any] = {}
     derived: dict[str, str] = getattr(model, "derived", {})
     for key, field in keys_of(model).items():

@@ -1,5 +1,5 @@
-"""What collected settings come to: references followed, types fitted, old batch sizes divided, what depends on other
-keys decided."""
+"""Resolves collected settings: follows references, converts types, divides old batch sizes, and decides defaults that
+depend on other keys."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl.config.loading.collect import Settings
 from verl.config.loading.schema import choices, defaults_of, get, keys_of, put
+from verl.config.policy_losses import LOSS_MODES
 
 ACTOR = "actor_rollout_ref.actor"
-LOSSES_OF_SEQUENCES = ("gspo", "geo_mean", "sapo")
 
 
 def resolve_references(settings: Settings) -> None:
-    """Replace ``${another.key}``, in terms of the settings and of the defaults."""
+    """Replaces ``${another.key}`` by that key's setting or default."""
     referring = [key for key in settings.origins if "${" in str(get(settings.tree, key))]
     if not referring:
         return
@@ -37,7 +37,7 @@ def resolve_references(settings: Settings) -> None:
 
 @contextmanager
 def _reported(settings: Settings, key: str) -> Iterator[None]:
-    """A reference that cannot be read or followed is a problem of its key."""
+    """Reports a reference that cannot be read or followed as a problem of its key."""
     try:
         yield
     except OmegaConfBaseException as error:
@@ -46,7 +46,7 @@ def _reported(settings: Settings, key: str) -> Iterator[None]:
 
 
 def fit_types(settings: Settings) -> None:
-    """Turn what was read into what was meant where the key's type says so: 5 is text for a key that takes text."""
+    """Converts values to their keys' types: 5 is text for a key that takes text."""
     known = keys_of(settings.schema)
     for key, origin in settings.origins.items():
         put(settings.tree, key, _fit(get(settings.tree, key), known[key].annotation, origin.text))
@@ -72,7 +72,7 @@ def _number(text: str) -> Any:
 
 
 def divide_over_ranks(settings: Settings) -> None:
-    """Old batch sizes of all ranks together become those of one."""
+    """Divides old batch sizes of all ranks together by the number of ranks."""
     world = 1
     for key in ("trainer.nnodes", "trainer.n_gpus_per_node"):
         size = get(settings.tree, key)
@@ -89,18 +89,16 @@ def divide_over_ranks(settings: Settings) -> None:
 
 
 def decide_aggregation(settings: Settings) -> None:
-    """Losses that their papers average over responses are so averaged, unless the user says otherwise."""
+    """A policy loss may have a default for ``loss_agg_mode`` of its own. A value that the user set stays."""
     key, loss = f"{ACTOR}.loss_agg_mode", get(settings.tree, f"{ACTOR}.policy_loss.loss_mode")
-    if loss in LOSSES_OF_SEQUENCES and key not in settings.set_keys:
-        put(settings.tree, key, "seq-mean-token-mean")
-        settings.notices.append(
-            f"{key}=seq-mean-token-mean, because the paper of {ACTOR}.policy_loss.loss_mode={loss} averages over "
-            "responses."
-        )
+    averages = LOSS_MODES[loss].averages if isinstance(loss, str) and loss in LOSS_MODES else None
+    if averages is not None and key not in settings.set_keys:
+        put(settings.tree, key, averages)
+        settings.notices.append(f"{key}={averages} is the default for {ACTOR}.policy_loss.loss_mode={loss}.")
 
 
 def decide_kl(settings: Settings) -> None:
-    """Who sets the coefficient of the KL penalty means to have the penalty, unless its switch says otherwise."""
+    """Turns the KL penalty on if the user set its coefficient and did not set its switch."""
     switch, coefficient = "algorithm.use_kl_in_reward", "algorithm.kl_ctrl.kl_coef"
     chosen = switch in settings.set_keys and get(settings.tree, switch) is not None
     if switch not in keys_of(settings.schema) or chosen or get(settings.tree, switch) is True:

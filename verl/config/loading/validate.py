@@ -1,4 +1,4 @@
-"""Settled settings held against the classes: a configuration, or what does not fit."""
+"""Validates resolved settings against the section classes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ AnyConfig = TypeVar("AnyConfig", bound=Root)
 
 
 def validate(settings: Settings, schema: type[AnyConfig]) -> AnyConfig | None:
-    """The configuration; None when there are problems, all of them then in ``settings.problems``."""
-    for section in sections_of(schema):  # so that a section without settings is looked into, too
+    """The configuration. If there are problems, None, and ``settings.problems`` has all of them."""
+    for section in sections_of(schema):  # so that a section without settings is validated too
         if get(settings.tree, section) is ABSENT:
             put(settings.tree, section, {})
     try:
@@ -32,8 +32,8 @@ def validate(settings: Settings, schema: type[AnyConfig]) -> AnyConfig | None:
 
 
 def draft(settings: Settings, schema: type[AnyConfig]) -> AnyConfig:
-    """The configuration with what does not fit left at its default, and MISSING for what has none, for a look at
-    the rest of it."""
+    """The configuration with wrong values replaced by their defaults (MISSING if there is none), so that the rest can
+    be checked."""
     tree = copy.deepcopy(settings.tree)
     while True:
         try:
@@ -44,7 +44,7 @@ def draft(settings: Settings, schema: type[AnyConfig]) -> AnyConfig:
 
 
 def _reset(schema: type[Root], tree: dict[str, Any], key: str) -> None:
-    """Unset a key or, where its default does not fit, the keys from which that comes."""
+    """Unsets a key. If its default is wrong, unsets the keys that the default comes from."""
     if key not in schema.derived and keys_of(schema)[key].is_required():
         put(tree, key, MISSING)
     elif get(tree, key) is not ABSENT:
@@ -56,7 +56,7 @@ def _reset(schema: type[Root], tree: dict[str, Any], key: str) -> None:
 
 
 def _key_at(schema: type[Root], location: tuple[int | str, ...]) -> str:
-    """The key of an error's location, which goes on into the key's value."""
+    """The key of an error's location. The location may continue inside the key's value."""
     known = keys_of(schema)
     names = [part for part in location if isinstance(part, str)]
     return next(prefix for end in range(len(names), 0, -1) if (prefix := ".".join(names[:end])) in known)

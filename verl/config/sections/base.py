@@ -1,4 +1,4 @@
-"""What every section of the configuration is, and the types that several of them use."""
+"""The base class of configuration sections, and types that several sections use."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A group of keys. Unknown keys are refused, numbers are finite, and nothing changes after validation."""
+    """A group of keys. It rejects unknown keys and numbers that are not finite, and cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 def derived(description: str, **bounds: Any) -> Any:
-    """A field whose default comes from another key: see ``DERIVED`` in verl.config.sections.models."""
+    """A field whose default is another key's value. ``Root.derived`` in verl.config.sections.models names that key."""
     return Field(None, description=description, **bounds)
 
 
 def as_list(value: Any) -> Any:
-    """A single value where a list is wanted is a list of one; null is the empty list."""
+    """A list: a single value becomes a list of one, null the empty list."""
     if value is None:
         return []
     return [value] if isinstance(value, str | int | float) else value
@@ -29,7 +29,7 @@ def as_list(value: Any) -> Any:
 Strings = Annotated[list[str], BeforeValidator(as_list)]
 Integers = Annotated[list[int], BeforeValidator(as_list)]
 PositiveInt = Annotated[int, Ge(1)]
-CountOrAll = Annotated[int, Ge(-1), Predicate(bool)]  # -1: all; 0 would mean nothing useful
+CountOrAll = Annotated[int, Ge(-1), Predicate(bool)]  # -1 is "all"; 0 has no use and is rejected
 Share = Annotated[float, Ge(0), Le(1)]
 
 AggregationMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

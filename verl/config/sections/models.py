@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import model_validator
 
@@ -13,6 +13,7 @@ from verl.config.sections.algorithm import AlgorithmConfig, FilterGroupsConfig, 
 from verl.config.sections.base import Section
 from verl.config.sections.critic import CriticConfig, CriticModelConfig
 from verl.config.sections.data import DataConfig, SFTDataConfig
+from verl.config.sections.effects import NO_RAY, NoEffect, always
 from verl.config.sections.generation import (
     EvalDataConfig,
     EvalTrainerConfig,
@@ -29,6 +30,7 @@ from verl.config.sections.parts import (
     SFTOptimConfig,
 )
 from verl.config.sections.reward import (
+    REWARD_MODEL_ALONE,
     CustomRewardFunctionConfig,
     JudgeConfig,
     OverlongBufferConfig,
@@ -36,7 +38,7 @@ from verl.config.sections.reward import (
     RewardModelConfig,
 )
 from verl.config.sections.rollout import EngineConfig, RolloutConfig, ValidationSamplingConfig
-from verl.config.sections.trainer import RayKwargsConfig, SFTTrainerConfig, TrainerConfig
+from verl.config.sections.trainer import NO_CRITIC, RayKwargsConfig, SFTTrainerConfig, TrainerConfig
 
 __all__ = [
     "ActorConfig",
@@ -74,7 +76,10 @@ __all__ = [
     "ValidationSamplingConfig",
 ]
 
-# Defaults that come from other keys, in an order in which every source comes before its use.
+ALWAYS_IN_USE = NoEffect("the model is in use all the time", always, only=("param_offload",))
+NOT_TRAINED = NoEffect("nothing is trained", always, only=("enable_gradient_checkpointing", "use_remove_padding"))
+
+# Defaults that are other keys' values. Every source comes before its use.
 RUN_DEFAULTS = {
     "data.seed": "${trainer.seed}",
     "trainer.default_local_dir": "checkpoints/${trainer.project_name}/${trainer.experiment_name}",
@@ -160,13 +165,13 @@ class Config(Root):
 
     data: DataConfig = DataConfig()
     actor_rollout_ref: ActorRolloutRefConfig
-    critic: CriticConfig
+    critic: Annotated[CriticConfig, NO_CRITIC]
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    reward: RewardConfig = RewardConfig()
-    custom_reward_function: CustomRewardFunctionConfig = CustomRewardFunctionConfig()
+    reward: Annotated[RewardConfig, REWARD_MODEL_ALONE] = RewardConfig()
+    custom_reward_function: Annotated[CustomRewardFunctionConfig, REWARD_MODEL_ALONE] = CustomRewardFunctionConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
     trainer: TrainerConfig = TrainerConfig()
-    ray_kwargs: RayKwargsConfig = RayKwargsConfig()
+    ray_kwargs: Annotated[RayKwargsConfig, NO_RAY] = RayKwargsConfig()
 
     @property
     def uses_scorers(self) -> bool:
@@ -182,7 +187,7 @@ class SFTConfig(Root):
     data: SFTDataConfig = SFTDataConfig()
     model: PolicyModelConfig
     optim: SFTOptimConfig = SFTOptimConfig()
-    fsdp_config: FSDPConfig = FSDPConfig()
+    fsdp_config: Annotated[FSDPConfig, ALWAYS_IN_USE] = FSDPConfig()
     trainer: SFTTrainerConfig = SFTTrainerConfig()
 
 
@@ -192,32 +197,10 @@ class GenerationConfig(Root):
     derived: ClassVar[dict[str, str]] = {"model.tokenizer_path": "${model.path}"}
 
     data: GenerationDataConfig
-    model: PolicyModelConfig
+    model: Annotated[PolicyModelConfig, NOT_TRAINED]
     rollout: EngineConfig
     trainer: GenerationTrainerConfig = GenerationTrainerConfig()
-    ray_kwargs: RayKwargsConfig = RayKwargsConfig()
-
-    def as_training(self) -> Config:
-        """The same engine, model and devices as a run of PPO would have them, for what puts those together."""
-        data = self.data
-        lengths = {"max_prompt_length": data.max_prompt_length, "max_response_length": data.max_response_length}
-        cut = {"filter_overlong_prompts": data.filter_overlong_prompts, "truncation": data.truncation}
-        never = {"val_before_train": False, "check_log_probs": False, "rollout_restarts": 0}
-        rollout = self.rollout.model_dump(exclude={"temperature"})
-        return Config.model_validate(
-            {
-                "data": {"train_files": data.path, "train_batch_size": data.batch_size, **lengths, **cut},
-                "actor_rollout_ref": {
-                    "model": self.model.model_dump(),
-                    "actor": {"ppo_mini_batch_size": data.batch_size},
-                    "rollout": rollout | {"free_cache_engine": False},
-                },
-                "critic": {"enable": False},
-                "algorithm": {"adv_estimator": "grpo"},
-                "trainer": self.trainer.model_dump() | never,
-                "ray_kwargs": self.ray_kwargs.model_dump(),
-            }
-        )
+    ray_kwargs: Annotated[RayKwargsConfig, NO_RAY] = RayKwargsConfig()
 
 
 class EvalConfig(Root):

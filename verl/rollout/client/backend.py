@@ -23,7 +23,7 @@ class EngineDied(UserError):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Draw:
+class GenerateRequest:
     """A response, or the rest of one, to draw.
 
     id: never used twice, and no id is the beginning of another.
@@ -42,7 +42,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class TokenChunk:
     """Tokens of a draw that were not reported before, their log-probs, and why it ended, once it has."""
 
     id: str
@@ -54,9 +54,9 @@ class Drawn:
 class Listener(Protocol):
     """Called from a backend's thread."""
 
-    def drawn(self, reports: Sequence[Drawn]) -> None: ...
+    def received(self, reports: Sequence[TokenChunk]) -> None: ...
 
-    def failed(self, draw_id: str, error: Exception) -> None: ...
+    def failed(self, request_id: str, error: Exception) -> None: ...
 
     def died(self, error: EngineDied) -> None: ...
 
@@ -76,11 +76,11 @@ class Backend(Protocol):
         """Whether the engine itself can end a response at exactly these tokens."""
         ...
 
-    def draw(self, draws: Sequence[Draw]) -> None:
+    def generate(self, requests: Sequence[GenerateRequest]) -> None:
         """Start these and return."""
         ...
 
-    def recall(self, draw_ids: Sequence[str]) -> None:
+    def abort(self, request_ids: Sequence[str]) -> None:
         """End these soon; each still reports what it has, with finish "abort" unless it ended by itself."""
         ...
 

@@ -16,25 +16,27 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from verl.rollout.client.backend import Backend, Draw, Drawn, EngineDied, WeightStream
+from verl.rollout.client.backend import Backend, EngineDied, GenerateRequest, TokenChunk, WeightStream
 from verl.rollout.contract.base import MemoryTag, Request, Result
 from verl.rollout.contract.requests import check_ids, check_request
-from verl.rollout.contract.sequence import Row
+from verl.rollout.contract.sequence import TokenSequence
 from verl.rollout.contract.states import EngineState
+
+Answer = TypeVar("Answer")
 
 CLOSE_TIMEOUT = 20.0  # seconds
 NO_WEIGHTS = "it has not been given the actor's weights yet"
 LOOK_EVERY = 30.0  # seconds between looks at an engine that is drawing
 # Of all clients of this process: an order to end a draw that comes late must not meet one of another client.
-_DRAW_NUMBERS = itertools.count()
+_REQUEST_NUMBERS = itertools.count()
 
 
 class ClientEngine:
@@ -62,10 +64,10 @@ class ClientEngine:
         self._max_model_len, self._vocab_size = max_model_len, vocab_size
         self._state = EngineState(backend.capabilities, backend.keeps_weights, no_weights)
         self._lock = threading.RLock()  # the backend reports from another thread
-        self._rows: dict[str, Row] = {}  # in flight, by request id
-        self._draws: dict[str, Row] = {}  # under way in the backend, by draw id
-        self._draw_of: dict[Row, str] = {}
-        self._recalled: dict[str, Future[None]] = {}  # ended once the draw has
+        self._rows: dict[str, TokenSequence] = {}  # in flight, by request id
+        self._running: dict[str, TokenSequence] = {}  # under way in the backend, by draw id
+        self._running_id: dict[TokenSequence, str] = {}
+        self._aborting: dict[str, Future[None]] = {}  # ended once the draw has
         self._death: EngineDied | None = None
         self._looked = time.monotonic()
         backend.listen(self)
@@ -73,7 +75,7 @@ class ClientEngine:
     # ---- requests
 
     async def generate(self, requests: Sequence[Request]) -> list[Result]:
-        rows: list[Row] = []
+        rows: list[TokenSequence] = []
         try:
             with self._lock, self._order("generate"):
                 self._state.check_generate()
@@ -87,7 +89,7 @@ class ClientEngine:
         finally:  # also when the caller is cancelled
             self._forget(rows)
 
-    async def _results(self, rows: Sequence[Row]) -> list[Result]:
+    async def _results(self, rows: Sequence[TokenSequence]) -> list[Result]:
         """An engine that hangs is found out by its health: that is its end, and the rows', as for any other death."""
         results = asyncio.gather(*(asyncio.wrap_future(row.future) for row in rows))
         results.add_done_callback(_seen)
@@ -103,18 +105,22 @@ class ClientEngine:
             results.cancel()
 
     def _look(self) -> None:
-        with contextlib.suppress(EngineDied), self._order("health"):
+        with contextlib.suppress(EngineDied):
+            self._check_health()
+
+    def _check_health(self) -> None:
+        with self._order("health"):
             self.backend.health()
 
     async def abort(self, ids: Sequence[str] | None = None) -> None:
         with self._lock:
             chosen = list(self._rows.values()) if ids is None else [self._rows[id] for id in ids if id in self._rows]
-            ended = self._recall(chosen)
+            ended = self._abort_running(chosen)
         try:
             await _all(ended)
         finally:  # also when our own caller has no more patience: who waits for these rows is to get them
             with self._lock:
-                self._recall(chosen)  # one may have been resumed in the meantime
+                self._abort_running(chosen)  # one may have been resumed in the meantime
                 for row in chosen:
                     self._end(row, "abort")
 
@@ -122,52 +128,60 @@ class ClientEngine:
         with self._lock, self._order("pause"):
             self._state.check_pause()
             self._state.paused = True
-            ended = self._recall(list(self._rows.values()))
+            ended = self._abort_running(list(self._rows.values()))
         await _all(ended)
 
     async def resume(self) -> None:
         with self._lock, self._order("resume"):
-            self._state.check_resume(len(self._draws))
+            self._state.check_resume(len(self._running))
             self._launch(list(self._rows.values()))
             self._state.paused = False
 
     # ---- weights and memory. The backend is idle in all of them: nothing is in flight, or all of it was recalled
 
     async def update_weights(self, stream: WeightStream, version: int) -> None:
-        with self._order("update_weights"):
-            self._state.check_update("update_weights", len(self._rows), len(self._draws))
+        """The transfer runs in a thread: other coroutines of the event loop advance meanwhile."""
+
+        def update() -> None:
             self._drop_cache()
             self._state.no_weights = "its last weight update did not end well"
             self.backend.update_weights(stream, version)
             self._state.no_weights, self.version = None, version
+
+        await self._in_thread("update_weights", self._check_update, update)
+
+    def _check_update(self, order: str) -> None:
+        self._state.check_update(order, len(self._rows), len(self._running))
 
     @property
     def update_seconds(self) -> Mapping[str, float]:
         return self.backend.update_seconds
 
     async def check_weights(self, stream: WeightStream) -> list[str]:
-        with self._order("check_weights"):
-            self._state.check_update("check_weights", len(self._rows), len(self._draws))
-            return self.backend.check_weights(stream)
+        return await self._in_thread("check_weights", self._check_update, lambda: self.backend.check_weights(stream))
 
     async def sleep(self, tags: Sequence[MemoryTag]) -> None:
-        with self._order("sleep"):
-            self._state.check_sleep(tags, len(self._rows), len(self._draws))
+        def sleep() -> None:
             if tags:
                 self._drop_cache()
                 self.backend.sleep(tags)
                 self._state.slept(tags)
 
+        def check(order: str) -> None:
+            self._state.check_sleep(tags, len(self._rows), len(self._running))
+
+        await self._in_thread("sleep", check, sleep)
+
     async def wake(self, tags: Sequence[MemoryTag]) -> None:
-        with self._order("wake"):
-            self._state.check_wake(tags)
+        def wake() -> None:
             if tags:
                 self.backend.wake(tags)
                 self._state.woke(tags)
 
+        await self._in_thread("wake", lambda order: self._state.check_wake(tags), wake)
+
     async def health(self) -> None:
-        with self._order("health"):
-            self.backend.health()
+        await asyncio.to_thread(self._check_health)
 
     async def close(self) -> None:
         """An engine that hangs is given CLOSE_TIMEOUT to hand out what it has drawn."""
@@ -183,47 +197,47 @@ class ClientEngine:
 
     # ---- what the backend reports
 
-    def drawn(self, reports: Sequence[Drawn]) -> None:
+    def received(self, reports: Sequence[TokenChunk]) -> None:
         with self._lock:
             for report in reports:
-                if row := self._draws.get(report.id):
+                if row := self._running.get(report.id):
                     self._take(row, report)
-                if report.finish and (ended := self._recalled.pop(report.id, None)):
+                if report.finish and (ended := self._aborting.pop(report.id, None)):
                     ended.set_result(None)
 
-    def failed(self, draw_id: str, error: Exception) -> None:
+    def failed(self, request_id: str, error: Exception) -> None:
         with self._lock:
-            if row := self._draws.get(draw_id):
+            if row := self._running.get(request_id):
                 self._landed(row)
                 self._rows.pop(row.request.id, None)
                 row.fail(error)
-            if ended := self._recalled.pop(draw_id, None):
+            if ended := self._aborting.pop(request_id, None):
                 ended.set_result(None)
 
     def died(self, error: EngineDied) -> None:
         with self._lock:
             self._death = error
             rows = list(self._rows.values())
-            for table in (self._rows, self._draws, self._draw_of):
+            for table in (self._rows, self._running, self._running_id):
                 table.clear()
             for row in rows:
                 row.fail(error)
-            for ended in self._recalled.values():
+            for ended in self._aborting.values():
                 ended.set_result(None)
-            self._recalled.clear()
+            self._aborting.clear()
 
     # ---- rows and draws
 
-    def _row(self, request: Request) -> Row:
+    def _row(self, request: Request) -> TokenSequence:
         prompt = np.array(request.prompt_ids, np.int64)
         check_request(request, prompt, self.capabilities, self._max_model_len, self._vocab_size)
-        return Row.of(request, _promise(), prompt, self._eos, self._tokenizer)
+        return TokenSequence.of(request, _promise(), prompt, self._eos, self._tokenizer)
 
-    def _launch(self, rows: Sequence[Row]) -> None:
-        draws = []
+    def _launch(self, rows: Sequence[TokenSequence]) -> None:
+        requests = []
         for row in rows:
-            draw = Draw(
-                id=f"{next(_DRAW_NUMBERS):016x}",
+            request = GenerateRequest(
+                id=f"{next(_REQUEST_NUMBERS):016x}",
                 prompt_ids=[*row.prompt.tolist(), *row.ids],
                 max_new_tokens=row.request.sampling.max_new_tokens - len(row.ids),
                 sampling=row.request.sampling,
@@ -231,51 +245,51 @@ class ClientEngine:
                 stream=row.watch is not None or not self.backend.stops_at(row.stop_ids),
                 images=row.request.images,
             )
-            self._draws[draw.id], self._draw_of[row] = row, draw.id
-            draws.append(draw)
+            self._running[request.id], self._running_id[row] = row, request.id
+            requests.append(request)
         try:
-            if draws:
-                self.backend.draw(draws)
+            if requests:
+                self.backend.generate(requests)
         except BaseException:
             for row in rows:
                 self._landed(row)
             raise
 
-    def _take(self, row: Row, report: Drawn) -> None:
+    def _take(self, row: TokenSequence, report: TokenChunk) -> None:
         if reason := row.take_all(report.ids, report.log_probs, self.version):
             if not report.finish:  # the engine does not know that it is over
-                self.backend.recall([report.id])
+                self.backend.abort([report.id])
             return self._end(row, reason)
         if report.finish:
             self._landed(row)
-            if report.id not in self._recalled:  # nobody asked for its end: the engine ran out of something
+            if report.id not in self._aborting:  # nobody asked for its end: the engine ran out of something
                 self._end(row, report.finish)
 
-    def _recall(self, rows: Sequence[Row]) -> list[Future[None]]:
+    def _abort_running(self, rows: Sequence[TokenSequence]) -> list[Future[None]]:
         """Ask for the end of these rows' draws; the futures tell when they have ended."""
-        ids = [self._draw_of[row] for row in rows if row in self._draw_of]
+        ids = [self._running_id[row] for row in rows if row in self._running_id]
         for id in ids:
-            self._recalled.setdefault(id, _promise())
+            self._aborting.setdefault(id, _promise())
         if ids:
-            self.backend.recall(ids)
-        return [self._recalled[id] for id in ids]
+            self.backend.abort(ids)
+        return [self._aborting[id] for id in ids]
 
-    def _landed(self, row: Row) -> None:
-        if id := self._draw_of.pop(row, None):
-            self._draws.pop(id, None)
+    def _landed(self, row: TokenSequence) -> None:
+        if id := self._running_id.pop(row, None):
+            self._running.pop(id, None)
 
-    def _end(self, row: Row, reason: Any) -> None:
+    def _end(self, row: TokenSequence, reason: Any) -> None:
         if self._rows.get(row.request.id) is row:  # another request may have taken over the id of one that ended
             del self._rows[row.request.id]
             self._landed(row)
             row.finish(reason)
 
-    def _forget(self, rows: Sequence[Row]) -> None:
+    def _forget(self, rows: Sequence[TokenSequence]) -> None:
         with self._lock:
             rows = [row for row in rows if self._rows.get(row.request.id) is row]
             if self._death is None:
                 with contextlib.suppress(EngineDied):  # the caller leaves for a reason of its own
-                    self._recall(rows)
+                    self._abort_running(rows)
             for row in rows:
                 del self._rows[row.request.id]
                 self._landed(row)
@@ -285,6 +299,22 @@ class ClientEngine:
     def _drop_cache(self) -> None:
         if "kv_cache" in self._state.awake:
             self.backend.drop_cache()
+
+    async def _in_thread(self, order: str, check: Callable[[str], None], work: Callable[[], Answer]) -> Answer:
+        """``work()`` in a thread, after ``check(order)``. Until it returns, other orders that need the engine for
+        themselves raise IllegalState, also if the caller is cancelled before."""
+        with self._lock, self._order(order):
+            check(order)
+            self._state.busy = order
+
+        def run() -> Answer:
+            try:
+                with self._order(order):
+                    return work()
+            finally:
+                self._state.busy = None
+
+        return await asyncio.to_thread(run)
 
     @contextmanager
     def _order(self, order: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ from verl.rollout.contract.stops import StopWatch
 
 
 @dataclass(eq=False)
-class Row:
+class TokenSequence:
     """A response under way.
 
     future: of asyncio or concurrent.futures, for the Result. prompt: int64. stop_ids: every token that ends it.
@@ -29,7 +29,9 @@ class Row:
     versions: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, request: Request, future: Any, prompt: np.ndarray, eos: frozenset[int], tokenizer: Any) -> Row:
+    def of(
+        cls, request: Request, future: Any, prompt: np.ndarray, eos: frozenset[int], tokenizer: Any
+    ) -> TokenSequence:
         """eos: the model's own end tokens. tokenizer: for stop strings."""
         sampling = request.sampling
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)

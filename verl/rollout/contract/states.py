@@ -12,7 +12,8 @@ TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache")
 class EngineState:
     """awake: what is in the device's memory. no_weights: why there are none to generate with; None when there are.
 
-    keeps_weights: whether weights are still there after they slept.
+    keeps_weights: whether weights are still there after they slept. busy: the order that is under way and needs the
+    engine for itself; None if there is none.
 
     In the checks, in_flight: requests that have not been answered; under_way: those of them that are being drawn.
     """
@@ -23,30 +24,40 @@ class EngineState:
         self.awake: set[MemoryTag] = set(TAGS)
         self.no_weights = no_weights
         self.paused = self.closed = False
+        self.busy: str | None = None
 
     def check_open(self, order: str) -> None:
         if self.closed:
             raise IllegalState(f"{order}: the engine is closed")
 
+    def _check_free(self, order: str) -> None:
+        self.check_open(order)
+        if self.busy:
+            raise IllegalState(f"{order}: {self.busy} is under way; wait until it has returned")
+
     def check_generate(self) -> None:
+        """While the engine is paused, requests queue, also during a weight update: ``resume`` checks again."""
         self.check_open("generate")
+        if self.busy and self.paused:
+            return
+        self._check_free("generate")
         self._check_awake("generate", TAGS)
         if self.no_weights:
             raise IllegalState(f"generate: {self.no_weights}; call update_weights first")
 
     def check_update(self, order: str, in_flight: int, under_way: int) -> None:
-        self.check_open(order)
+        self._check_free(order)
         if self._holds_weights:
             self._check_awake(order, ("weights",))
         self._check_idle(order, in_flight, under_way)
 
     def check_pause(self) -> None:
-        self.check_open("pause")
+        self._check_free("pause")
         if self.paused:
             raise IllegalState("pause: the engine is already paused")
 
     def check_resume(self, under_way: int) -> None:
-        self.check_open("resume")
+        self._check_free("resume")
         if not self.paused:
             raise IllegalState("resume: the engine is not paused")
         self._check_idle("resume", 0, under_way)
@@ -74,7 +85,7 @@ class EngineState:
         self.awake |= set(tags)
 
     def _check_tags(self, order: str, tags: Sequence[MemoryTag]) -> None:
-        self.check_open(order)
+        self._check_free(order)
         if not self._can_sleep:
             raise Unsupported(f"{order}: this engine cannot sleep here; it gives memory back only when closed")
         for tag in tags:

@@ -11,9 +11,9 @@ import torch
 
 from verl.errors import UserError
 from verl.rollout.contract.base import FinishReason
-from verl.rollout.contract.sequence import Row
+from verl.rollout.contract.sequence import TokenSequence
 from verl.rollout.embedded.kv_cache import Segment, SlotCache, StepPlan
-from verl.rollout.embedded.sampling import SamplingRows, draw
+from verl.rollout.embedded.sampling import SamplingRows, sample_tokens
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Admission:
     twins: (row, slot of a row with the same prompt, from which it copies). groups: rows of one text, computed once.
     """
 
-    twins: list[tuple[Row, int]]
-    groups: list[list[Row]]
+    twins: list[tuple[TokenSequence, int]]
+    groups: list[list[TokenSequence]]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TokenSequence]:
         return [row for row, _ in self.twins] + [row for group in self.groups for row in group]
 
 
@@ -47,11 +47,13 @@ class Decoder:
         self._forward = forward
         self._max_num_seqs, self._max_prefill_tokens = max_num_seqs, max_prefill_tokens
         self._cache = SlotCache(max_num_seqs, max_model_len)
-        self.rows: list[Row] = []
+        self.rows: list[TokenSequence] = []
         self._sampling: SamplingRows | None = None  # of self.rows; None after any change
 
     @torch.no_grad()
-    def step(self, waiting: deque[Row], version: int, device: torch.device) -> list[tuple[Row, FinishReason]]:
+    def step(
+        self, waiting: deque[TokenSequence], version: int, device: torch.device
+    ) -> list[tuple[TokenSequence, FinishReason]]:
         """Admit what there is room for, draw one token for every row, and give up the rows that this ended."""
         admission = self._admit(waiting)
         admitted = admission.rows()
@@ -60,7 +62,7 @@ class Decoder:
         if admitted:
             self.rows = self.rows + admitted
             self._sampling = None
-        tokens, log_probs = self._draw(self._logits(admission, device))
+        tokens, log_probs = self._sample(self._logits(admission, device))
         reasons = [
             row.take(token, log_prob, version)
             for row, token, log_prob in zip(self.rows, tokens.tolist(), log_probs.tolist(), strict=True)
@@ -70,7 +72,7 @@ class Decoder:
             self.remove({row for row, _ in ended})
         return ended
 
-    def remove(self, leaving: Collection[Row]) -> None:
+    def remove(self, leaving: Collection[TokenSequence]) -> None:
         """Give up these rows; the last rows move into their slots, so that what is gone costs nothing."""
         kept = sum(row not in leaving for row in self.rows)
         if kept == len(self.rows):
@@ -84,20 +86,20 @@ class Decoder:
         del self.rows[kept:]
         self._sampling = None
 
-    def clear(self) -> list[Row]:
+    def clear(self) -> list[TokenSequence]:
         """Free the cache and give up all rows, which are returned; admitted again, they go on where they were."""
         rows, self.rows, self._sampling = self.rows, [], None
         self._cache.clear()
         return rows
 
-    def _admit(self, waiting: deque[Row]) -> Admission:
+    def _admit(self, waiting: deque[TokenSequence]) -> Admission:
         """The rows at the head of the queue for which there are slots, within the prefill budget."""
         admission = Admission([], [])
         free = self._max_num_seqs - len(self.rows)
         if not free or not waiting:
             return admission
         slots = {row.prompt_key: slot for slot, row in enumerate(self.rows)}
-        groups: dict[tuple[bytes, tuple[int, ...]], list[Row]] = {}
+        groups: dict[tuple[bytes, tuple[int, ...]], list[TokenSequence]] = {}
         tokens = 0
         for row, _ in zip(waiting, range(free), strict=False):
             if not row.ids and row.prompt_key in slots:
@@ -133,17 +135,17 @@ class Decoder:
             slot_plan=plan,
         )[0]
 
-    def _draw(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _sample(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and log-probs, one of each for every row."""
         if self._sampling is None:
             self._sampling = SamplingRows.of([row.request.sampling for row in self.rows])
-        drawn = np.array([len(row.ids) for row in self.rows], np.int64)
+        counts = np.array([len(row.ids) for row in self.rows], np.int64)
         banned = [
             (index, list(self.rows[index].stop_ids))
-            for index in np.flatnonzero(drawn < self._sampling.min_new_tokens).tolist()
+            for index in np.flatnonzero(counts < self._sampling.min_new_tokens).tolist()
             if self.rows[index].stop_ids
         ]
-        tokens, log_probs = (drawn.cpu().numpy() for drawn in draw(logits, self._sampling, drawn, banned))
+        tokens, log_probs = (found.cpu().numpy() for found in sample_tokens(logits, self._sampling, counts, banned))
         if not np.isfinite(log_probs).all():
             raise UserError(
                 "the model's logits are not finite numbers: its weights have diverged; go back to an earlier "
@@ -153,7 +155,7 @@ class Decoder:
 
 
 def _plan(
-    decoding: list[Row], groups: list[list[Row]], device: torch.device
+    decoding: list[TokenSequence], groups: list[list[TokenSequence]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | int, StepPlan]:
     """A forward that feeds each decoding row's last token and each group's text: its token ids and their positions,
     both int64 of shape (T,), which logits to keep (an argument of transformers' forwards; 0 is all), and the plan."""
@@ -188,7 +190,7 @@ def _plan(
     return tensor(ids), position_ids, tensor(logits_of) if groups else 0, plan
 
 
-def _texts(groups: list[list[Row]], count: int) -> Iterator[tuple[np.ndarray, int, int, int]]:
+def _texts(groups: list[list[TokenSequence]], count: int) -> Iterator[tuple[np.ndarray, int, int, int]]:
     """Each group's text with its first slot, its first token's place in the forward, and how many rows share it."""
     slot = start = count
     for group in groups:

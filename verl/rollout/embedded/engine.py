@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from verl.errors import UserError
 from verl.rollout.contract.base import Capabilities, IllegalState, MemoryTag, Request, Result, Unsupported
 from verl.rollout.contract.requests import check_ids, check_request
-from verl.rollout.contract.sequence import Row
+from verl.rollout.contract.sequence import TokenSequence
 from verl.rollout.embedded.decoder import Decoder
 from verl.rollout.embedded.kv_cache import slots_attending
 from verl.rollout.embedded.unsharded_forward import UnshardedForward
@@ -64,8 +64,8 @@ class HFEngine:
         self._forward = UnshardedForward(module, module if root is None else root, reshard_after_forward)
         self._config = config
         self._decoder = Decoder(self._forward, max_num_seqs, max_model_len, max_prefill_tokens)
-        self._waiting: deque[Row] = deque()
-        self._in_flight: dict[str, Row] = {}
+        self._waiting: deque[TokenSequence] = deque()
+        self._in_flight: dict[str, TokenSequence] = {}
         self._task: asyncio.Task[None] | None = None
         self._paused = self._closed = False
         self.update_seconds: dict[str, float] = {}
@@ -147,10 +147,10 @@ class HFEngine:
             if self._task is not None and not self._task.done():
                 raise IllegalState("whole_weights: left while requests are being generated; pause or abort them first")
 
-    def _row(self, request: Request) -> Row:
+    def _row(self, request: Request) -> TokenSequence:
         prompt = np.array(request.prompt_ids, np.int64)
         check_request(request, prompt, self.capabilities, self._max_model_len, self._vocab_size)
-        return Row.of(request, asyncio.get_running_loop().create_future(), prompt, self._eos, self._tokenizer)
+        return TokenSequence.of(request, asyncio.get_running_loop().create_future(), prompt, self._eos, self._tokenizer)
 
     def _start(self) -> None:
         if self._in_flight and not self._paused and (self._task is None or self._task.done()):
@@ -188,7 +188,7 @@ class HFEngine:
         if self._task is not None and not self._task.done():
             await asyncio.wait([self._task])
 
-    def _drop(self, rows: Sequence[Row]) -> None:
+    def _drop(self, rows: Sequence[TokenSequence]) -> None:
         if not rows:
             return
         for row in rows:

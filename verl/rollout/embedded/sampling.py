@@ -55,7 +55,7 @@ class SamplingRows:
         return SamplingRows(*(getattr(self, each.name)[rows] for each in fields(self)))
 
 
-def draw(
+def sample_tokens(
     logits_BV: torch.Tensor,
     rows: SamplingRows,
     positions: np.ndarray,

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from verl.errors import UserError
-from verl.rollout.client.backend import Draw, Drawn
+from verl.rollout.client.backend import GenerateRequest, TokenChunk
 from verl.rollout.processes.adapter import Adapter
 from verl.rollout.processes.order_loop import Orders
 
@@ -44,29 +44,29 @@ class EngineServer(ABC):
     async def serve(self, first_order: int) -> None:
         """Until the trainer leaves; says first that the engine is up."""
         self._orders.answer(first_order, True, self.facts())
-        names = ("draw", "recall", "tokens_under_way", "receive_weights", "drop_cache", "sleep", "wake", "health")
+        names = ("generate", "abort", "tokens_under_way", "receive_weights", "drop_cache", "sleep", "wake", "health")
         handlers: dict[str, Callable[..., Awaitable[Any]]] = {name: getattr(self, name) for name in names}
         await self._orders.serve(handlers, self.shutdown)
 
     # ---- orders
 
-    async def draw(self, draws: Sequence[Draw]) -> None:
-        self._under_way.update(draw.id for draw in draws)
-        await asyncio.gather(*(self._draw(draw) for draw in draws))
+    async def generate(self, requests: Sequence[GenerateRequest]) -> None:
+        self._under_way.update(request.id for request in requests)
+        await asyncio.gather(*(self._generate(request) for request in requests))
 
-    async def _draw(self, draw: Draw) -> None:
+    async def _generate(self, request: GenerateRequest) -> None:
         try:
-            async for report in self.outputs(draw):
+            async for report in self.outputs(request):
                 self._orders.report(report)
         except Exception as error:
-            self._orders.report((draw.id, f"{self._adapter.title} did not take the request: {error}"))
+            self._orders.report((request.id, f"{self._adapter.title} did not take the request: {error}"))
         finally:
-            self._under_way.discard(draw.id)
+            self._under_way.discard(request.id)
 
-    async def recall(self, draw_ids: Sequence[str]) -> None:
+    async def abort(self, request_ids: Sequence[str]) -> None:
         """Again and again: a request that has not reached the scheduler yet is not there to be aborted."""
-        while under_way := [id for id in draw_ids if id in self._under_way]:
-            await self.abort(under_way)
+        while under_way := [id for id in request_ids if id in self._under_way]:
+            await self.abort_in_engine(under_way)
             await asyncio.sleep(ABORT_INTERVAL)
 
     async def drop_cache(self) -> None:
@@ -78,7 +78,7 @@ class EngineServer(ABC):
 
     async def tokens_under_way(self) -> int:
         """Of the draw, among those that have not ended, that has most; 0 where the engine does not say."""
-        return max(self.drawn_so_far(list(self._under_way)), default=0)
+        return max(self.generated_so_far(list(self._under_way)), default=0)
 
     # ---- what each engine does in its own way
 
@@ -87,15 +87,15 @@ class EngineServer(ABC):
         """What the adapter describes, and "end_tokens": at which the engine always ends a response."""
 
     @abstractmethod
-    def outputs(self, draw: Draw) -> AsyncIterator[Drawn]:
+    def outputs(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
         """All that is drawn, as it comes; the last one says why it ended."""
 
     @abstractmethod
-    async def abort(self, draw_ids: Sequence[str]) -> None:
+    async def abort_in_engine(self, request_ids: Sequence[str]) -> None:
         """End those of these that the engine knows; their outputs end with finish "abort"."""
 
     @abstractmethod
-    def drawn_so_far(self, draw_ids: Sequence[str]) -> list[int]:
+    def generated_so_far(self, request_ids: Sequence[str]) -> list[int]:
         """How many tokens those of these draws have that the engine knows."""
 
     @abstractmethod

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from verl.errors import UserError
-from verl.rollout.client.backend import Draw, Drawn, EngineDied, Listener, WeightStream
+from verl.rollout.client.backend import EngineDied, GenerateRequest, Listener, TokenChunk, WeightStream
 from verl.rollout.contract.base import MemoryTag
 from verl.rollout.processes.adapter import WHOLE, Adapter, EngineSettings, NodeShare
 from verl.rollout.processes.engine_process import EngineProcess
@@ -105,20 +105,20 @@ class SubprocessBackend:
         vLLM has no such tokens, and ends at any."""
         return not stop_ids or stop_ids >= self.end_tokens
 
-    def draw(self, draws: Sequence[Draw]) -> None:
-        self.process.ask("draw", list(draws))
+    def generate(self, requests: Sequence[GenerateRequest]) -> None:
+        self.process.ask("generate", list(requests))
 
-    def recall(self, draw_ids: Sequence[str]) -> None:
-        self.process.ask("recall", list(draw_ids))
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self.process.ask("abort", list(request_ids))
 
     def _reported(self, message: Any) -> None:
         assert self._listener is not None
-        reports = [report for report in message[1] if isinstance(report, Drawn)]
-        self._listener.drawn(reports)
+        reports = [report for report in message[1] if isinstance(report, TokenChunk)]
+        self._listener.received(reports)
         for report in message[1]:
-            if not isinstance(report, Drawn):
-                draw_id, text = report
-                self._listener.failed(draw_id, UserError(text))
+            if not isinstance(report, TokenChunk):
+                request_id, text = report
+                self._listener.failed(request_id, UserError(text))
 
     def _died(self, error: EngineDied) -> None:
         if self._listener is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from verl.rollout.client.backend import Draw, Drawn, Listener, WeightStream
+from verl.rollout.client.backend import GenerateRequest, Listener, TokenChunk, WeightStream
 from verl.rollout.contract.base import Capabilities, MemoryTag, Request, Result
 from verl.rollout.embedded.engine import HFEngine
 from verl.rollout.embedded.sampling import row_keys
@@ -48,33 +48,33 @@ class EmbeddedBackend:
     def stops_at(self, stop_ids: frozenset[int]) -> bool:
         return True
 
-    def draw(self, draws: Sequence[Draw]) -> None:
+    def generate(self, requests: Sequence[GenerateRequest]) -> None:
         async def start() -> None:
-            for draw in draws:
-                task = self._loop.create_task(self._draw(draw))
+            for request in requests:
+                task = self._loop.create_task(self._generate(request))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
         self._run(start())
 
-    async def _draw(self, draw: Draw) -> None:
+    async def _generate(self, request: GenerateRequest) -> None:
         assert self._listener is not None
-        drawn = draw.sampling.max_new_tokens - draw.max_new_tokens  # before a pause
+        generated = request.sampling.max_new_tokens - request.max_new_tokens  # before a pause
         sampling = replace(
-            draw.sampling,
-            max_new_tokens=draw.max_new_tokens,
-            min_new_tokens=max(draw.sampling.min_new_tokens - drawn, 0),
-            seed=seed_from(draw.sampling.seed, drawn),
+            request.sampling,
+            max_new_tokens=request.max_new_tokens,
+            min_new_tokens=max(request.sampling.min_new_tokens - generated, 0),
+            seed=seed_from(request.sampling.seed, generated),
         )
         try:
-            (result,) = await self._engine.generate([Request(draw.id, draw.prompt_ids, sampling, draw.images)])
+            (result,) = await self._engine.generate([Request(request.id, request.prompt_ids, sampling, request.images)])
         except Exception as error:
-            self._listener.failed(draw.id, error)
+            self._listener.failed(request.id, error)
         else:
-            self._listener.drawn([_report(result)])
+            self._listener.received([_report(result)])
 
-    def recall(self, draw_ids: Sequence[str]) -> None:
-        self._run(self._engine.abort(list(draw_ids)))
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self._run(self._engine.abort(list(request_ids)))
 
     # ---- weights and memory
 
@@ -124,8 +124,8 @@ class EmbeddedBackend:
         self._loop.close()
 
 
-def _report(result: Result) -> Drawn:
-    return Drawn(result.id, result.response_ids, result.log_probs, result.finish_reason)
+def _report(result: Result) -> TokenChunk:
+    return TokenChunk(result.id, result.response_ids, result.log_probs, result.finish_reason)
 
 
 def seed_from(seed: int, position: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from verl.errors import UserError, portable
-from verl.rollout.client.backend import Backend, Draw, Drawn, EngineDied
+from verl.rollout.client.backend import Backend, EngineDied, GenerateRequest, TokenChunk
 from verl.rollout.replicas.layout import ReplicaRanks
 from verl.rollout.weights.checksums import Piece, differences
 from verl.rollout.weights.sender import Endpoint, ReceiverLost, Session, WeightSender
@@ -142,14 +142,14 @@ class EngineHost:
 
     # ---- orders of the driver, to the replica's first rank. number: of the engine that they are for
 
-    def draw_and_recall(self, number: int, orders: Sequence[Sequence[Draw] | Sequence[str]]) -> None:
+    def generate_and_abort(self, number: int, orders: Sequence[Sequence[GenerateRequest] | Sequence[str]]) -> None:
         """In this order: draws to start, or ids of draws to recall."""
         backend = self._engine(number).backend
         for order in orders:
-            if isinstance(order[0], Draw):
-                backend.draw(order)  # type: ignore[arg-type]
+            if isinstance(order[0], GenerateRequest):
+                backend.generate(order)  # type: ignore[arg-type]
             else:
-                backend.recall(order)  # type: ignore[arg-type]
+                backend.abort(order)  # type: ignore[arg-type]
 
     def reports(self, number: int, wait: float) -> list[tuple[Any, ...]]:
         """What was reported since the last call, as soon as there is something, or nothing after ``wait`` seconds."""
@@ -230,11 +230,11 @@ class Reports:
         self._over = False
         self._news = threading.Condition()
 
-    def drawn(self, reports: Sequence[Drawn]) -> None:
-        self._hear("drawn", list(reports))
+    def received(self, reports: Sequence[TokenChunk]) -> None:
+        self._hear("received", list(reports))
 
-    def failed(self, draw_id: str, error: Exception) -> None:
-        self._hear("failed", draw_id, portable(error))
+    def failed(self, request_id: str, error: Exception) -> None:
+        self._hear("failed", request_id, portable(error))
 
     def died(self, error: EngineDied) -> None:
         self._hear("died", str(error))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from verl.errors import UserError
-from verl.rollout.client.backend import Draw, EngineDied, Listener, WeightStream
+from verl.rollout.client.backend import EngineDied, GenerateRequest, Listener, WeightStream
 from verl.rollout.contract.base import MemoryTag
 from verl.rollout.replicas.layout import ReplicaRanks
 from verl.rollout.replicas.weights import RankReader, WeightsOnRanks
@@ -58,11 +58,11 @@ class RemoteBackend:
         """As the engine does; an embedded one ends at any."""
         return not stop_ids or stop_ids >= self._end_tokens
 
-    def draw(self, draws: Sequence[Draw]) -> None:
-        self._orders.put(list(draws))
+    def generate(self, requests: Sequence[GenerateRequest]) -> None:
+        self._orders.put(list(requests))
 
-    def recall(self, draw_ids: Sequence[str]) -> None:
-        self._orders.put(list(draw_ids))
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self._orders.put(list(request_ids))
 
     def _give(self) -> None:
         while not self._over.is_set():
@@ -72,7 +72,7 @@ class RemoteBackend:
                     orders.append(self._orders.get_nowait())
             try:
                 if merged := _merged(orders):
-                    self._ask("draw_and_recall", self._number, merged)
+                    self._ask("generate_and_abort", self._number, merged)
             except Exception as error:
                 return self.fail(error)
 
@@ -150,7 +150,7 @@ def _merged(orders: list[list[Any]]) -> list[list[Any]]:
     """Neighbours of one kind as one."""
     merged: list[list[Any]] = []
     for order in filter(None, orders):
-        if merged and isinstance(merged[-1][0], Draw) == isinstance(order[0], Draw):
+        if merged and isinstance(merged[-1][0], GenerateRequest) == isinstance(order[0], GenerateRequest):
             merged[-1] += order
         else:
             merged.append(list(order))

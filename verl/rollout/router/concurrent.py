@@ -38,14 +38,9 @@ def deal(
 
 
 def asyncio_run(order: Awaitable[Any]) -> Any:
-    """Its result; in a thread that may already run an event loop, from one that does not."""
+    """The order's result, in an event loop of this thread."""
 
     async def run() -> Any:
         return await order
 
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(run())
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, run()).result()
+    return asyncio.run(run())

@@ -14,8 +14,8 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,8 @@ from verl.rollout.router.concurrent import deal, in_threads
 from verl.rollout.router.replica_pool import Answers, Engines, Replica, ReplicaPool, State
 from verl.rollout.weights.fan import OwnFan
 
+Answer = TypeVar("Answer")
+
 RETRY_EVERY = 10.0  # seconds between attempts at a dead member
 # A prompt's requests stay together as long as their member has at most this many of them more than the idlest.
 KEEP_TOGETHER = 8
@@ -41,7 +43,7 @@ CHECKED = -1  # stands for the version of weights that are saved to be compared
 
 
 @dataclass(eq=False)
-class _Flight:
+class PendingRequest:
     """A request under way. prompt: hashable. member: that draws it now."""
 
     request: Request
@@ -52,11 +54,11 @@ class _Flight:
 
 
 @dataclass
-class _Home:
+class PrefixAffinity:
     """Where a prompt's requests go, while there are any."""
 
     member: Replica
-    flights: int = 0
+    all_pending: int = 0
 
 
 class Router:
@@ -90,20 +92,23 @@ class Router:
         self.members = self._pool.members
         self._save, self._forget = save, forget
         self._lock = self._pool.lock  # of all that follows, too
-        self._flights: dict[str, _Flight] = {}
-        self._homes: dict[bytes, _Home] = {}
+        self._pending: dict[str, PendingRequest] = {}
+        self._affinities: dict[bytes, PrefixAffinity] = {}
         self._closed = False
+        self._busy: str | None = None  # the order that is under way and needs the replicas for itself
 
     # ---- requests
 
     async def generate(self, requests: Sequence[Request]) -> list[Result]:
         with self._lock:
             self._check("generate")
+            if not self._pool.paused:  # while paused, requests queue
+                self._check_free("generate")
             ids = [request.id for request in requests]
-            check_ids(ids, self._flights)
-            flights = {request.id: _flight(request) for request in requests}
-            self._flights.update(flights)
-        tasks = [asyncio.create_task(self._draw(flight)) for flight in flights.values()]
+            check_ids(ids, self._pending)
+            all_pending = {request.id: _pending_request(request) for request in requests}
+            self._pending.update(all_pending)
+        tasks = [asyncio.create_task(self._generate(pending)) for pending in all_pending.values()]
         try:
             return await asyncio.gather(*tasks)
         finally:  # one that cannot be served ends the others of its call
@@ -111,68 +116,69 @@ class Router:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             with self._lock:
-                for id in flights:
-                    del self._flights[id]
+                for id in all_pending:
+                    del self._pending[id]
 
-    async def _draw(self, flight: _Flight) -> Result:
+    async def _generate(self, pending: PendingRequest) -> Result:
         while True:
             news = self._pool.news  # before any look: it is done by whatever changes after that
-            if flight.aborted:
-                return Result(flight.request.id, [], [], "abort")
-            if (boarded := self._board(flight)) is None:
+            if pending.aborted:
+                return Result(pending.request.id, [], [], "abort")
+            if (assigned := self._assign(pending)) is None:
                 await asyncio.wrap_future(news)
                 continue
-            member, engine = boarded
+            member, engine = assigned
             try:
-                (result,) = await engine.generate([flight.request])
+                (result,) = await engine.generate([pending.request])
                 taken_out = member.engine is not engine or member.state != "used"
-                if flight.aborted or not (taken_out and result.finish_reason == "abort"):
+                if pending.aborted or not (taken_out and result.finish_reason == "abort"):
                     return result  # otherwise it was closed as dead, and nobody asked for the request's end
             except EngineDied as error:
                 self._pool.lost(member, engine, error)
             finally:
-                self._leave(flight)
+                self._leave(pending)
 
-    def _board(self, flight: _Flight) -> tuple[Replica, RolloutEngine] | None:
+    def _assign(self, pending: PendingRequest) -> tuple[Replica, RolloutEngine] | None:
         """Give the request to its prompt's member, or to the one with the fewest tokens in flight. None: nobody can
         take it now."""
         with self._lock:
-            if flight.aborted or not (used := self._pool.find("used").values()):
+            if pending.aborted or not (used := self._pool.find("used").values()):
                 return None
             idlest = min(used, key=lambda member: member.tokens)
-            home = self._homes.setdefault(flight.prompt, _Home(idlest))
-            if home.member.state != "used":
-                home.member = idlest
-            ahead = home.member.tokens - idlest.tokens
-            member = home.member if ahead <= KEEP_TOGETHER * flight.tokens else idlest
-            home.flights += 1
-            member.tokens += flight.tokens
-            flight.member = member
+            affinity = self._affinities.setdefault(pending.prompt, PrefixAffinity(idlest))
+            if affinity.member.state != "used":
+                affinity.member = idlest
+            ahead = affinity.member.tokens - idlest.tokens
+            member = affinity.member if ahead <= KEEP_TOGETHER * pending.tokens else idlest
+            affinity.all_pending += 1
+            member.tokens += pending.tokens
+            pending.member = member
             return member, member.engine
 
-    def _leave(self, flight: _Flight) -> None:
+    def _leave(self, pending: PendingRequest) -> None:
         with self._lock:
-            assert flight.member is not None
-            flight.member.tokens -= flight.tokens
-            flight.member = None
-            home = self._homes[flight.prompt]
-            home.flights -= 1
-            if not home.flights:
-                del self._homes[flight.prompt]
+            assert pending.member is not None
+            pending.member.tokens -= pending.tokens
+            pending.member = None
+            affinity = self._affinities[pending.prompt]
+            affinity.all_pending -= 1
+            if not affinity.all_pending:
+                del self._affinities[pending.prompt]
 
     async def abort(self, ids: Sequence[str] | None = None) -> None:
         with self._lock:
-            chosen = [self._flights[id] for id in (self._flights if ids is None else ids) if id in self._flights]
-            for flight in chosen:
-                flight.aborted = True
+            chosen = [self._pending[id] for id in (self._pending if ids is None else ids) if id in self._pending]
+            for pending in chosen:
+                pending.aborted = True
             self._pool.changed()  # for those that wait
-            engines = {flight.member.engine: flight.member for flight in chosen if flight.member}
-        names = [flight.request.id for flight in chosen]
+            engines = {pending.member.engine: pending.member for pending in chosen if pending.member}
+        names = [pending.request.id for pending in chosen]
         await self._tell(engines, lambda engine: engine.abort(names))
 
     async def pause(self) -> None:
         with self._lock:
             self._check("pause")
+            self._check_free("pause")
             if self._pool.paused:
                 raise IllegalState("pause: the engine is already paused")
             self._pool.paused = True
@@ -182,6 +188,7 @@ class Router:
     async def resume(self) -> None:
         with self._lock:
             self._check("resume")
+            self._check_free("resume")
             if not self._pool.paused:
                 raise IllegalState("resume: the engine is not paused")
             self._pool.paused = False
@@ -195,7 +202,11 @@ class Router:
     # ---- weights and memory: orders that block, each member's in a thread of its own
 
     async def update_weights(self, stream: WeightStream, version: int) -> None:
-        """Unsynced members take part, and are used from then on. Returns once a member holds these weights."""
+        """Sends the weights to all replicas, and returns once one of them holds these weights. Replicas with stale
+        weights are used from then on. Runs in a thread: other coroutines of the event loop advance meanwhile."""
+        await self._in_thread("update_weights", partial(self._update_weights, stream, version))
+
+    def _update_weights(self, stream: WeightStream, version: int) -> None:
         before, stored = self._pool.saved, cache(lambda: self._stored(stream, version))
 
         def give(engines: Engines) -> Answers:
@@ -225,7 +236,10 @@ class Router:
         return stream
 
     async def check_weights(self, stream: WeightStream) -> list[str]:
-        """Members that came back while others slept get their weights now, at the latest."""
+        """Replicas that were restarted while the others slept get their weights now, at the latest."""
+        return await self._in_thread("check_weights", partial(self._check_weights, stream))
+
+    def _check_weights(self, stream: WeightStream) -> list[str]:
         stored = cache(lambda: stream if self._save is None else self._save(stream, CHECKED))
 
         def compare(engines: Engines) -> Answers:
@@ -245,8 +259,11 @@ class Router:
                 self._pool.asleep |= set(tags)
             return answers
 
-        with self._pool.none_built():  # one that is starting is to sleep, too
-            self._until_answered("sleep", order, *self._pool.obeying)
+        def sleep() -> None:
+            with self._pool.none_built():  # a replica that is being restarted has to sleep, too
+                self._until_answered("sleep", order, *self._pool.obeying)
+
+        await self._in_thread("sleep", sleep)
 
     async def wake(self, tags: Sequence[MemoryTag]) -> None:
         """One that came back while it was the only one gets the saved weights as soon as nothing sleeps."""
@@ -258,7 +275,10 @@ class Router:
                     self._pool.catch_up(answers)
             return answers
 
-        self._until_answered("wake", order, *self._pool.obeying, idle=False)
+        def wake() -> None:
+            self._until_answered("wake", order, *self._pool.obeying, idle=False)
+
+        await self._in_thread("wake", wake, idle=False)
 
     async def health(self) -> None:
         """Those that do not answer are taken out. Raises when none is left."""
@@ -266,7 +286,10 @@ class Router:
         def order(engines: Engines) -> Answers:
             return self._in_threads(engines, lambda engine: engine.health())
 
-        self._until_answered("health", order, *self._pool.obeying, idle=False)
+        def health() -> None:
+            self._until_answered("health", order, *self._pool.obeying, idle=False)
+
+        await asyncio.to_thread(health)
 
     async def close(self) -> None:
         with self._lock:
@@ -282,6 +305,26 @@ class Router:
             self._forget(self._pool.saved[0])
 
     # ---- orders to members
+
+    async def _in_thread(self, name: str, work: Callable[[], Answer], idle: bool = True) -> Answer:
+        """``work()`` in a thread. Until it returns, other orders that need the replicas for themselves raise
+        IllegalState."""
+        with self._lock:
+            self._check(name, idle)
+            self._check_free(name)
+            self._busy = name
+
+        def run() -> Answer:
+            try:
+                return work()
+            finally:
+                self._busy = None
+
+        return await asyncio.to_thread(run)
+
+    def _check_free(self, order: str) -> None:
+        if self._busy:
+            raise IllegalState(f"{order}: {self._busy} is under way; wait until it has returned")
 
     def _until_answered(
         self,
@@ -322,13 +365,13 @@ class Router:
         """Raises IllegalState. idle: whether the order needs that."""
         if self._closed:
             raise IllegalState(f"{order}: the engine is closed")
-        if idle and self._flights and not self._pool.paused:
-            raise IllegalState(f"{order}: {len(self._flights)} requests are being generated; pause or abort them first")
+        if idle and self._pending and not self._pool.paused:
+            raise IllegalState(f"{order}: {len(self._pending)} requests are being generated; pause or abort them first")
 
 
-def _flight(request: Request) -> _Flight:
+def _pending_request(request: Request) -> PendingRequest:
     prompt = np.asarray(request.prompt_ids, np.int64).tobytes()
-    return _Flight(request, prompt, len(request.prompt_ids) + request.sampling.max_new_tokens)
+    return PendingRequest(request, prompt, len(request.prompt_ids) + request.sampling.max_new_tokens)
 
 
 def _common(all_of: Sequence[Capabilities]) -> Capabilities:

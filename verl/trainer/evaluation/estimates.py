@@ -16,7 +16,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Estimate:
-    """mean over prompts; low, high: of its confidence interval."""
+    """A mean over prompts, and the bounds of its confidence interval."""
 
     mean: float
     low: float
@@ -25,7 +25,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one data source. estimates: "score", then "pass@k" for each k."""
+    """The results of one data source. estimates: "score", then "pass@k" for each k."""
 
     prompts: int
     responses: int
@@ -33,13 +33,13 @@ class Summary:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that of k of the n responses at least one is right: ``1 - C(n - c, k) / C(n, k)``, an unbiased estimate
-    of pass@k (Chen et al. 2021, arXiv:2107.03374, equation 1). k is at most n."""
+    """Probability that at least one of k of the n responses is right: ``1 - C(n - c, k) / C(n, k)``, an unbiased
+    estimate of pass@k (Chen et al. 2021, arXiv:2107.03374, equation 1). k is at most n."""
     return 1.0 - comb(n - correct, k) / comb(n, k)
 
 
 def sizes_of(asked: Sequence[int], most: int) -> list[int]:
-    """The k of pass@k; by default 1, 2, 4, ... and ``most``, the responses of the prompt that has the most."""
+    """The values of k for pass@k; by default 1, 2, 4, ... and ``most``, the largest number of responses to a prompt."""
     if too_large := [k for k in asked if k > most]:
         raise UserError(f"eval.k={list(asked)}: no prompt has {min(too_large)} responses; the most is {most}")
     return sorted(set(asked)) or sorted({2**i for i in range(most.bit_length())} | {most})
@@ -56,8 +56,11 @@ def summarise(
     confidence: float,
     seed: int,
 ) -> dict[str, Summary]:
-    """By data source, and for all of them together where there are several. One entry a response; responses to one
-    prompt share their group. A prompt with fewer than k responses has no part in pass@k. draws: of the bootstrap."""
+    """Results by data source; if there are several, also for all of them together.
+
+    The sequences have one entry per response. Responses to one prompt share their group. A prompt with fewer than k
+    responses does not count in pass@k. draws: number of bootstrap resamples.
+    """
     prompts: dict[str, dict[int, list[tuple[float, bool]]]] = defaultdict(lambda: defaultdict(list))
     for source, group, score, right in zip(sources, groups, scores, passed, strict=True):
         prompts[source][group].append((score, right))
@@ -80,8 +83,11 @@ def _summary(
 
 
 def bootstrapped(values: np.ndarray, draws: int, confidence: float, seed: int) -> Estimate:
-    """values: shape (P,), one a prompt. The interval is between percentiles of the means of ``draws`` resamples of P
-    prompts with replacement (Efron 1979): how far the mean would move had other prompts been asked."""
+    """The mean of ``values``, shape (P,), one per prompt, with a bootstrap confidence interval (Efron 1979).
+
+    The interval's bounds are percentiles of the means of ``draws`` resamples of P prompts with replacement. It shows
+    how much the mean would vary with other prompts.
+    """
     random = np.random.default_rng(seed)
     means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(draws)]
     outside = 100 * (1 - confidence) / 2

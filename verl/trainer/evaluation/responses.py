@@ -1,4 +1,4 @@
-"""Files of responses as a table to score."""
+"""Reads files of responses into a table to score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA = pa.schema(
 
 
 def read_responses(files: Sequence[str], response_key: str, reward_fn_key: str) -> pa.Table:
-    """A row a response, with the columns of ``SCHEMA``; ``group`` numbers the files' rows, which are prompts."""
+    """One row per response, with the columns of ``SCHEMA``. ``group`` numbers the files' rows, which are prompts."""
     found = []
     for group, (where, row) in enumerate(_rows(files)):
         responses = row.get(response_key)

@@ -1,4 +1,4 @@
-"""Scores a file of responses and sums them up."""
+"""Scores a file of responses and summarises the scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from verl.trainer.runs import say
 
 
 def run(loaded: Loaded[EvalConfig], findings: Findings) -> int:
-    """The exit code. ``findings``: of the checks, which found no problem."""
+    """The exit code. findings: what the checks found, without a problem."""
     config = loaded.config
     assert config is not None
     say(findings)
@@ -56,7 +56,7 @@ def run(loaded: Loaded[EvalConfig], findings: Findings) -> int:
 def score(
     stack: ExitStack, config: EvalConfig, table: pa.Table, trackers: Trackers
 ) -> tuple[pa.Table, dict[str, float]]:
-    """With ``score`` and ``reward_extra``; also how many could not be scored."""
+    """The table with columns ``score`` and ``reward_extra``, and the number of responses that could not be scored."""
     path = config.data.output_path
     rewards = RewardManager(
         config.reward,
@@ -76,14 +76,14 @@ def score(
 
 
 def passed(table: pa.Table, enough: float) -> list[bool]:
-    """Whether each response's ``acc``, or its score where the scorer gives none, is at least ``enough``."""
+    """Whether each response's ``acc`` (its score if the scorer returns no ``acc``) is at least ``enough``."""
     accuracies = [json.loads(extra).get("acc") for extra in table["reward_extra"].to_pylist()]
     pairs = zip(accuracies, table["score"].to_pylist(), strict=True)
     return [(score if accuracy is None else accuracy) >= enough for accuracy, score in pairs]
 
 
 def table_text(summaries: Mapping[str, Summary], confidence: float) -> str:
-    """A row a data source; each number with its interval."""
+    """A table with one row per data source. Each number has its interval."""
     names = dict.fromkeys(name for summary in summaries.values() for name in summary.estimates)
     rows = [["data source", "prompts", "responses", *names]]
     for source, summary in summaries.items():

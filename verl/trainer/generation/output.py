@@ -1,7 +1,7 @@
-"""Responses on disk: a file a batch in ``OUT.parts/`` while the run goes on, put together as ``OUT`` at its end.
+"""Responses on disk: one file per batch in ``OUT.parts/`` during the run, joined into ``OUT`` at its end.
 
-A part appears under its name only when all of it is on disk, and ``settings.json`` beside them says what the responses
-are: a later run goes on only where its own would be the same.
+A part gets its name only when it is completely on disk. ``settings.json`` beside the parts has the settings that decide
+the responses: a later run resumes only if its own are the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SETTINGS = "settings.json"
 
 
 class Output:
-    """path: of the file. settings: what decides the responses, as JSON has it. batches: how many parts it has."""
+    """path: the file to write. settings: all settings that decide the responses. batches: number of parts."""
 
     def __init__(self, path: Path, settings: dict[str, Any], batches: int):
         self.path, self.batches = path, batches
@@ -35,10 +35,10 @@ class Output:
         if file.exists():
             before = json.loads(file.read_text())
             if other := sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)):
-                told = ", ".join(f"{key}={before.get(key)} there, {settings.get(key)} now" for key in other)
+                changes = ", ".join(f"{key}={before.get(key)} there, {settings.get(key)} now" for key in other)
                 raise UserError(
-                    f"{self.folder} holds responses of a run with other settings ({told}). Repeat that run's command "
-                    "to go on with it, name another data.output_path, or remove the folder to start anew."
+                    f"{self.folder} has responses of a run with other settings ({changes}). Repeat that run's command "
+                    "to resume it, name another data.output_path, or remove the folder to start again."
                 )
             return
         try:
@@ -57,7 +57,7 @@ class Output:
         return self.folder / f"{batch}.parquet"
 
     def finish(self) -> None:
-        """All parts, in order, as the file that was asked for; it appears whole."""
+        """Joins all parts, in order, into the output file. The file appears only when it is complete."""
         with written_whole(self.path) as partial:
             if self.path.suffix == ".jsonl":
                 with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:

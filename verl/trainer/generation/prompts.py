@@ -1,4 +1,4 @@
-"""The prompts of a generation run: the user's rows as they are, and what an engine needs of each."""
+"""The prompts of a generation run: the user's rows unchanged, and the columns that an engine needs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from verl.errors import UserError
 
 RESPONSES = pa.schema(
     [("responses", STRINGS), ("response_tokens", pa.list_(pa.int32())), ("finish_reasons", STRINGS)]
-)  # columns that are added to the user's, an entry a response
+)  # columns added to the user's; each has one entry per response
 
 
 def load(
     config: GenerationDataConfig, tokenizer: PreTrainedTokenizerBase, notice: Callable[[str], None]
 ) -> tuple[pa.Table, pa.Table]:
-    """The user's rows that are kept, and a row for each: row (its number, counted before any is left out), prompt_ids,
-    images. What is cut or left out: as for training (``verl.data.dataset.load_prompts``)."""
+    """The user's rows that are kept, and a table with one row for each: row (its number among all rows), prompt_ids,
+    images. Long prompts are cut or left out as in training (``verl.data.dataset.load_prompts``)."""
     rows = pa.concat_tables(map(_read, config.path), promote_options="default").combine_chunks()
     if taken := set(RESPONSES.names) & set(rows.column_names):
         files = ", ".join(config.path)
-        raise UserError(f"data.path={files} has a column {min(taken)!r}, which will be written: rename it")
+        raise UserError(f"data.path={files} has a column {min(taken)!r}, which this run writes: rename it")
     if config.max_samples >= 0:
         rows = rows.slice(0, config.max_samples)
     where = f"column {{!r}} of {', '.join(config.path)}"

@@ -1,8 +1,7 @@
-"""Responses to a file of prompts, batch by batch."""
+"""Generates responses to a file of prompts, batch by batch."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +21,7 @@ from verl.errors import UserError
 from verl.findings import Findings
 from verl.plan import ceil_div
 from verl.rollout.contract.base import Result, RolloutEngine, SamplingParams
+from verl.rollout.loop import EventLoop
 from verl.tracking import RunInfo, StageTimer, Trackers, build_trackers
 from verl.trainer.generation.engine import start, start_on_ray
 from verl.trainer.generation.output import Output
@@ -30,8 +30,8 @@ from verl.trainer.interrupt import INTERRUPTED, StopRequest
 from verl.trainer.ppo.sampling import training_sampling
 from verl.trainer.runs import finishes, last_words, say
 
-GENERATION = -3  # stands for the step in the seeds of the responses
-# Settings of the rollout that say where and how fast, not what.
+GENERATION = -3  # takes the place of the step in the seeds of the responses
+# Rollout settings that change where and how fast responses are generated, but not which.
 PLACEMENT = {
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -47,7 +47,7 @@ STOPPING = "stopping after this batch (Ctrl-C again: at once)"
 
 
 def run(loaded: Loaded[GenerationConfig], findings: Findings) -> int:
-    """The exit code. ``findings``: of the checks, which found no problem."""
+    """The exit code. findings: what the checks found, without a problem."""
     config = loaded.config
     assert config is not None
     say(findings)
@@ -61,17 +61,18 @@ def run(loaded: Loaded[GenerationConfig], findings: Findings) -> int:
     with ExitStack() as stack:
         trackers = stack.enter_context(build_trackers(["console"], info))
         if info.resume_step:
-            trackers.progress.note(f"going on: {info.resume_step} of {batches} batches are in {output.folder}")
+            trackers.progress.note(f"resuming: {info.resume_step} of {batches} batches are in {output.folder}")
         stop = stack.enter_context(StopRequest(lambda: trackers.progress.note(STOPPING)))
         if missing:
-            training, plan = config.as_training(), plan_of(config)
+            plan, loop = plan_of(config), EventLoop()
+            stack.callback(loop.close)
             begin = start_on_ray if plan.uses_ray else start
-            engine, abandon = begin(stack, training, plan, tokenizer, output.folder, trackers.progress)
-            generation = Generation(config, engine, tokenizer, rows, prompts, output, trackers, plan.world_size)
+            engine, abandon = begin(stack, loop, config, plan, tokenizer, output.folder, trackers.progress)
+            generation = Generation(config, loop, engine, tokenizer, rows, prompts, output, trackers, plan.world_size)
             finished = finishes(lambda: generation.run(missing, lambda: stop.requested), abandon)
     if not finished:
         done = batches - len(output.missing())
-        last_words(f"Stopped. {done} of {batches} batches are in {output.folder}; the same command goes on from there.")
+        last_words(f"Stopped. {done} of {batches} batches are in {output.folder}. The same command resumes from there.")
         return INTERRUPTED
     output.finish()
     last_words(f"{rows.num_rows:,} prompts with {config.rollout.n} responses each are in {output.path}.")
@@ -79,7 +80,7 @@ def run(loaded: Loaded[GenerationConfig], findings: Findings) -> int:
 
 
 def deciding(config: GenerationConfig, rows: pa.Table) -> dict[str, Any]:
-    """What decides the responses, and how they are cut into parts."""
+    """All settings that decide the responses and how they are cut into parts."""
     sections = {
         "data": config.data.model_dump(exclude={"output_path"}),
         "model": config.model.model_dump(),
@@ -91,11 +92,16 @@ def deciding(config: GenerationConfig, rows: pa.Table) -> dict[str, Any]:
 
 
 class Generation:
-    """rows: the user's; prompts: one for each (``verl.trainer.generation.prompts.load``). devices: of all replicas."""
+    """Generates responses batch by batch and writes them.
+
+    rows, prompts: as ``verl.trainer.generation.prompts.load`` returns them. loop: runs the engine's coroutines.
+    devices: number of devices of all replicas.
+    """
 
     def __init__(
         self,
         config: GenerationConfig,
+        loop: EventLoop,
         engine: RolloutEngine,
         tokenizer: PreTrainedTokenizerBase,
         rows: pa.Table,
@@ -104,7 +110,7 @@ class Generation:
         trackers: Trackers,
         devices: int,
     ):
-        self.config, self.engine, self.tokenizer = config, engine, tokenizer
+        self.config, self.loop, self.engine, self.tokenizer = config, loop, engine, tokenizer
         self.rows, self.prompts, self.output, self.trackers, self.devices = rows, prompts, output, trackers, devices
 
     def run(self, missing: list[int], stop: Callable[[], bool]) -> bool:
@@ -127,12 +133,12 @@ class Generation:
             except OSError as error:
                 raise UserError(
                     f"batch {batch} could not be written to {self.output.folder}: {error}. Make room there; the same "
-                    "command goes on with this batch"
+                    "command then resumes with this batch"
                 ) from error
         self.report(batch, responses, timer.seconds["step"])
 
     def respond(self, prompts: pa.Table) -> pa.Table:
-        """A row a prompt, with the columns of ``RESPONSES``."""
+        """One row per prompt, with the columns of ``RESPONSES``."""
         n = self.config.rollout.n
         episodes = episodes_of(prompts, n=n, seed=self.config.trainer.seed, step=GENERATION)
         with self.trackers.progress.stage("gen", total=episodes.num_rows) as progress:
@@ -140,7 +146,7 @@ class Generation:
             def finished(index: int, result: Result) -> None:
                 progress.advance(tokens=len(result.response_ids))
 
-            table = asyncio.run(roll_out(self.engine, episodes, self.sampling, finished))
+            table = self.loop.run(roll_out(self.engine, episodes, self.sampling, finished))
         texts = [decode(self.tokenizer, ids) for ids in table["response_ids"].to_pylist()]
         lengths, reasons = ragged(table, "response_ids").lengths.tolist(), table["finish_reason"].to_pylist()
         columns = [[each[i : i + n] for i in range(0, len(each), n)] for each in (texts, lengths, reasons)]

@@ -1,10 +1,9 @@
-"""Steps made of groups whose responses differ: others have no advantage and teach nothing.
+"""Dynamic sampling: steps made of groups whose rewards differ. A group of equal rewards has no advantage to learn from.
 
-Dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2). Prompts are drawn in the data's order until as
-many groups as a step has are found. Those of the last draw that come after the last one found count as not drawn: the
-next step begins with them, and its policy answers them. So every prompt is either trained on or found equal, and where
-the data stand is one number, as without this. (Where a draw would cross the end of an epoch, what is left of the epoch
-is not drawn, as without this.)
+DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2. Prompts are taken in the data's order until a step has its number
+of groups. The prompts of the last batch that come after the last group found are given back: the next step begins with
+them, and its policy answers them. So every prompt is either trained on or found equal, and the position in the data is
+one number. A batch does not cross the end of an epoch: the rest of the epoch is left out.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ def fill_step(
     samples: int,
     data_rows: int,
 ) -> tuple[pa.Table, int, Metrics]:
-    """A step's table of ``groups`` groups that differ, the prompts of the last draw to give back, and metrics.
+    """A step's table of ``groups`` groups that differ, the number of prompts to give back, and metrics.
 
-    first: the first draw, scored, ``samples`` rows to a prompt, one prompt after the other. draw(count, number): the
-    next one, of so many prompts; number: how many came before it. Each asks for as many as will do, going by the share
-    found so far, and never for more than ``groups``.
+    first: the first batch, scored, with ``samples`` rows a prompt, one prompt after the other. draw(count, number): the
+    next batch, of ``count`` prompts; number: how many batches came before it. The share found so far decides how many
+    prompts a batch has, at most ``groups``.
 
-    UserError after max_num_gen_batches draws (0: no limit), or when as many prompts as the data have (data_rows) in a
-    row were equal.
+    UserError after max_num_gen_batches batches (0: no limit), or after as many equal groups in a row as the data have
+    prompts (data_rows).
 
     Metrics: training/{num_gen_batches, groups_drawn, groups_equal, groups_given_back}.
     """
@@ -77,21 +76,21 @@ def fill_step(
 
 
 def differs(table: pa.Table, samples: int, metric: str) -> np.ndarray:
-    """bool, one a prompt: whether its responses differ in the metric: ``score``, or a number that the scorer returned
-    besides (those of them that have it)."""
+    """bool, one a prompt: True if its responses differ in the metric, which is ``score`` or another number that the
+    scorer returns. Responses without that number do not count."""
     values = table["score"].to_numpy() if metric == "score" else np.array(_extras(table, metric))
     of_prompts = values.reshape(-1, samples)
     return np.fmax.reduce(of_prompts, 1) > np.fmin.reduce(of_prompts, 1)
 
 
 def _extras(table: pa.Table, metric: str) -> list[float]:
-    """nan where a response could not be scored: it differs from none."""
+    """The scorer's number for each response; nan for a response that could not be scored."""
     extras = [json.loads(text) for text in table["reward_extra"].to_pylist()]
     found = [float(extra[metric]) if isinstance(extra.get(metric), int | float) else np.nan for extra in extras]
     if np.isnan(found).all():
         numbers = {name for extra in extras for name, value in extra.items() if isinstance(value, int | float)}
         raise UserError(
-            f"{KEY}.metric={metric} is no number that the reward function returns: "
+            f"{KEY}.metric={metric} is not a number that the reward function returns: "
             f"set it to one of {', '.join(['score', *sorted(numbers)])}."
         )
     return found
@@ -99,8 +98,8 @@ def _extras(table: pa.Table, metric: str) -> list[float]:
 
 def _too_few(settings: FilterSettings, draws: int, drawn: int, found: int, groups: int) -> str:
     return (
-        f"{KEY}: {draws} generations of a step drew responses to {drawn} prompts, and those to {found} differ in "
-        f"{settings.metric}, of {groups} wanted. The others are all right or all wrong: the data are too easy or too "
-        f"hard for the policy now. Raise {KEY}.max_num_gen_batches={settings.max_num_gen_batches} (0: no limit) or "
-        "actor_rollout_ref.rollout.n, choose other data, or train with what there is (enable=False)."
+        f"{KEY}: after {draws} generations for {drawn} prompts, only {found} of {groups} groups differ in "
+        f"{settings.metric}. In the others all responses are right, or all are wrong: the data are too easy or too "
+        f"hard for this policy. Raise {KEY}.max_num_gen_batches={settings.max_num_gen_batches} (0: no limit) or "
+        "actor_rollout_ref.rollout.n, choose other data, or train on all groups (enable=False)."
     )

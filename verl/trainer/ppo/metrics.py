@@ -1,6 +1,6 @@
-"""What a step reports, as pure functions of its table: name -> float, named as users of such systems know them.
+"""The metrics of a step, as pure functions of its table: name -> float.
 
-Token statistics count only tokens that the policy wrote (``response_mask`` 1). A column that the run does not have
+Token statistics count only tokens that the policy generated (``response_mask`` 1). A column that does not exist
 (``values`` without a critic) adds no metric.
 """
 
@@ -15,16 +15,31 @@ import pyarrow as pa
 import torch
 
 from verl.algorithms.kl import LOG_RATIO_LIMIT
+from verl.cluster.base import WorkerGroup
 from verl.data.schema import ragged
 from verl.memory.device_memory import peaks
+from verl.plan import RunPlan
 
 Metrics = dict[str, float]
 
 GIB = 1024**3
 BLOCK = 1 << 17  # tokens
-# What each timed stage works on: the response's tokens, or prompt and response.
+# The tokens that a stage works on: those of the response, or those of prompt and response.
 STAGES_PER_RESPONSE_TOKEN = ("gen",)
 STAGES_PER_TOKEN = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
+
+
+def step_metrics(table: pa.Table, plan: RunPlan, workers: WorkerGroup, seconds: dict[str, float], step: int) -> Metrics:
+    """All metrics of a finished step but those that its stages reported. seconds: wall time by stage."""
+    return {
+        "training/global_step": step,
+        **data_metrics(table, max_prompt_length=plan.max_prompt_length),
+        **rollout_mismatch_metrics(table),
+        **reward_model_metrics(table),
+        **seqlen_metrics(sequence_lengths(table), workers.shares(table)),
+        **timing_metrics(seconds, table, num_devices=plan.world_size),
+        **most_of(workers.call("memory_metrics").result()),
+    }
 
 
 def data_metrics(table: pa.Table, *, max_prompt_length: int) -> Metrics:
@@ -52,8 +67,8 @@ def data_metrics(table: pa.Table, *, max_prompt_length: int) -> Metrics:
 def length_metrics(table: pa.Table, *, max_prompt_length: int) -> Metrics:
     """{prompt,response}_length/{mean,max,min,clip_ratio}, in tokens; response/aborted_ratio.
 
-    A response is clipped when it ended for want of room (finish_reason "length"), a prompt when it is as long as the
-    limit allows.
+    A response is clipped if it was cut at the length limit (finish_reason "length"), a prompt if it is as long as the
+    limit.
     """
     prompts = ragged(table, "prompt_ids").lengths
     finish = np.array(table["finish_reason"].to_pylist(), dtype=object)
@@ -66,8 +81,8 @@ def length_metrics(table: pa.Table, *, max_prompt_length: int) -> Metrics:
 
 
 def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
-    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 no better than a constant. Where the
-    returns are all one number there is nothing to explain: nan."""
+    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 is no better than a constant. nan if
+    all returns are equal."""
     if len(returns) < 2 or returns.min() == returns.max():
         return float("nan")
     errors = np.subtract(returns, values, dtype=np.float64)
@@ -113,7 +128,7 @@ def rollout_mismatch_metrics(table: pa.Table) -> Metrics:
 
 
 class _Running:
-    """Of numbers that come block by block, so that not all of them are held in float64 at a time."""
+    """Statistics of numbers that come block by block, so that only a block is held in float64."""
 
     def __init__(self) -> None:
         self._count, self._sum, self._squares = 0, 0.0, 0.0
@@ -143,7 +158,7 @@ def sequence_lengths(table: pa.Table) -> np.ndarray:
 def seqlen_metrics(lengths: np.ndarray, shares: list[np.ndarray]) -> Metrics:
     """global_seqlen/*, in tokens a rank. lengths: sequence_lengths; shares: each rank's row positions.
 
-    min, max, minmax_diff: had the rows been dealt in their order; balanced_min, balanced_max: as they were.
+    min, max, minmax_diff: if ranks got the rows in order. balanced_min, balanced_max: with the shares that they got.
     """
     in_order = [part.sum() for part in np.array_split(lengths, len(shares))]
     balanced = [lengths[share].sum() for share in shares]
@@ -178,8 +193,8 @@ def timing_metrics(seconds: dict[str, float], table: pa.Table, *, num_devices: i
 
 
 class StageCost(NamedTuple):
-    """What a stage of a model's compute took of one rank. flops: the model's operations; peak_flops: those that the
-    device could do in a second, 0 where that is not known; memory: bytes of the device that tensors had at most."""
+    """The cost of a stage on one rank. flops: operations of the model. peak_flops: operations a second that the device
+    can do; 0 if unknown. memory: peak bytes of tensors on the device."""
 
     flops: float
     peak_flops: float
@@ -187,7 +202,7 @@ class StageCost(NamedTuple):
 
 
 def stage_metrics(name: str, ranks: Sequence[StageCost], seconds: float) -> Metrics:
-    """perf/mfu/{name} and perf/stage_memory_gb/{name} (GiB, the rank with the most) where they are known."""
+    """perf/mfu/{name} and perf/stage_memory_gb/{name} (GiB, of the rank with the most), if they are known."""
     metrics, could = {}, seconds * sum(cost.peak_flops for cost in ranks)
     if could:
         metrics[f"perf/mfu/{name.removeprefix('update_')}"] = sum(cost.flops for cost in ranks) / could
@@ -197,14 +212,14 @@ def stage_metrics(name: str, ranks: Sequence[StageCost], seconds: float) -> Metr
 
 
 def most_of(ranks: Sequence[Metrics]) -> Metrics:
-    """Each metric as it is on the rank where it is highest."""
+    """The maximum of each metric over the ranks."""
     return {name: max(of_rank[name] for of_rank in ranks) for name in ranks[0]}
 
 
 def memory_metrics(device: torch.device | None = None) -> Metrics:
-    """perf/cpu_memory_used_gb (this machine), perf/cpu_memory_process_gb (this process, resident) and, of a CUDA
-    device, perf/max_memory_{allocated,reserved}_gb of this process and perf/device_memory_used_gb of all that share
-    it; in GiB. Maxima are since the process began."""
+    """In GiB: perf/cpu_memory_used_gb (this machine) and perf/cpu_memory_process_gb (this process, resident). On
+    CUDA also perf/max_memory_{allocated,reserved}_gb (this process, since it began) and perf/device_memory_used_gb
+    (all processes)."""
     metrics = {
         "perf/cpu_memory_used_gb": psutil.virtual_memory().used / GIB,
         "perf/cpu_memory_process_gb": psutil.Process().memory_info().rss / GIB,
@@ -217,7 +232,7 @@ def memory_metrics(device: torch.device | None = None) -> Metrics:
 
 
 def _written(table: pa.Table) -> np.ndarray | slice:
-    """What picks the tokens that the policy wrote out of a column's. All of them, mostly: then nothing is copied."""
+    """Index of the tokens that the policy generated. A full slice for all tokens, so that nothing is copied."""
     written = ragged(table, "response_mask").values > 0
     return slice(None) if written.all() else written
 
@@ -233,7 +248,7 @@ def _spread(name: str, values: np.ndarray) -> Metrics:
 
 
 def reward_model_metrics(table: pa.Table) -> Metrics:
-    """reward_model/score/mean, of its own scores, where a reward model gave any."""
+    """reward_model/score/mean; empty without a reward model."""
     if "reward_model_score" not in table.column_names:
         return {}
     return {"reward_model/score/mean": float(table["reward_model_score"].to_numpy().mean())}

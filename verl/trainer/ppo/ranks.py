@@ -1,4 +1,4 @@
-"""What a rank of a PPO job holds when ranks are processes of their own: see ``verl.cluster.ray.rank.Rank.make``."""
+"""The objects that a rank holds when ranks are processes: factories for ``verl.cluster.ray.rank.Rank.make``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from verl.cluster.ray.group import Shares, even_shares
 from verl.config.sections.models import Config
 from verl.data.tokenizer import load_tokenizer
 from verl.memory.gpu_balance import check_balance, disabled_by_user, environment_for_engine, read_gpus
-from verl.plan import RunPlan
+from verl.plan import EnginePlan, RunPlan
 from verl.rollout.client.backend import Backend
 from verl.rollout.engines.registry import ADAPTERS
 from verl.rollout.processes.adapter import NodeShare
@@ -39,18 +39,17 @@ def make_worker(context: RankContext, config: Config, plan: RunPlan) -> PPOWorke
     return PPOWorker(config, plan)
 
 
-def make_host(context: RankContext, config: Config, plan: RunPlan, logs: Path) -> EngineHost:
-    """logs: folder of the engines' output, on each node."""
+def make_host(context: RankContext, plan: EnginePlan, logs: Path) -> EngineHost:
+    """This rank's share of a rollout replica. logs: folder for the engines' output, on each node."""
     replicas = replicas_of(plan.world_size, plan.devices_per_node, plan.tensor_parallel)
     (replica,) = [replica for replica in replicas if context.rank in replica.ranks]
     interface = interface_of(context.address)
-    megabytes = config.actor_rollout_ref.rollout.update_weights_bucket_megabytes
 
-    if plan.engine == "hf":
+    if plan.name == "hf":
         sender = None
     else:
-        adapter, settings = ADAPTERS[plan.engine], engine_settings(config, plan)
-        sender = weight_sender(settings, 1, megabytes << 20)
+        adapter, settings = ADAPTERS[plan.name], engine_settings(plan)
+        sender = weight_sender(settings, 1, plan.bucket_megabytes << 20)
 
     def place() -> Place:
         rendezvous = host_port(context.address, free_port(context.address))
@@ -61,10 +60,9 @@ def make_host(context: RankContext, config: Config, plan: RunPlan, logs: Path) -
     def start(places: Sequence[Place]) -> Backend:
         number = next(starts)
         warnings.clear()
-        if plan.engine == "hf":
-            model = config.actor_rollout_ref.model
-            tokenizer = load_tokenizer(model.tokenizer_path, model.trust_remote_code)
-            return EmbeddedBackend(embedded_engine(config, plan, context.objects[WORKER], tokenizer))
+        if plan.name == "hf":
+            tokenizer = load_tokenizer(plan.model.tokenizer_path, plan.model.trust_remote_code)
+            return EmbeddedBackend(embedded_engine(plan, context.objects[WORKER].engines["actor"], tokenizer))
         node = replica.hosts.index(context.rank)
         first = node * replica.per_node  # tensor-parallel rank
         of_node = range(first, first + replica.per_node)
@@ -73,9 +71,9 @@ def make_host(context: RankContext, config: Config, plan: RunPlan, logs: Path) -
             readings = read_gpus(range(len(gpus)), ",".join(gpus))
             if warning := check_balance(readings, disabled=disabled_by_user(os.environ)):
                 warnings.append(warning)
-        name = f"{plan.engine}-{replica.index}"
+        name = f"{plan.name}-{replica.index}"
         name += f"-node-{node}" if len(replica.hosts) > 1 else ""
-        name += f"-start-{number}" if number > 1 else ""  # what the one before had to say stays
+        name += f"-start-{number}" if number > 1 else ""  # the log of the earlier start is kept
         return SubprocessBackend(
             adapter,
             settings,
@@ -99,8 +97,8 @@ def make_host(context: RankContext, config: Config, plan: RunPlan, logs: Path) -
 
 
 def token_shares(balance: bool) -> Shares:
-    """How ranks share rows: in order, or so that their tokens even out. Which rows make an optimizer step is settled
-    before."""
+    """How ranks share the rows of a table: so that their tokens are balanced, or in order. Does not change which rows
+    make an optimizer step."""
 
     def balanced(table: pa.Table, ranks: int) -> list[np.ndarray]:
         return balanced_partition(sequence_lengths(table), ranks)

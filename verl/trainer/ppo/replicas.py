@@ -1,4 +1,4 @@
-"""The rollout engine of a run whose ranks are processes of their own: a replica on each group of ranks, as one."""
+"""The rollout engine of a run whose ranks are processes: a replica on each group of ranks, behind one router."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from verl.cluster.ray.group import RayRanks
-from verl.config.sections.models import Config
 from verl.errors import UserError
-from verl.plan import RunPlan
+from verl.plan import EnginePlan
 from verl.rollout.client.backend import EngineDied
 from verl.rollout.client.engine import NO_WEIGHTS, ClientEngine
 from verl.rollout.processes.subprocess_backend import START_TIMEOUT
@@ -27,28 +26,27 @@ Say = Callable[[str], None]
 
 
 class Replicas:
-    """Starts them, and starts one again that died. no_weights: as for ``verl.trainer.ppo.engines.start_engine``."""
+    """Starts the replicas, and restarts one that died. no_weights: as in ``verl.trainer.ppo.engines.start_engine``."""
 
     def __init__(
         self,
         ranks: RayRanks,
-        config: Config,
-        plan: RunPlan,
+        plan: EnginePlan,
         tokenizer: PreTrainedTokenizerBase,
         logs: Path,
         note: Say,
         no_weights: str | None = NO_WEIGHTS,
     ):
         self._no_weights = no_weights
-        self._ranks, self._config, self._plan, self._tokenizer = ranks, config, plan, tokenizer
+        self._ranks, self._plan, self._tokenizer = ranks, plan, tokenizer
         self._say = note
         self._replicas = replicas_of(plan.world_size, plan.devices_per_node, plan.tensor_parallel)
-        self._hosts = ranks.make(HOST, "verl.trainer.ppo.ranks:make_host", config, plan, logs)
+        self._hosts = ranks.make(HOST, "verl.trainer.ppo.ranks:make_host", plan, logs)
         self.weights = WeightsOnRanks(self._hosts, self._replicas)
         self._current: dict[str, RemoteBackend] = {}  # by the replica's name
 
     def _note(self, text: str) -> None:
-        """Once the ranks have failed, what follows from that is no news."""
+        """Prints a note, unless the ranks have failed: then it would only repeat the failure."""
         if self._ranks.failure is None:
             self._say(text)
 
@@ -64,18 +62,18 @@ class Replicas:
         ]
         return Router(
             members,
-            revive=None if self._plan.engine == "hf" else self._again,  # which is gone only with its rank
-            save=lambda stream, version: stream,  # the ranks can send it any number of times
-            revivals=self._config.trainer.rollout_restarts,
+            revive=None if self._plan.name == "hf" else self._again,  # it dies only with its rank
+            save=lambda stream, version: stream,  # the ranks can send the weights any number of times
+            revivals=self._plan.restarts,
             note=self._note,
         )
 
     def _again(self, name: str) -> ClientEngine:
-        """The replica's engine, started anew on its ranks, which may be at work."""
+        """Restarts the replica's engine on its ranks, which may be busy."""
         if self._ranks.failure:
             raise self._ranks.failure
         (replica,) = [replica for replica in self._replicas if replica.name == name]
-        self._note(f"rollout: {name} is started again")
+        self._note(f"rollout: {name} is restarted")
         places: list[Any] = [None] * self._plan.world_size
         for rank in replica.ranks:
             places[rank] = self._ask(rank, "place")
@@ -88,7 +86,7 @@ class Replicas:
         return self._client(replica, {rank: start.result() for rank, start in starts.items()})
 
     def _client(self, replica: ReplicaRanks, facts: dict[int, dict[str, Any]]) -> ClientEngine:
-        """facts: of the start, by rank that holds a process."""
+        """facts: what each rank with a process of the engine returned from ``start``."""
         for of_rank in facts.values():
             for warning in of_rank["warnings"]:
                 self._note(f"warning: {warning}")
@@ -102,17 +100,17 @@ class Replicas:
 
         pids = {rank: of_rank["pid"] for rank, of_rank in facts.items()}
         backend = self._current[replica.name] = RemoteBackend(replica, ask, facts[replica.first], pids, stop)
-        return client_of(backend, self._config, self._plan, self._tokenizer, self._no_weights)
+        return client_of(backend, self._plan, self._tokenizer, self._no_weights)
 
     def _ask(self, rank: int, method: str, *args: Any, timeout: float | None = None) -> Any:
         return self._ranks.ask(rank, HOST, method, *args, timeout=timeout)
 
     def fail(self, error: UserError) -> None:
-        """The ranks are of no use any more: nobody waits for their engines."""
-        for backend in list(self._current.values()):  # another thread may be adding one
+        """The ranks have failed: fails every request to their engines."""
+        for backend in list(self._current.values()):  # another thread may add one
             backend.fail(EngineDied("a rank of the run has failed"))
 
     def close(self) -> None:
-        """End what runs on the ranks."""
+        """Ends the engines on the ranks."""
         if self._ranks.alive:
             self._hosts.close()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from verl.algorithms.kl import kl_control
 from verl.checks.host_memory import require_host_memory
 from verl.cluster.local import LocalWorkerGroup
 from verl.config.loading.load import Loaded
@@ -20,16 +20,28 @@ from verl.engine.model import model_size, read_config
 from verl.findings import Findings
 from verl.machine import HostMemory, host_memory
 from verl.memory.host_budget import budget_of_run
-from verl.plan import ModelSize, RunPlan, plan_run
+from verl.plan import ModelSize, RunPlan, engine_of, plan_run
 from verl.reward.manager import RewardManager
 from verl.reward.model_inputs import RewardModelInputs
-from verl.tracking import Trackers, build_trackers
-from verl.trainer.checkpoints import Checkpoints
+from verl.rollout.loop import EventLoop
+from verl.tracking import Progress, Trackers, build_trackers
+from verl.trainer.checkpoints import Checkpoint, Checkpoints
 from verl.trainer.interrupt import STOPPING, StopRequest
 from verl.trainer.ppo.engines import embedded_engine, start_engine
+from verl.trainer.ppo.feed import SynchronousFeed
+from verl.trainer.ppo.log_prob_check import check_log_probs
 from verl.trainer.ppo.phases import put_to_sleep
-from verl.trainer.ppo.trainer import Parts, PPOTrainer, Trained
+from verl.trainer.ppo.responder import Responder
+from verl.trainer.ppo.run_state import RunState
+from verl.trainer.ppo.runtime import Runtime
+from verl.trainer.ppo.samples import Samples
+from verl.trainer.ppo.stages import Stages
+from verl.trainer.ppo.step_log import StepLog
+from verl.trainer.ppo.trainer import PPOTrainer
+from verl.trainer.ppo.validation import Validation
+from verl.trainer.ppo.weight_sync import WeightSync
 from verl.trainer.ppo.worker import PPOWorker, model_of
+from verl.trainer.run_lock import RunLock
 from verl.trainer.runs import close_run, finishes, folder_of, run_folder, run_info, say, where_to_start
 
 
@@ -46,6 +58,19 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
     models = sizes_of_models(config, plan.roles)
     plan = plan_run(config, device=plan.device, train_rows=train_prompts.num_rows, val_rows=val_rows, models=models)
 
+    with RunLock(folder_of(config.trainer), "trainer.default_local_dir"):
+        return run_in_folder(config, loaded.set_keys, plan, tokenizer, train_prompts, val_prompts)
+
+
+def run_in_folder(
+    config: Config,
+    set_keys: Iterable[str],
+    plan: RunPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    train_prompts: pa.Table,
+    val_prompts: pa.Table | None,
+) -> int:
+    """The exit code. The folder of the run is this process's alone."""
     checkpoints = Checkpoints(folder_of(config.trainer), config.trainer.max_ckpt_to_keep)
     start = where_to_start(config.trainer, checkpoints, plan.last_step)
     if start and start.step >= plan.last_step:
@@ -55,10 +80,10 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
         if plan.uses_ray:
             from verl.trainer.ppo import on_ray
 
-            seats = on_ray.seats_of_ranks(stack, config, plan)
+            seats = on_ray.seats_of_ranks(stack, config.ray_kwargs, plan)
             machines = on_ray.host_memories(seats)
         check_host_memory(config, plan, machines)
-        folder = run_folder(config, loaded.set_keys)
+        folder = run_folder(config, set_keys)
         trackers = stack.enter_context(
             build_trackers(config.trainer.logger, run_info(config, folder, plan.last_step, start))
         )
@@ -66,36 +91,42 @@ def run(loaded: Loaded[Config], plan: RunPlan, findings: Findings) -> int:
             trackers.progress.note(f"checkpoints that this run does not go on from are now in {set_aside}")
         stop = stack.enter_context(StopRequest(lambda: trackers.progress.note(STOPPING)))
         tables = [train_prompts] if val_prompts is None else [train_prompts, val_prompts]
-        rewards = build_rewards(stack, config, tokenizer, tables, checkpoints.folder, trackers)
+        rewards = build_rewards(stack, config, tokenizer, tables, folder, trackers)
         reward_inputs = build_reward_inputs(config, tokenizer)
+        loop = EventLoop()
+        stack.callback(loop.close)
         if plan.uses_ray:
-            trained = on_ray.build_on_ray(stack, config, plan, tokenizer, seats, checkpoints.folder, trackers)
+            runtime = on_ray.build_on_ray(stack, loop, config, plan, tokenizer, seats, folder, trackers.progress)
         else:
-            trained = build_here(stack, config, plan, tokenizer, checkpoints.folder, trackers)
-        for role, reason in trained.workers.call("unpackable").result()[0].items():
+            runtime = build_here(stack, loop, config, plan, tokenizer, folder, trackers.progress)
+        for role, reason in runtime.workers.call("unpackable").result()[0].items():
             trackers.progress.note(f"{role}: sequences are padded, not packed: {reason}")
-        trainer = PPOTrainer(
+        samples = Samples(config, tokenizer, trackers)
+        trainer = build_trainer(
             config,
             plan,
-            Parts(
-                trained.workers,
-                trained.weights,
-                trained.rollout,
-                rewards,
-                reward_inputs,
-                tokenizer,
-                train_prompts,
-                val_prompts,
-                checkpoints,
-                trackers,
-            ),
+            runtime,
+            rewards,
+            reward_inputs,
+            train_prompts,
+            val_prompts,
+            checkpoints,
+            trackers,
+            samples,
+            start,
             stop=lambda: stop.requested,
         )
         if start:
-            trainer.restore(start)
             trackers.progress.note(f"going on from {start.folder}")
-        finished = finishes(trainer.fit, trained.abandon)
-    return close_run(config.trainer, checkpoints, trainer.step, finished, validation=trainer.validation_folder)
+        finished = finishes(trainer.fit, runtime.abandon)
+    return close_run(
+        config.trainer,
+        checkpoints,
+        trainer.step,
+        finished,
+        validation=samples.validation_folder,
+        skipped=trainer.updates.skipped,
+    )
 
 
 def read_prompts(config: Config, plan: RunPlan, tokenizer: PreTrainedTokenizerBase) -> tuple[pa.Table, pa.Table | None]:
@@ -157,19 +188,62 @@ def build_reward_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> R
 
 def build_here(
     stack: ExitStack,
+    loop: EventLoop,
     config: Config,
     plan: RunPlan,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    trackers: Trackers,
-) -> Trained:
+    progress: Progress,
+) -> Runtime:
     """One rank, in this process. ``stack`` closes what is started here."""
-    started = start_engine(config, plan, tokenizer, folder, trackers.progress.note)
+    engine = engine_of(config, plan)
+    started = start_engine(engine, tokenizer, folder, progress.note)
     if started:
-        stack.callback(lambda: asyncio.run(started.close()))
-        put_to_sleep(started)
+        stack.callback(lambda: loop.run(started.close()))
+        put_to_sleep(started, loop)
     worker = PPOWorker(config, plan)
     workers = LocalWorkerGroup(worker)
     stack.callback(workers.close)
-    rollout = started or embedded_engine(config, plan, worker, tokenizer)
-    return Trained(workers, worker.weights, rollout)
+    rollout = started or embedded_engine(engine, worker.engines["actor"], tokenizer)
+    return Runtime(loop, workers, rollout, worker.weights, progress)
+
+
+def build_trainer(
+    config: Config,
+    plan: RunPlan,
+    runtime: Runtime,
+    rewards: RewardManager | None,
+    reward_inputs: RewardModelInputs | None,
+    train_prompts: pa.Table,
+    val_prompts: pa.Table | None,
+    checkpoints: Checkpoints,
+    trackers: Trackers,
+    samples: Samples,
+    start: Checkpoint | None,
+    stop: Callable[[], bool],
+) -> PPOTrainer:
+    """The trainer at its first step, or at the step of the checkpoint ``start``, which is then restored."""
+    stages, kl = Stages(runtime), kl_control(config.algorithm.kl_ctrl)
+    weight_sync = WeightSync(stages, config.trainer.check_weights)
+    responder = Responder(stages, weight_sync, rewards, reward_inputs)
+    feed = SynchronousFeed(config, plan, train_prompts, stages, responder)
+    state = RunState(checkpoints, stages, feed, kl, has_critic=plan.critic is not None)
+
+    def check(log: StepLog) -> str:
+        return check_log_probs(config, plan, train_prompts, stages, log)
+
+    return PPOTrainer(
+        config,
+        plan,
+        stages=stages,
+        feed=feed,
+        weight_sync=weight_sync,
+        validation=Validation(config, plan, val_prompts, responder, samples),
+        state=state,
+        samples=samples,
+        kl_control=kl,
+        trackers=trackers,
+        check_log_probs=check if config.trainer.check_log_probs else None,
+        stop=stop,
+        step=state.restore(start) if start else 0,
+    )

@@ -1,4 +1,4 @@
-"""How a run draws its responses: what the settings say, as an engine takes it."""
+"""Sampling parameters of training and validation, from the settings."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Validation: per-prompt statistics of N sampled answers, averaged over a data source's prompts.
 
-Names are ``val-core/{data_source}/{variable}/{statistic}@{k}``; ``val-aux/...`` for all but the numbers to look at
-first: mean@N, best@N and maj@N of the core variable, which is ``acc`` where the scorer returns it and ``reward`` (the
-score) otherwise. With N > 1, for k = 2, 4, 8, ... and N:
+Names are ``val-core/{data_source}/{variable}/{statistic}@{k}`` for the numbers to look at first: mean@N, best@N and
+maj@N of the core variable. The core variable is ``acc`` if the scorer returns it, otherwise ``reward`` (the score). All
+other names start with ``val-aux/``. With N > 1, for k = 2, 4, 8, ... and N:
 
 mean@N, std@N: of a prompt's N values (population std).
 best@k, worst@k: expected maximum and minimum of k of the N values, exact over all subsets of k.
@@ -19,14 +19,16 @@ from math import comb
 import numpy as np
 import pyarrow as pa
 
-MAX_SUBSETS = 1000  # maj@k looks at all subsets of k up to this many, and draws this many where there are more
+MAX_SUBSETS = 1000  # maj@k uses all subsets of k up to this number, and samples this number if there are more
 
 
 def validation_metrics(table: pa.Table, *, seed: int = 0) -> dict[str, float]:
-    """Columns read: data_source, group (int64: one prompt), score, and reward_extra where there is one (a JSON object:
-    its numbers and truth values are variables of their own; its ``pred`` is the answer that maj@k votes on).
+    """Metrics by name.
 
-    seed: of the subsets that maj@k draws where it cannot look at all.
+    Reads the columns data_source, group (int64: one prompt), score and, if it exists, reward_extra (a JSON object whose
+    numbers and truth values are variables, and whose ``pred`` is the answer that maj@k votes on).
+
+    seed: for the subsets that maj@k samples.
     """
     metrics: dict[str, float] = {}
     for source, rows in _samples(table).items():
@@ -60,8 +62,8 @@ def majority_of(values: np.ndarray, answers: list[str | None], k: int, rng: np.r
     """Expected value of the answer that most of k of the n samples gave, over subsets of k.
 
     The value of an answer is the mean over the samples that gave it; answers with equally many votes share the win
-    equally. A sample without an answer (None) casts no vote; where nobody voted, the subset's mean value counts.
-    All subsets are looked at when they are at most 1000, otherwise 1000 are drawn with ``rng``.
+    equally. A sample without an answer (None) casts no vote. If nobody voted, the subset's mean value counts.
+    All subsets are used if there are at most 1000; otherwise ``rng`` samples 1000.
     """
     n = len(values)
     if comb(n, k) <= MAX_SUBSETS:
@@ -103,7 +105,7 @@ def _samples(table: pa.Table) -> dict[str, list[dict]]:
 
 
 def _variable_metrics(variable: str, by_prompt: dict[int, list[dict]], largest: int, seed: int) -> dict[str, float]:
-    """Statistic@k -> its mean over prompts. A prompt with fewer than k samples has no part in best, worst, maj@k."""
+    """Statistic@k -> its mean over prompts. A prompt with fewer than k samples counts in mean and std only."""
     sizes = sorted({2**i for i in range(1, largest.bit_length()) if 2**i < largest} | {largest} - {1})
     per_prompt: dict[str, list[float]] = defaultdict(list)
     for group, rows in by_prompt.items():

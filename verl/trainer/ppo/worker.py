@@ -40,10 +40,15 @@ READS = {
         "old_log_probs",
         "ref_log_probs",
         "rollout_is_weights",
-        "selected",
     ),
     "update_critic": (*SEQUENCES, "response_mask", "loss_weights", "values", "returns"),
 }
+
+
+def reads_of(config: Config) -> dict[str, tuple[str, ...]]:
+    """``READS``, with the columns that the run's policy loss reads."""
+    columns = resolve(config.actor_rollout_ref.actor.policy_loss.loss_mode).columns
+    return READS | {"update_actor": (*READS["update_actor"], *columns)}
 
 
 class PPOWorker:
@@ -118,6 +123,10 @@ class PPOWorker:
         finally:
             if not was_here:
                 self._offload(role)
+
+    def not_finite(self, role: str) -> str:
+        """The name of a parameter of the role that holds a number that is not finite; "" if there is none."""
+        return self.engines[role].not_finite()
 
     def free_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Give what the allocator holds unused back to the device, for what the rollout engine is about to wake. Its

@@ -1,4 +1,4 @@
-"""Worked examples, prompt and response, as the token columns that an engine trains on."""
+"""Training examples (prompt and response) as the token columns that an engine trains on."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def load_examples(
     kind: Literal["train", "val"],
     notice: Callable[[str], None],
 ) -> pa.Table:
-    """One row an example, with the columns of ``SCHEMA``, rows in the files' order.
+    """One row per example in the files' order, with the columns of ``SCHEMA``.
 
-    The prompt (chat messages in ``config.prompt_key``) is tokenised as for generation; the response (text in
-    ``config.response_key``) by itself, and the tokenizer's end token follows. So what is learnt is what a rollout asks
-    for. Examples over ``config.max_length`` tokens are cut as ``config.truncation`` says; see ``fitted``.
+    The prompt (chat messages in ``config.prompt_key``) is tokenised as in generation. The response (text in
+    ``config.response_key``) is tokenised by itself and followed by the tokenizer's end token. Examples longer than
+    ``config.max_length`` tokens are cut as ``config.truncation`` says; see ``fitted``.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token: set eos_token in its tokenizer_config.json")

@@ -1,4 +1,4 @@
-"""The loss of supervised fine-tuning, in the form that the training engine takes (see verl.algorithms.losses)."""
+"""The loss of supervised fine-tuning, in the form that the training engine expects (see verl.algorithms.losses)."""
 
 from __future__ import annotations
 

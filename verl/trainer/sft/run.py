@@ -1,4 +1,4 @@
-"""Puts a supervised run together from its settings, runs it, and says at the end where everything is."""
+"""Builds a supervised run from its settings, runs it, and prints where its results are."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from verl.trainer.sft.trainer import SFTTrainer
 
 
 def run(loaded: Loaded[SFTConfig], findings: Findings) -> int:
-    """The exit code. ``findings``: of the checks, which found no problem."""
+    """The exit code. findings: what the checks found, without a problem."""
     config = loaded.config
     assert config is not None
     say(findings)
@@ -47,7 +47,7 @@ def run(loaded: Loaded[SFTConfig], findings: Findings) -> int:
             build_trackers(config.trainer.logger, run_info(config, folder, last_step, start))
         )
         if set_aside := checkpoints.set_aside(after=start.step if start else 0):
-            trackers.progress.note(f"checkpoints that this run does not go on from are now in {set_aside}")
+            trackers.progress.note(f"checkpoints after this run's start were moved to {set_aside}")
         stop = stack.enter_context(StopRequest(lambda: trackers.progress.note(STOPPING)))
         engine = build_engine(config, last_step)
         stack.callback(engine.close)
@@ -64,7 +64,7 @@ def run(loaded: Loaded[SFTConfig], findings: Findings) -> int:
         )
         if start:
             trainer.restore(start)
-            trackers.progress.note(f"going on from {start.folder}")
+            trackers.progress.note(f"resuming from {start.folder}")
         finished = finishes(trainer.fit)
     return close_run(config.trainer, checkpoints, trainer.step, finished)
 
@@ -80,7 +80,7 @@ def read_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def steps_of(config: SFTConfig, rows: int) -> int:
-    """An epoch's last, smaller batch is left out."""
+    """Optimizer steps of the run. The last, smaller batch of an epoch is left out."""
     return config.trainer.total_training_steps or rows // config.data.train_batch_size * config.trainer.total_epochs
 
 

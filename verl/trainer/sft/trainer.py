@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loop."""
+"""The training loop of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Metrics = dict[str, float]
 
 
 class SFTTrainer:
-    """``fit`` trains from ``step`` (0, or a checkpoint's after ``restore``) to ``last_step``.
+    """``fit`` trains from ``step`` (0, or that of a checkpoint after ``restore``) to ``last_step``.
 
-    train, val: see ``verl.trainer.sft.examples``. stop: asked after each step whether to end the run there.
+    train, val: see ``verl.trainer.sft.examples``. stop: called after each step; True ends the run there.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SFTTrainer:
         data = config.data
         self.loader = PromptLoader(train.num_rows, data.train_batch_size, shuffle=data.shuffle, seed=data.seed)
         self.timer = StageTimer()
-        self.unsaved: SaveError | None = None  # why the save that was due last did not work
+        self.unsaved: SaveError | None = None  # why the last save failed
 
     def fit(self) -> bool:
         """Whether the last step was reached."""
@@ -121,7 +121,8 @@ class SFTTrainer:
     # ---- checkpoints
 
     def save(self) -> None:
-        """A disk that is full costs the run nothing: saving is tried again after each step until it works."""
+        """Saves a checkpoint. If that fails, on a full disk for example, the run continues and tries again after each
+        step."""
         try:
             with self.trackers.progress.stage("save_checkpoint"):
                 self.checkpoints.save(self.step, self._write, {"step": self.step, "loader": self.loader.state_dict()})
@@ -131,7 +132,7 @@ class SFTTrainer:
             self.trackers.progress.warn(f"{error}. Saving is tried again after each step.")
 
     def _write(self, folder: Path) -> None:
-        """model/: what training goes on from. huggingface/: what transformers loads."""
+        """Writes model/, from which training resumes, and huggingface/, which transformers loads."""
         self.engine.save(folder / "model")
         self.engine.export_hf(folder / "huggingface", self.tokenizer)
 
@@ -143,6 +144,6 @@ class SFTTrainer:
 
 
 def weighted(batch: pa.Table) -> pa.Table:
-    """With ``loss_weights``: every response token of the batch counts the same."""
+    """The batch with ``loss_weights`` that are equal for all response tokens."""
     mask = ragged(batch, "response_mask")
     return with_columns(batch, loss_weights=mask.like(mask.values / np.float32(len(mask.values))))

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from verl.rollout.client.backend import Draw, Drawn
+from verl.rollout.client.backend import GenerateRequest, TokenChunk
 from verl.rollout.engines.sglang.arguments import SGLANG, cuda_graphs
 from verl.rollout.engines.sglang.receiver import LOADER
 from verl.rollout.engines.sglang.sampling_params import sampling_params
@@ -95,16 +95,16 @@ class Server(EngineServer):
 
     # ---- orders
 
-    async def outputs(self, draw: Draw) -> AsyncIterator[Drawn]:
+    async def outputs(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         request = GenerateReqInput(
-            rid=draw.id,
-            input_ids=draw.prompt_ids,
-            image_data=list(draw.images) or None,
-            sampling_params=sampling_params(draw),
+            rid=request.id,
+            input_ids=request.prompt_ids,
+            image_data=list(request.images) or None,
+            sampling_params=sampling_params(request),
             return_logprob=True,
-            stream=draw.stream,
+            stream=request.stream,
         )
         reported = 0
         async for output in self._manager.generate_request(request, None):
@@ -112,11 +112,11 @@ class Server(EngineServer):
             ids, log_probs = output["output_ids"], meta["output_token_logprobs"]
             finish = (meta["finish_reason"] or {}).get("type")
             new = [log_prob for log_prob, _, _ in log_probs[reported:]]
-            yield Drawn(draw.id, list(ids[reported : reported + len(new)]), new, finish)
+            yield TokenChunk(request.id, list(ids[reported : reported + len(new)]), new, finish)
             reported += len(new)
 
-    async def abort(self, draw_ids: Sequence[str]) -> None:
-        for id in draw_ids:
+    async def abort_in_engine(self, request_ids: Sequence[str]) -> None:
+        for id in request_ids:
             self._manager.abort_request(rid=id)
 
     async def receive_weights(self, version: int | None) -> None:
@@ -148,10 +148,10 @@ class Server(EngineServer):
 
         await self._manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=list(tags)), None)
 
-    def drawn_so_far(self, draw_ids: Sequence[str]) -> list[int]:
+    def generated_so_far(self, request_ids: Sequence[str]) -> list[int]:
         """What the scheduler has in its batch."""
         states = self._manager.rid_to_state
-        return [len(states[id].output_ids) for id in draw_ids if id in states]
+        return [len(states[id].output_ids) for id in request_ids if id in states]
 
     async def health(self) -> None:
         """An answer from every scheduler, without a forward: the memory may be asleep."""

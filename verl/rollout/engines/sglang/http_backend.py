@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from verl.errors import UserError
-from verl.rollout.client.backend import Draw, EngineDied, Listener, WeightStream
+from verl.rollout.client.backend import EngineDied, GenerateRequest, Listener, WeightStream
 from verl.rollout.contract.base import Capabilities, MemoryTag, PromptWindow
 from verl.rollout.engines.sglang.api import SIGN_OF_LIFE, Refused, ServerAPI, Unreachable
-from verl.rollout.engines.sglang.http_requests import ServerDraws, Times
+from verl.rollout.engines.sglang.http_requests import ServerRequests, Times
 from verl.rollout.engines.sglang.payload import update_body
 from verl.rollout.engines.sglang.probes import MOST_ELEMENTS, ROWS, ReadBack, compare_scores, probe_prompt
 from verl.rollout.weights.disk import SavedWeights, WeightFolder, host_buckets
@@ -69,7 +69,7 @@ class SGLangServer:
             self._api.close()
             raise
         incremental = bool(self.facts.get("incremental_streaming_output"))
-        self._draws = ServerDraws(self._api, self._run, self._times, incremental=incremental)
+        self._requests = ServerRequests(self._api, self._run, self._times, incremental=incremental)
         self.keeps_weights = bool(self.facts.get("enable_weights_cpu_backup"))
         self.capabilities = Capabilities(
             sleep=frozenset({"weights", "kv_cache"} if self.facts.get("enable_memory_saver") else ()),
@@ -114,24 +114,24 @@ class SGLangServer:
     # ---- draws
 
     def listen(self, listener: Listener) -> None:
-        self._draws.listener = listener
+        self._requests.listener = listener
 
     def stops_at(self, stop_ids: frozenset[int]) -> bool:
         """As in ``SubprocessBackend``. That the end tokens are the server's is checked whenever it stops at one."""
         return not stop_ids or (bool(self._end_tokens) and stop_ids >= self._end_tokens)
 
-    def draw(self, draws: Sequence[Draw]) -> None:
-        self._draws.draw(draws)
+    def generate(self, requests: Sequence[GenerateRequest]) -> None:
+        self._requests.generate(requests)
 
-    def recall(self, draw_ids: Sequence[str]) -> None:
-        self._draws.recall(draw_ids)
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self._requests.abort(request_ids)
 
     # ---- orders
 
     def update_weights(self, stream: WeightStream, version: int) -> None:
         """Names that the server has no place for it ignores without a word: see check_weights."""
         name = f"{self._run}-{version}"
-        self._draws.weights = None
+        self._requests.weights = None
         read_back = self._send(stream, version, name)
         if different := self._order(read_back.differences(self._api)):
             raise UserError(
@@ -140,7 +140,7 @@ class SGLangServer:
         now = self._order(self._api.get("/model_info")).get("weight_version")
         if now != name:
             raise UserError(f"after a weight update {self.url} says that its weights are {now!r}, not {name!r}")
-        self._draws.weights = name
+        self._requests.weights = name
 
     def _send(self, stream: WeightStream, version: int, name: str) -> ReadBack:
         read_back = ReadBack()
@@ -177,10 +177,10 @@ class SGLangServer:
         with noise; the stream is sent again; and the log-probs have to come out as they were. That holds only if the
         stream fills every parameter that has a say, and if the server held the same before. Which tensor it is that
         differs cannot be told: SGLang gives no checksums by the names of a checkpoint."""
-        name, self._draws.weights = self._draws.weights or f"{self._run}-check", None
+        name, self._requests.weights = self._requests.weights or f"{self._run}-check", None
         with self._cache_awake():
             different = self._overwritten_and_sent_again(stream, name)
-        self._draws.weights = name
+        self._requests.weights = name
         return different
 
     @contextmanager
@@ -223,7 +223,7 @@ class SGLangServer:
         self._order(self._api.post("/release_memory_occupation", {"tags": list(tags)}))
         self._asleep |= set(tags)
         if "weights" in tags and not self.keeps_weights:
-            self._draws.weights = None
+            self._requests.weights = None
 
     def wake(self, tags: Sequence[MemoryTag]) -> None:
         self._order(self._api.post("/resume_memory_occupation", {"tags": list(tags)}))
@@ -241,7 +241,7 @@ class SGLangServer:
             except Refused as error:
                 if error.status != 400 or time.monotonic() > deadline:
                     raise
-            await asyncio.sleep(self._times.recall_every)
+            await asyncio.sleep(self._times.abort_every)
 
     def health(self) -> None:
         self._order(self._api.get(SIGN_OF_LIFE, self._times.probe_timeout))
@@ -256,13 +256,13 @@ class SGLangServer:
 
     def _order(self, work: Any) -> Any:
         """Its answer. No answer is the death of the server."""
-        if self._draws.death:
+        if self._requests.death:
             work.close()
-            raise EngineDied(str(self._draws.death))
+            raise EngineDied(str(self._requests.death))
         try:
             return self._api.call(work)
         except Unreachable as error:
-            self._draws.die(error)
+            self._requests.die(error)
             raise EngineDied(f"the SGLang server at {self.url} is gone: {error}") from None
 
 

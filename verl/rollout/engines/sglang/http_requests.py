@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from verl.errors import UserError
-from verl.rollout.client.backend import Draw, Drawn, EngineDied, Listener
+from verl.rollout.client.backend import EngineDied, GenerateRequest, Listener, TokenChunk
 from verl.rollout.engines.sglang.api import SIGN_OF_LIFE, Refused, ServerAPI, Unreachable
 from verl.rollout.engines.sglang.sampling_params import sampling_params
 
@@ -38,7 +38,7 @@ class Times:
     probe_every: float = 5.0
     probe_timeout: float = 30.0
     dead_after: float = 60.0
-    recall_every: float = 0.05
+    abort_every: float = 0.05
     retry_after: float = 1.0
     idle: float = 60.0
     bucket: float = 300.0
@@ -49,14 +49,14 @@ class Times:
 class _UnderWay:
     """A draw. rid: what the server knows it as; None: not sent yet. ids: reported so far."""
 
-    draw: Draw
+    request: GenerateRequest
     task: asyncio.Task[None] | None = None
     rid: str | None = None
     ids: list[int] = dataclasses.field(default_factory=list)
-    recalled: bool = False
+    aborted: bool = False
 
 
-class ServerDraws:
+class ServerRequests:
     """Methods without an underscore are for other threads than the event loop's.
 
     run: what the names of this client's requests begin with. incremental: a streamed answer does not repeat itself.
@@ -73,23 +73,23 @@ class ServerDraws:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._sign = 0.0  # when the server last showed that it lives
 
-    def draw(self, draws: Sequence[Draw]) -> None:
-        self._api.loop.call_soon_threadsafe(self._start, list(draws))
+    def generate(self, requests: Sequence[GenerateRequest]) -> None:
+        self._api.loop.call_soon_threadsafe(self._start, list(requests))
 
-    def recall(self, draw_ids: Sequence[str]) -> None:
-        self._api.loop.call_soon_threadsafe(self._recall, list(draw_ids))
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self._api.loop.call_soon_threadsafe(self._abort, list(request_ids))
 
-    def _start(self, draws: Sequence[Draw]) -> None:
+    def _start(self, requests: Sequence[GenerateRequest]) -> None:
         if self.death:
             return self._tell(lambda listener: listener.died(EngineDied(str(self.death))))
         if not self._under_way:
             self._sign = time.monotonic()
-        for draw in draws:
-            self._under_way[draw.id] = work = _UnderWay(draw)
-            work.task = asyncio.create_task(self._draw(work))
+        for request in requests:
+            self._under_way[request.id] = work = _UnderWay(request)
+            work.task = asyncio.create_task(self._generate(work))
         self._keep_doing("watch", self._watch)
 
-    async def _draw(self, work: _UnderWay) -> None:
+    async def _generate(self, work: _UnderWay) -> None:
         try:
             async with self._room:
                 await self._attempts(work)
@@ -97,13 +97,13 @@ class ServerDraws:
             self._die(error)
         except Exception as error:
             failure = error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
-            self._tell(lambda listener: listener.failed(work.draw.id, failure))
+            self._tell(lambda listener: listener.failed(work.request.id, failure))
         finally:
-            self._under_way.pop(work.draw.id, None)
+            self._under_way.pop(work.request.id, None)
 
     async def _attempts(self, work: _UnderWay) -> None:
         for attempt in range(1, ATTEMPTS + 1):
-            before, work.rid = work.rid, f"{self._run}-{work.draw.id}-{attempt}"
+            before, work.rid = work.rid, f"{self._run}-{work.request.id}-{attempt}"
             try:
                 if before:  # the server may still be drawing for a connection that is gone
                     await self._api.post("/abort_request", {"rid": before})
@@ -113,8 +113,8 @@ class ServerDraws:
                     raise
                 if isinstance(error, Unreachable) and error.refused:
                     raise
-                if work.recalled:
-                    return self._report(Drawn(work.draw.id, [], [], "abort"))
+                if work.aborted:
+                    return self._report(TokenChunk(work.request.id, [], [], "abort"))
                 if attempt == ATTEMPTS:
                     raise EngineDied(f"{error}, {ATTEMPTS} times in a row") from error
                 await asyncio.sleep(self._times.retry_after * attempt)
@@ -123,21 +123,21 @@ class ServerDraws:
 
     async def _ask(self, work: _UnderWay) -> None:
         """One answer of the server, from the token that is due."""
-        draw = work.draw
+        request = work.request
         due = dataclasses.replace(
-            draw, prompt_ids=[*draw.prompt_ids, *work.ids], max_new_tokens=draw.max_new_tokens - len(work.ids)
+            request, prompt_ids=[*request.prompt_ids, *work.ids], max_new_tokens=request.max_new_tokens - len(work.ids)
         )
         if not due.max_new_tokens:
-            return self._report(Drawn(draw.id, [], [], "length"))
-        sampling = sampling_params(due) | ({"stream_interval": STREAM_INTERVAL} if draw.stream else {})
+            return self._report(TokenChunk(request.id, [], [], "length"))
+        sampling = sampling_params(due) | ({"stream_interval": STREAM_INTERVAL} if request.stream else {})
         body = {
             "rid": work.rid,
             "input_ids": due.prompt_ids,
             "sampling_params": sampling,
             "return_logprob": True,
-            "stream": draw.stream,
+            "stream": request.stream,
         }
-        if not draw.stream:
+        if not request.stream:
             answer = await self._api.post("/generate", body, timeout=None)
             self._take(work, answer, taken=0)
             return
@@ -158,7 +158,7 @@ class ServerDraws:
 
     def _take(self, work: _UnderWay, answer: Any, taken: int) -> tuple[int, bool]:
         """Report what an answer has beyond the first ``taken`` tokens: their number, and whether it is the last."""
-        draw = work.draw
+        request = work.request
         if "error" in answer:
             raise UserError(f"{self._api.url}/generate did not take the request: {answer['error'].get('message')}")
         meta = answer["meta_info"]
@@ -171,17 +171,17 @@ class ServerDraws:
         finish = reason.get("type")
         if finish == "abort" and reason.get("status_code"):
             raise Refused(f"{self._api.url}/generate: {reason.get('message')}", int(reason["status_code"]))
-        if finish and not draw.stream and meta.get("completion_tokens", len(ids)) != len(ids):
+        if finish and not request.stream and meta.get("completion_tokens", len(ids)) != len(ids):
             raise UserError(f"{self._api.url} drew {meta['completion_tokens']} tokens and gave {len(ids)} log-probs")
-        if finish == "stop" and (not ids or ids[-1] not in draw.stop_ids):
+        if finish == "stop" and (not ids or ids[-1] not in request.stop_ids):
             raise UserError(
                 f"the SGLang server at {self._api.url} ended a response with {reason.get('matched')!r}, which is none "
-                f"of {sorted(draw.stop_ids)}: does it serve the model of actor_rollout_ref.model.path?"
+                f"of {sorted(request.stop_ids)}: does it serve the model of actor_rollout_ref.model.path?"
             )
         self._sign = time.monotonic()
         work.ids += ids
         if ids or finish:
-            self._report(Drawn(draw.id, ids, log_probs, finish))
+            self._report(TokenChunk(request.id, ids, log_probs, finish))
         return len(ids), bool(finish)
 
     def _check_weights_of(self, meta: dict[str, Any]) -> None:
@@ -193,29 +193,29 @@ class ServerDraws:
 
     # ---- recalls
 
-    def _recall(self, draw_ids: Sequence[str]) -> None:
-        for draw_id in draw_ids:
-            if work := self._under_way.get(draw_id):
-                work.recalled = True
+    def _abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            if work := self._under_way.get(request_id):
+                work.aborted = True
                 if work.rid is None and work.task:  # it may not even have begun
                     work.task.cancel()
-                    del self._under_way[draw_id]
-                    self._report(Drawn(draw_id, [], [], "abort"))
-        self._keep_doing("recall", self._abort_recalled)
+                    del self._under_way[request_id]
+                    self._report(TokenChunk(request_id, [], [], "abort"))
+        self._keep_doing("abort", self._send_aborts)
 
-    async def _abort_recalled(self) -> None:
+    async def _send_aborts(self) -> None:
         """Again and again: a request that has not reached SGLang's scheduler yet is not there to be aborted."""
-        while recalled := [work for work in self._under_way.values() if work.recalled and work.rid]:
-            if len(recalled) == len(self._under_way):
+        while aborted := [work for work in self._under_way.values() if work.aborted and work.rid]:
+            if len(aborted) == len(self._under_way):
                 orders: list[dict[str, Any]] = [{"abort_all": True}]  # one order instead of hundreds
             else:
-                orders = [{"rid": work.rid} for work in recalled]
+                orders = [{"rid": work.rid} for work in aborted]
             for start in range(0, len(orders), 32):
                 batch = [self._api.post("/abort_request", order) for order in orders[start : start + 32]]
                 for outcome in await asyncio.gather(*batch, return_exceptions=True):
                     if isinstance(outcome, Unreachable) and outcome.refused:
                         return self._die(outcome)
-            await asyncio.sleep(self._times.recall_every)
+            await asyncio.sleep(self._times.abort_every)
 
     # ---- life and death
 
@@ -262,8 +262,8 @@ class ServerDraws:
 
             self._tasks[name] = asyncio.create_task(run())
 
-    def _report(self, report: Drawn) -> None:
-        self._tell(lambda listener: listener.drawn([report]))
+    def _report(self, report: TokenChunk) -> None:
+        self._tell(lambda listener: listener.received([report]))
 
     def _tell(self, message: Callable[[Listener], None]) -> None:
         if self.listener is not None:

@@ -62,8 +62,8 @@ class ReadBack:
 
 def probe_prompt(vocab_size: int, longest: int | None) -> list[int]:
     """The same for every server and version."""
-    draw = random.Random(0)
-    return [draw.randrange(vocab_size) for _ in range(min(PROBE_TOKENS, (longest or PROBE_TOKENS) - 2))]
+    request = random.Random(0)
+    return [request.randrange(vocab_size) for _ in range(min(PROBE_TOKENS, (longest or PROBE_TOKENS) - 2))]
 
 
 def compare_scores(before: list[float], after: list[float]) -> list[str]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl.rollout.client.backend import Draw
+from verl.rollout.client.backend import GenerateRequest
 
 
-def sampling_params(draw: Draw) -> dict[str, Any]:
+def sampling_params(request: GenerateRequest) -> dict[str, Any]:
     """A draw that is streamed is watched by the client, which ends it: the engine is told to ignore all end tokens.
     (SGLang's ignore_eos drops the request's own stop tokens, too, and without it the model's own always end.)"""
-    sampling = draw.sampling
+    sampling = request.sampling
     return {
-        "max_new_tokens": draw.max_new_tokens,
+        "max_new_tokens": request.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
-        "ignore_eos": draw.stream or not draw.stop_ids,
-        "stop_token_ids": None if draw.stream else sorted(draw.stop_ids),
+        "ignore_eos": request.stream or not request.stop_ids,
+        "stop_token_ids": None if request.stream else sorted(request.stop_ids),
         "skip_special_tokens": False,
     }

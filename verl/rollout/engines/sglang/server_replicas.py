@@ -18,7 +18,7 @@ from verl.rollout.router.router import Replica, Router
 from verl.rollout.weights.disk import WeightFolder
 
 if TYPE_CHECKING:
-    from verl.config.sections.models import Config
+    from verl.config.sections.models import EngineConfig
 
 URLS = "actor_rollout_ref.rollout.server_urls"
 
@@ -37,7 +37,8 @@ class ServerRouter(Router):
 
 
 def build_server_rollout(
-    config: Config,
+    rollout: EngineConfig,
+    model_path: Path,
     tokenizer: Any,
     eos_token_ids: Sequence[int],
     max_model_len: int,
@@ -45,21 +46,18 @@ def build_server_rollout(
     *,
     dtype: torch.dtype | None,
     bucket_bytes: int,
+    weights_dir: str | None = None,
     no_weights: str | None = NO_WEIGHTS,
     note: Callable[[str], None] = lambda text: None,
     times: Times | None = None,
 ) -> Router:
     """All servers have to answer now. tokenizer: for stop strings. dtype: that weights are sent in; None: their own.
-    no_weights: as for ``ClientEngine``.
+    weights_dir: folder through which new weights are sent; None: over HTTP. no_weights: as for ``ClientEngine``.
 
     note: takes what the user should know: which servers there are, which died, which are back.
     """
-    rollout, model_path = config.actor_rollout_ref.rollout, Path(config.actor_rollout_ref.model.path).expanduser()
     key = _key(rollout.server_api_key_env)
-    folder = None
-    if rollout.server_weight_update == "disk":
-        assert rollout.server_weights_dir is not None  # checked before the run
-        folder = WeightFolder(rollout.server_weights_dir, model_path, dtype)
+    folder = None if weights_dir is None else WeightFolder(weights_dir, model_path, dtype)
 
     def connect(url: str) -> ClientEngine:
         backend = SGLangServer(

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from verl.errors import UserError
-from verl.rollout.client.backend import Draw, Drawn
+from verl.rollout.client.backend import GenerateRequest, TokenChunk
 from verl.rollout.engines.vllm.arguments import VLLM
 from verl.rollout.engines.vllm.sampling_params import sampling_params
 from verl.rollout.processes.engine_server import EngineServer, check_arguments, run
@@ -85,25 +85,25 @@ class Server(EngineServer):
 
     # ---- orders
 
-    async def outputs(self, draw: Draw) -> AsyncIterator[Drawn]:
-        prompt = {"prompt_token_ids": draw.prompt_ids}
+    async def outputs(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        prompt = {"prompt_token_ids": request.prompt_ids}
         try:
-            async for output in self.engine.generate(prompt, sampling_params(draw, self._seeded), draw.id):
+            async for output in self.engine.generate(prompt, sampling_params(request, self._seeded), request.id):
                 (completion,) = output.outputs
                 ids = list(completion.token_ids)
                 log_probs = completion.logprobs.logprobs if ids else []
-                yield Drawn(draw.id, ids, log_probs, completion.finish_reason)
+                yield TokenChunk(request.id, ids, log_probs, completion.finish_reason)
         except Exception:
             if self.engine.errored:  # the request is not to blame
                 leave()
             raise
 
-    async def abort(self, draw_ids: Sequence[str]) -> None:
-        await self.engine.abort(draw_ids)
+    async def abort_in_engine(self, request_ids: Sequence[str]) -> None:
+        await self.engine.abort(request_ids)
 
-    def drawn_so_far(self, draw_ids: Sequence[str]) -> list[int]:
+    def generated_so_far(self, request_ids: Sequence[str]) -> list[int]:
         states = self.engine.output_processor.request_states.values()
-        asked = set(draw_ids)
+        asked = set(request_ids)
         return [state.detokenizer.num_output_tokens() for state in states if state.external_req_id in asked]
 
     async def receive_weights(self, version: int | None) -> None:
