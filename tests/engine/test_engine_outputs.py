@@ -89,7 +89,8 @@ def test_a_saved_value_model_is_read_with_its_head(tiny, tmp_path):
     build(tiny, "value", trained=False, seed=3).export_hf(tmp_path)
     table = make_table()
     first = build(tiny, "value", trained=False, seed=3).values(table, batching=ALL)
-    assert build(str(tmp_path), "value", trained=False, seed=9).values(table, batching=ALL) == first
+    read = build(str(tmp_path), "value", trained=False, seed=9).values(table, batching=ALL)
+    assert read.flatten().to_pylist() == pytest.approx(first.flatten().to_pylist(), rel=1e-5)  # not the head of seed 9
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "llama"])

@@ -493,8 +493,11 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, any_tiny, tmp_path):
     build(tiny).save(tmp_path / "policy")
     with pytest.raises(CheckpointError, match=r"it lacks .*score"):
         build(tiny, "value").load(tmp_path / "policy")
-    small = build(tiny, override_config={"num_hidden_layers": 1})
-    small.save(tmp_path / "small")
+    config = transformers.AutoConfig.from_pretrained(tiny, num_hidden_layers=1)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "one_layer")
+    build(str(tmp_path / "one_layer")).save(tmp_path / "small")
     with pytest.raises(CheckpointError, match=r"it lacks .*layers\.1"):
         build(tiny).load(tmp_path / "small")
 

@@ -1,6 +1,7 @@
-"""Attention over packed rows: sequences end to end in one row, none sees another.
+"""Attention over packed rows: sequences lie end to end in one row, and none attends to another.
 
-torch's ``varlen_attn`` on a GPU, in 16-bit types. On a CPU one sequence at a time, which is what tests compare with.
+On a GPU it is torch's ``varlen_attn``, in 16-bit dtypes. On a CPU it runs one sequence at a time, as a reference for
+tests.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 NAME = "verl_packed"
-OWN = ("sdpa",)  # attn_implementation for which packed rows come here
+OWN = ("sdpa",)  # attn_implementation that this module replaces for packed rows
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 WINDOW_IN_MASK = ("qwen2_moe", "phimoe", "doge")
-NATIVE = ("flash_attention_2", "flash_attention_3")  # and those that take packed rows themselves
+NATIVE = ("flash_attention_2", "flash_attention_3")  # these take packed rows themselves
 
 
 def why_padded(hf: transformers.PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What there or in the model stands against packing; None when its sequences can be packed."""
+    """The reason why sequences of this model cannot be packed; None if they can."""
     config = hf.config
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return f"attention over packed rows needs a GPU and a 16-bit type, not {device.type} and {dtype}"
@@ -43,7 +44,7 @@ def why_padded(hf: transformers.PreTrainedModel, device: torch.device, dtype: to
 
 @contextmanager
 def packed_attention(hf: transformers.PreTrainedModel) -> Iterator[None]:
-    """Forwards and backwards inside are of packed rows; around a backward too, which may run layers again."""
+    """Forwards inside take packed rows. Enclose backwards too: activation checkpointing may run layers again."""
     given = hf.config._attn_implementation
     if given in OWN:
         hf.config._attn_implementation = NAME
@@ -66,9 +67,13 @@ def attend(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function. query (1, heads, L, D), key and value (1, key heads, L, D); cu_seq_lens_q:
-    int32 (N + 1,), where the sequences begin and end. Gives (1, L, heads, D)."""
-    # flash attention's window counts tokens to the left of a query, transformers' the query as well
+    """Output (1, L, heads, D) of attention, with the signature of transformers' attention functions.
+
+    query: (1, heads, L, D).
+    key, value: (1, key heads, L, D).
+    cu_seq_lens_q: int32 (N + 1,), the boundaries of the sequences.
+    """
+    # Flash attention's window counts the tokens to the left of a query; transformers' window includes the query.
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     of = _on_gpu if query.is_cuda else _one_by_one
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
@@ -98,4 +103,4 @@ def _mask(length: int, window: int) -> torch.Tensor:
 
 
 transformers.AttentionInterface.register(NAME, attend)
-assert NAME not in ALL_MASK_ATTENTION_FUNCTIONS  # which is how transformers knows that it needs no mask
+assert NAME not in ALL_MASK_ATTENTION_FUNCTIONS  # so transformers builds no mask for it

@@ -1,4 +1,4 @@
-"""Decoder layers compiled by torch, one at a time, for the engine's own forwards and backwards only."""
+"""Compiles decoder layers with torch, one at a time, for the engine's own forwards and backwards only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Code is compiled once for all layers, but anew for each model, with and without gradient, packed and not.
+# Compiled code is shared by all layers. Each model, with or without gradient, packed or padded, needs another variant.
 VARIANTS = 64
-PLAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no layer draws numbers: dropout is off
+PLAIN: dict[str, Any] = {
+    "use_reentrant": False,
+    "preserve_rng_state": False,
+}  # dropout is off: nothing is random
 ATTENTION = (
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -37,19 +40,20 @@ def compiled_so_far() -> tuple[int, float]:
 
 
 class CompiledLayers:
-    """What transformers calls a layer (``_no_split_modules``): small models are no longer held up by their launches,
-    large ones no longer by the memory traffic between matrix products.
+    """Compiled forwards of the layers that transformers names in ``_no_split_modules``.
 
-    recomputing: those of the layers that are checkpointed here: their backward computes the layer again.
+    Small models spend less time on kernel launches, large ones less on memory traffic between matrix products.
+
+    recomputing: the layers with activation checkpointing, whose backward computes the layer again.
     """
 
     def __init__(self, hf: transformers.PreTrainedModel, checkpointing: bool = False):
-        """checkpointing: the layers that can be checkpointed are."""
-        names = set(hf._no_split_modules or ())  # of classes, of which sharding makes subclasses
+        """checkpointing: whether to use activation checkpointing in all layers that support it."""
+        names = set(hf._no_split_modules or ())  # names of classes; sharding makes subclasses of them
         layers = [module for module in hf.modules() if names & {each.__name__ for each in type(module).__mro__}]
         for module in (module for layer in layers for module in layer.modules()):
-            # Dynamo takes numbers of modules so marked, like the size of a head, for inputs that may change, and where
-            # in a tensor an element lies is then found by dividing by them. What is compiled is inside FSDP's hooks.
+            # Dynamo treats the integers of marked modules, like a head size, as dynamic inputs, which makes index
+            # arithmetic slow. The mark is not needed: compiled code is inside FSDP's hooks.
             module._is_fsdp_managed_module = False  # type: ignore[assignment]
         self._forwards = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
         self.recomputing = {each for each in layers if checkpointing and isinstance(each, GradientCheckpointingLayer)}
@@ -59,30 +63,34 @@ class CompiledLayers:
             for layer, forward in self._forwards
         ]
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-        # Else Inductor makes one code for micro-batches that are large enough to fuse the norms' sums over tokens, and
-        # another for smaller ones, in whichever step the first of those comes: 4 s with 0.5B on an H200.
+        # Without it, Inductor makes one code for micro-batches that are large enough to fuse the norms' sums over tokens,
+        # and another for smaller ones, in the step in which the first of those comes: 4 s with 0.5B on an H200.
         torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
-        torch._dynamo.config.specialize_float = True  # else a norm's epsilon is an input, and has a kernel on the CPU
-        if checkpointing:  # else: a warning of operations in place, which none has on what its attention gives
+        torch._dynamo.config.specialize_float = True  # else a norm's epsilon is an input, computed by a CPU kernel
+        if checkpointing:  # a warning about in-place operations, which no layer has on its attention's output
             logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
     @contextmanager
     def __call__(self, updating: bool = False) -> Iterator[None]:
-        """Inside, the layers run compiled code, hooks around it as ever. updating: with a backward, around which this
-        has to be, too."""
+        """Inside, layers run compiled code; their hooks run as before.
+
+        updating: whether a backward follows. It has to run inside, too.
+        """
         for layer, forward in self._updating if updating else self._forwards:
             layer.forward = forward
         try:
             yield
         finally:
             for layer, _ in self._forwards:
-                del layer.forward  # the class's own again
+                del layer.forward  # restores the class's forward
 
 
 class Recomputed:
-    """A layer's forward whose backward computes it again inside compiled code, from its input and what its attention
-    gave, as far as gradients need it: not the last matrix product. A class of layers that cannot be compiled as a whole
-    is computed again as a whole, in the pieces that can be.
+    """A layer's forward with activation checkpointing inside compiled code.
+
+    The backward recomputes the layer from its input and the output of its attention, as far as gradients need it: the
+    last matrix product is left out. If a class of layers cannot be compiled as a whole, the whole layer is recomputed
+    in the pieces that compile.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Sharding over ranks, and the few collectives an engine needs. Without a process group everything is one rank's."""
+"""Sharding over ranks, and the collectives of an engine. Without a process group there is one rank."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def rank() -> int:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded tensor (a collective), or the tensor itself."""
+    """The whole tensor of a sharded one (a collective), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def on_first_rank(read: Callable[[], T]) -> T | None:
-    """What ``read`` gives, on rank 0; None on the others. Its UserError or OSError is raised on every rank."""
+    """The result of ``read`` on rank 0; None on other ranks. A UserError or OSError of it is raised on every rank."""
     found: T | None = None
     problem: list[Exception | None] = [None]
     if rank() == 0:
@@ -59,7 +59,7 @@ def max_over_ranks(number: int, device: torch.device) -> int:
 
 
 def sum_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """Key by key, in rank order; a rank may lack keys."""
+    """Sums by key, in rank order. A rank may lack keys."""
     if world_size() == 1:
         return metrics
     gathered: list = [None] * world_size()
@@ -69,7 +69,7 @@ def sum_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def make_mesh(fsdp_size: int, device: torch.device) -> DeviceMesh:
-    """One dimension, or (replicas, shards) when ``fsdp_size`` is below the world size (hybrid sharding)."""
+    """A mesh of one dimension; (replicas, shards) if ``fsdp_size`` is below the world size (hybrid sharding)."""
     world = world_size()
     if fsdp_size == -1 or fsdp_size >= world:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
@@ -81,10 +81,10 @@ def make_mesh(fsdp_size: int, device: torch.device) -> DeviceMesh:
 def shard(
     root: nn.Module, layer_classes: set[str], config: FSDPConfig, device: torch.device, compute_dtype: torch.dtype
 ) -> None:
-    """FSDP2 over each decoder layer and the root, in place.
+    """Applies FSDP2 to each decoder layer and the root, in place.
 
-    Parameters stay in their dtype and are gathered in ``compute_dtype``. Gradients are reduced in float32, as plain
-    sums: the losses of all ranks add up to the mini-batch's.
+    Parameters keep their dtype and are gathered in ``compute_dtype``. Gradients are reduced in float32 as sums, not
+    means, because the losses of all ranks add up to that of the mini-batch.
     """
     mesh = make_mesh(config.fsdp_size, device)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
@@ -92,22 +92,23 @@ def shard(
         if type(module).__name__ in layer_classes:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     fully_shard(root, mesh=mesh, mp_policy=policy)
-    for sharded in sharded_modules(root):  # weights that are not freed stay until TrainEngine reshards them
+    for sharded in sharded_modules(root):  # weights that stay gathered are resharded by TrainEngine
         sharded.set_reshard_after_backward(config.reshard_after_forward)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 
 
 def sharded_modules(root: nn.Module) -> list[FSDPModule]:
-    """Those inside others come after them."""
+    """All FSDP modules, outer ones before those inside them."""
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
 def whole_parameters(root: nn.Module, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor, in the dtype of forwards) of each parameter of ``module``, which is in the sharded ``root``.
+    """Yields (name, whole tensor in the dtype of forwards) of each parameter of ``module``, a part of the sharded
+    ``root``.
 
-    What is sharded together and comes in a row (a layer) is gathered together, and there until the next is asked for.
-    Collective.
+    Consecutive parameters that are sharded together (a layer) are gathered together and freed when the next are
+    gathered. Collective.
     """
     owners = _owners(root, module)
     for owner, names in groupby(owners, key=owners.__getitem__):
@@ -120,7 +121,7 @@ def whole_parameters(root: nn.Module, module: nn.Module) -> Iterator[tuple[str, 
 
 
 def _owners(root: nn.Module, module: nn.Module) -> dict[str, FSDPModule]:
-    """Of each of the module's parameters, the innermost module around it that was sharded."""
+    """The innermost FSDP module around each parameter of ``module``, by name."""
     innermost = {id(param): part for part in sharded_modules(root) for param in cast(nn.Module, part).parameters()}
     owners = {}
     for name, param in module.named_parameters():
@@ -131,12 +132,12 @@ def _owners(root: nn.Module, module: nn.Module) -> dict[str, FSDPModule]:
 
 
 def receive_from_first(root: nn.Module, source: nn.Module | None, device: torch.device) -> None:
-    """Fill a sharded module that has no storage with the tensors of ``source``, a whole one, which rank 0 holds."""
+    """Fills a sharded module without storage from ``source``, a whole module that only rank 0 has. Collective."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     buffers = dict(source.named_buffers()) if source else {}
     root.to_empty(device=device)
-    for name, buffer in root.named_buffers():  # of which some, like rotary frequencies, are in no state dict
+    for name, buffer in root.named_buffers():  # some, like rotary frequencies, are in no state dict
         if source:
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""TrainEngine: one model on this rank's device, whole or sharded over the ranks."""
+"""``TrainEngine``: one model on this rank's device, whole or sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -49,20 +49,23 @@ CPU = torch.device("cpu")
 
 
 class OffloadedError(RuntimeError):
-    """The engine was asked for work while what it needs is on the host: ``onload`` first."""
+    """Parameters are offloaded to the host. Call ``onload`` first."""
 
 
 class TrainEngine:
-    """Per-token numbers and updates of one model.
+    """Computes per-token numbers of one model and updates it.
 
-    With a process group of several ranks, which the caller has initialised (on GPUs, after ``torch.cuda.set_device``),
-    the model is sharded over them and every method is collective: all ranks call it, each with rows of its own (any
-    number, none included).
+    If the caller has initialised a process group of several ranks (on GPUs, after ``torch.cuda.set_device``), the model
+    is sharded over them. Every method is then collective: all ranks call it, each with its own rows (any number, also
+    none).
 
-    module: the transformers model (its parameters sharded, with several ranks). root: the module around it that is the
-    root of sharding. compute_dtype: of the forward. packed: whether sequences are, and not padded. unpackable: why
-    they are not although it was asked for. params_loaded: whether the parameters are on the device. flops: operations
-    of this rank's forwards and updates so far, as ``verl.engine.flops`` counts them.
+    module: the transformers model. With several ranks its parameters are sharded.
+    root: the module around it, which is the root of sharding.
+    compute_dtype: dtype of forwards.
+    packed: whether a micro-batch's sequences are packed into one row instead of padded.
+    unpackable: why they are padded although packing is configured; None otherwise.
+    params_loaded: whether the parameters are on the device.
+    flops: floating point operations of this rank's forwards and updates so far (``verl.engine.flops``).
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class TrainEngine:
         device: str | torch.device = "cpu",
         seed: int = 0,
     ):
-        """optim_config: None for a model that is never updated (a reference). total_steps: of the schedule."""
+        """optim_config: None for a model that is never updated. total_steps: of the learning-rate schedule."""
         self.kind: Kind = kind
         self.device = torch.device(device)
         self.compute_dtype = compute_dtype(fsdp_config.dtype, self.device)
@@ -106,14 +109,14 @@ class TrainEngine:
         self._params = offload.MovableModule(self.root, self._copies)
 
     def _build_optimizer(self, config: OptimConfig, grad_clip: float | None, steps: int, on_host: bool) -> None:
-        """on_host: its state is made there, and need never fit on the device as a whole."""
+        """on_host: the state is created on the host. It then never has to fit on the device as a whole."""
         home = CPU if on_host else self.device
         self.masters = MasterWeights(self.module, self.compute_dtype, world_size() > 1, self.device, home)
         if world_size() == 1:
             self.root.to(self.device)
         self.optimizer = optimizer = Optimizer(self.masters, config, grad_clip, steps, home)
         self._state = offload.MovableTensors(optimizer.movable(), self._copies, loaded=not on_host)
-        # bytes, beside an update: found out in each
+        # Bytes of state that fit on the device beside an update. Every update measures it.
         self._state_room: int | None = 0 if self.device.type == "cuda" else None
         self._peak_of_others = 0
 
@@ -136,14 +139,12 @@ class TrainEngine:
     def log_probs(
         self, table: pa.Table, *, temperature: float, batching: MicroBatching, entropy: bool = True
     ) -> dict[str, pa.ListArray]:
-        """``log_probs`` (and ``entropy``): float32 columns with an entry for each response token, rows as in ``table``.
-
-        Of ``log_softmax(logits / temperature)`` over the full vocabulary.
-        """
+        """``log_probs`` and, if wanted, ``entropy``: float32 columns, one entry per response token, rows as in
+        ``table``. Both are of ``log_softmax(logits / temperature)`` over the full vocabulary."""
         return self._infer(table, batching, temperature=_positive(temperature), entropy=entropy)
 
     def values(self, table: pa.Table, *, batching: MicroBatching) -> pa.ListArray:
-        """float32, an entry for each response token: the value of the state in which it is chosen, before it is out."""
+        """float32 column, one entry per response token: the value of the state before the token is emitted."""
         return self._infer(table, batching)["values"]
 
     @torch.no_grad()
@@ -158,7 +159,7 @@ class TrainEngine:
                 outputs = self.root(micro.input_ids, *self._arguments(micro), **options)
                 tokens.append(micro.tokens)
                 for name, values in outputs.items():
-                    found.setdefault(name, []).append(values[: len(micro.tokens)])  # none of a filler's
+                    found.setdefault(name, []).append(values[: len(micro.tokens)])  # a filler adds none
         self._reshard()
         return {name: packer.column(tokens, values) for name, values in found.items()}
 
@@ -173,14 +174,17 @@ class TrainEngine:
         temperature: float = 1.0,
         entropy: bool = True,
     ) -> dict[str, float]:
-        """One optimizer step on a mini-batch, of which ``table`` is this rank's share.
+        """Makes one optimizer step on a mini-batch. ``table`` holds this rank's share of its rows.
+
+        Returns the metrics, summed over micro-batches and ranks, and three of its own:
+            grad_norm: before clipping.
+            lr: of this step.
+            skipped: 1.0 if the gradient was not finite. Then nothing changed.
 
         loss_fn: (outputs, batch) -> (loss, metrics) on the T response tokens of a micro-batch.
-            outputs: float32 (T,) ``log_probs`` and (if asked for) ``entropy``, or ``values``, with gradient.
+            outputs: float32 (T,) ``log_probs`` and, if wanted, ``entropy``; or ``values``. All have a gradient.
             batch: the table's token columns and ``row_ids`` (see ``MicroBatch.columns``).
-            Loss and metrics must add up over micro-batches and ranks to the mini-batch's.
-        Gives the metrics' sums over micro-batches and ranks, and ``grad_norm`` (before clipping), ``lr``, and
-        ``skipped``: 1.0 if the gradient was not finite, so that nothing was changed.
+            Loss and metrics of micro-batches and ranks must add up to those of the mini-batch.
         """
         if self.optimizer is None:
             raise RuntimeError("this engine was built without an optimizer")
@@ -218,12 +222,12 @@ class TrainEngine:
         return {**sums, "grad_norm": grad_norm, "lr": lr, "skipped": float(not stepped)}
 
     def step_schedule(self) -> None:
-        """The learning rate's next value: once a PPO iteration, not once an update."""
+        """Advances the learning-rate schedule. Call it once a PPO iteration, not once an update."""
         assert self.optimizer is not None
         self.optimizer.step_schedule()
 
     def _micro_batches(self, packer: Packer, batching: MicroBatching) -> Iterator[MicroBatch]:
-        """This rank's, then fillers until every rank has run as many forwards (and at least one)."""
+        """The micro-batches of this rank, then fillers until all ranks have run equally many forwards, at least one."""
         plan = packer.micro_batches(batching)
         forwards = max_over_ranks(max(len(plan), 1), self.device)
         for rows in plan:
@@ -237,15 +241,15 @@ class TrainEngine:
 
     @contextmanager
     def _forwarding(self, updating: bool = False) -> Iterator[None]:
-        """What makes the module's forwards those of this engine, and not those of a rollout that borrows it."""
+        """Packed attention and compiled layers, for this engine's forwards only: a rollout may borrow the module."""
         compiled = nullcontext() if self._layers is None else self._layers(updating)
         with packed_attention(self.module) if self.packed else nullcontext(), compiled:
             yield
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """transformers checkpoints only layers in training mode; what is inside them stays in evaluation mode. Compiled
-        code checkpoints itself."""
+        """Activation checkpointing. transformers checkpoints only layers in training mode, so the layers are put into
+        it; their submodules stay in evaluation mode. Compiled layers checkpoint themselves."""
         own = set() if self._layers is None else self._layers.recomputing
         layers = {layer for layer in self.module.modules() if isinstance(layer, GradientCheckpointingLayer)} - own
         for layer in layers:
@@ -264,9 +268,12 @@ class TrainEngine:
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor), the names and shapes those of a saved model: tied parameters come once, fused experts
-        one by one. Parameters are in the compute dtype, buffers as they are. Gathered a layer at a time, in the same
-        order on every rank. Collective: every rank consumes all of it."""
+        """Yields (name, whole tensor) with the names and shapes of a saved model.
+
+        Tied parameters come once, fused experts one by one. Parameters have the compute dtype, buffers their own.
+        Tensors are gathered a layer at a time, in the same order on every rank. Collective: every rank has to consume
+        the whole iterator.
+        """
         yield from self._checkpoint_names.stream(self._module_weights())
 
     @cached_property
@@ -274,7 +281,7 @@ class TrainEngine:
         return CheckpointNames(self.module)
 
     def _module_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All that is saved, under the names that it has in the module."""
+        """Parameters and persistent buffers under their names in the module."""
         self._need_params()
         if world_size() > 1:
             yield from whole_parameters(self.root, self.module)
@@ -285,7 +292,7 @@ class TrainEngine:
             yield name, self.module.get_buffer(name)
 
     def export_hf(self, path: str | Path, tokenizer: Any = None) -> None:
-        """A folder that transformers loads by path: safetensors in the compute dtype, config, tokenizer if given."""
+        """Writes a folder that transformers loads: safetensors in the compute dtype, config, tokenizer if given."""
         state: Tensors = {}
         for name, tensor in self._module_weights() if world_size() > 1 else ():
             if rank() == 0:
@@ -293,7 +300,7 @@ class TrainEngine:
 
         def write() -> None:
             write_model(self.module, path, state or None)
-            self.module.config.dtype = self.compute_dtype  # transformers wrote that of the shards
+            self.module.config.dtype = self.compute_dtype  # transformers wrote the dtype of the shards
             self.module.config.save_pretrained(path)
             if tokenizer is not None:
                 tokenizer.save_pretrained(path)
@@ -303,20 +310,20 @@ class TrainEngine:
     # ---- memory
 
     def offload(self, *, params: bool = False, optimizer: bool = False) -> None:
-        """Move parameters, and optimizer state with separate masters, to the host. What is there already stays. The
-        device's memory is free once the copies are done, which nothing here waits for."""
+        """Moves parameters, or optimizer state with separate master weights, to the host, if they are not there yet.
+        Does not wait for the copies: the device's memory is free once they are done."""
         if params:
             self._params.offload()
         if optimizer and self.trainable:
             self._state.offload()
 
     def copy_to_host(self) -> None:
-        """Begin to copy the parameters there, which stay on the device too: the offload that follows moves nothing."""
+        """Starts to copy the parameters to the host, so that the next ``offload`` has nothing to copy."""
         self._params.refresh()
 
     def onload(self, *, params: bool = False, optimizer: bool = False) -> None:
-        """What of an optimizer state would not fit beside an update stays on the host; updates then pass it through the
-        device, part by part. How much would is known after the first update."""
+        """Moves parameters or optimizer state to the device. State that did not fit beside the previous update stays on
+        the host, before the first update all of it; updates stream it through the device in buckets."""
         if params:
             self._params.onload()
         if optimizer and self.trainable:
@@ -324,7 +331,7 @@ class TrainEngine:
 
     @property
     def peak_flops(self) -> float:
-        """What this rank's device could do at most, operations a second; 0 where that is not known."""
+        """Peak operations a second of this rank's device; 0 if unknown."""
         return peak_flops(self.device, self.compute_dtype)
 
     @property
@@ -332,12 +339,12 @@ class TrainEngine:
         return self._params.loaded
 
     def _measure_optimizer_room(self, peak: int) -> None:
-        """peak: bytes of the device that were taken at most in an update, what is loaded of the state among them."""
+        """peak: most bytes of the device that were allocated during an update, loaded optimizer state included."""
         self._peak_of_others = max(self._peak_of_others, peak - self._state.loaded_bytes)
         self._state_room = self._device_bytes() - self._peak_of_others - SPARE
 
     def _device_bytes(self) -> int:
-        """Bytes of the device that this process has or could take."""
+        """Bytes of the device that this process has reserved or could still reserve."""
         return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
 
     def _need_params(self) -> None:
@@ -351,7 +358,7 @@ class TrainEngine:
     # ---- checkpoints
 
     def save(self, path: str | os.PathLike) -> None:
-        """Masters, optimizer state and schedule into a fresh folder. Collective."""
+        """Writes master weights, optimizer state and schedule into a new folder. Collective."""
         self._copies.finish()
         state: dict[str, Any] = {"kind": self.kind}
         if self.optimizer is not None:
@@ -359,7 +366,7 @@ class TrainEngine:
         checkpoint.save(Path(path), self._state_tensors(), state)
 
     def load(self, path: str | os.PathLike) -> None:
-        """Go on exactly where ``save`` was called, on any number of ranks. Collective."""
+        """Restores the state of ``save`` exactly, on any number of ranks. Collective."""
         self._copies.finish()
         self._params.changed = True
         if self.optimizer is not None:
@@ -377,7 +384,7 @@ class TrainEngine:
         return tensors
 
     def close(self) -> None:
-        """Drop the model and all state."""
+        """Frees the model and all state."""
         self._params.close()
         if self.trainable:
             self._state.close()

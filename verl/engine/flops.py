@@ -1,5 +1,5 @@
-"""What a forward costs in floating point operations, and what the device could do at most: for the share between them
-(model FLOPs utilisation, arXiv:2204.02311), in which nothing that is computed twice counts twice."""
+"""Floating point operations of a forward, and the peak of the device, for model FLOPs utilisation (arXiv:2204.02311).
+Recomputation does not count."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-# Dense bfloat16 matrix products a second, by what the device's name contains (vendor's data sheets, SXM where there is
-# a choice).
+# Dense bfloat16 operations a second by a part of the device's name, from the vendor's data sheets (the SXM variant).
 PEAKS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -22,7 +21,7 @@ PEAKS = {
 
 
 class ForwardFlops:
-    """Two for each weight that a token is multiplied with, and four for each (query, key) pair, head and dimension."""
+    """Counts two operations per token and weight, and four per (query, key) pair, head and dimension."""
 
     def __init__(self, hf: transformers.PreTrainedModel):
         config = hf.config.get_text_config()
@@ -35,14 +34,17 @@ class ForwardFlops:
         self.attention = config.num_hidden_layers * heads * head_dim
 
     def __call__(self, lengths: np.ndarray, predicted: np.ndarray) -> float:
-        """lengths: tokens of each sequence. predicted: those of them that go through the head. Causal attention, over
-        all earlier tokens: a sliding window is not taken off."""
+        """Operations of a forward with causal attention. Sliding windows are counted as full attention.
+
+        lengths: tokens of each sequence.
+        predicted: tokens of each sequence that go through the head.
+        """
         pairs = (lengths.astype(np.float64) * (lengths + 1) / 2).sum()
         return float(2.0 * (self.body * lengths.sum() + self.head * predicted.sum()) + 4.0 * self.attention * pairs)
 
 
 def _weights(module: nn.Module, config: transformers.PreTrainedConfig) -> float:
-    """Of a linear layer all; of fused experts (E, ..., ...) those that a token goes through."""
+    """Weights that multiply a token: all of a linear layer; the active ones of fused experts (E, ..., ...)."""
     if isinstance(module, nn.Linear):
         return module.weight.numel()
     experts = [param for param in module.parameters(recurse=False) if param.ndim == 3]
@@ -50,7 +52,7 @@ def _weights(module: nn.Module, config: transformers.PreTrainedConfig) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """A second; 0 where it is not known."""
+    """Peak operations a second; 0 if unknown."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return 0.0
     name = torch.cuda.get_device_name(device)

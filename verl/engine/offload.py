@@ -1,9 +1,9 @@
-"""Tensors between the device and the host: moved in place, or worked on a bucket at a time while they live on the host.
+"""Offload and onload of tensors: moves them in place, or streams them through the device in buckets.
 
-On the host each has one place for good, in memory that is pinned once, a gigabyte or more at a time; on the device they
-lie together as they do there, so that few copies move all, into few pieces of memory (of which one stays as long as any
-tensor in it is still referred to). Copies run on a stream of their own, beside compute; who reads what was copied waits
-for it first (``Copies.wait``, ``Copies.finish``).
+- Each tensor has one fixed place on the host, in memory that is pinned once, a gigabyte or more at a time.
+- On the device tensors lie in the same order as on the host, so few large copies move them all. A piece of device
+  memory is freed once no tensor in it is referenced.
+- Copies run on a side stream, concurrently with compute. Wait before using a copy (``Copies.wait``, ``Copies.finish``).
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from verl.machine import host_memory
 from verl.units import gigabytes
 
 ALIGNMENT = 64  # bytes
-PIECE = 1 << 30  # of pinned memory, or one larger tensor
+PIECE = 1 << 30  # bytes of pinned memory in one piece; a larger tensor has a piece of its own
 IN_FLIGHT = 3  # buckets on the device at a time: one comes in, one is worked on, one goes out
 
 
 class HostMemoryError(UserError):
-    """The host has no memory left to pin."""
+    """The host could not pin enough memory."""
 
 
 class Copies:
-    """The copies between a device and the host. moves: whether they are two, and not one."""
+    """Copies between a device and the host. moves: whether the device has memory of its own."""
 
     def __init__(self, device: torch.device):
         self.device, self.moves = device, device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def wait(self) -> None:
-        """What the device does next sees what has been copied."""
+        """Makes later work on the device wait for all copies so far."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def finish(self) -> None:
-        """The host sees what has been copied."""
+        """Blocks until all copies so far are done."""
         if self._stream is not None:
             self._stream.synchronize()
 
     def record(self) -> CopyEvent:
-        """Of what has been copied until now."""
+        """An event after all copies so far."""
         return CopyEvent(self.device, None if self._stream is None else self._stream.record_event())
 
     @contextmanager
     def on_side_stream(self) -> Iterator[None]:
-        """Copies inside start once the device has done what it was told before, and nothing waits for them."""
+        """Copies inside start after the device's work so far, and nothing waits for them."""
         if self._stream is None:
             yield
             return
@@ -68,14 +68,14 @@ class Copies:
         return place
 
     def to_device(self, place: torch.Tensor) -> torch.Tensor:
-        """A copy, to be used after ``wait``."""
+        """A copy on the device. Call ``wait`` before its use."""
         tensor = place.to(self.device, non_blocking=True, copy=True)
         if self._stream is not None:
             tensor.record_stream(torch.cuda.default_stream(self.device))
         return tensor
 
     def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor itself where it is on the device already, else a copy."""
+        """The tensor itself if it is on the device, else a copy."""
         return tensor if tensor.is_cuda else self.to_device(tensor)
 
 
@@ -86,24 +86,24 @@ class CopyEvent:
         self._device, self._event = device, event
 
     def wait(self) -> None:
-        """What the device does next sees what was copied before."""
+        """Makes later work on the device wait for the copies before this event."""
         if self._event is not None:
             self._event.wait(torch.cuda.current_stream(self._device))
 
     def finish(self) -> None:
-        """The host sees it."""
+        """Blocks until the copies before this event are done."""
         if self._event is not None:
             self._event.synchronize()
 
 
 class HostBuffers:
-    """A place on the host for each of these tensors, in a few pieces of memory, pinned if the machine has a GPU.
+    """Host memory for each of these tensors, in a few pieces, which are pinned if the machine has a GPU.
 
-    Pieces are made as places are first asked for: what moves there one by one never needs twice the memory.
+    Pieces are allocated on first use, so tensors that move one by one never need twice their memory.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
-        self._pieces: list[list[torch.Tensor]] = []  # the tensors that each is for
+        self._pieces: list[list[torch.Tensor]] = []  # the tensors of each piece
         room = 0
         for shard in map(local, tensors):
             if not self._pieces or _aligned(shard.nbytes) > room:
@@ -130,7 +130,7 @@ class HostBuffers:
 
     def _pinned(self, nbytes: int) -> torch.Tensor:
         try:
-            pages = mmap.mmap(-1, nbytes)  # its own, to be pinned
+            pages = mmap.mmap(-1, nbytes)  # whole pages, so that pinning affects nothing else
         except OSError as error:
             raise self._refused(nbytes, error.strerror or str(error)) from error
         memory = torch.frombuffer(pages, dtype=torch.uint8)
@@ -138,7 +138,7 @@ class HostBuffers:
             address, runtime = memory.data_ptr(), torch.cuda.cudart()
             status = runtime.cudaHostRegister(address, nbytes, 0)
             if int(status):
-                del memory, pages  # whoever keeps the error keeps this frame, too
+                del memory, pages  # a reference to the error would keep this frame alive
                 raise self._refused(nbytes, runtime.cudaGetErrorString(status))
             self._unpin.append(weakref.finalize(self, runtime.cudaHostUnregister, address))
         return memory
@@ -166,14 +166,17 @@ def _aligned(nbytes: int) -> int:
 def through_device(
     buckets: Sequence[list[torch.Tensor]], copies: Copies, work: Callable[[int, list[torch.Tensor]], None]
 ) -> None:
-    """``work(number, tensors)`` on each bucket: tensors that are on the device already, and of those on the host copies
-    that go back afterwards. While a bucket is worked on, the next one comes in and the one before goes out."""
+    """Calls ``work(number, tensors)`` on each bucket, with its tensors on the device.
+
+    Tensors on the host are copied to the device and back. Copies overlap with work: while a bucket is worked on, the
+    next one is copied in and the previous one out.
+    """
     outward = Copies(copies.device)
     gone: list[CopyEvent] = []
 
     def fetch(number: int) -> tuple[list[torch.Tensor], CopyEvent]:
         if number >= IN_FLIGHT:
-            gone[number - IN_FLIGHT].finish()  # its memory is free again
+            gone[number - IN_FLIGHT].finish()  # then its memory is free
         with copies.on_side_stream():
             return [copies.on_device(place) for place in buckets[number]], copies.record()
 
@@ -193,7 +196,10 @@ def through_device(
 
 
 def spans(rows: Iterable[tuple[torch.Tensor, ...]]) -> Iterator[list[list[torch.Tensor]]]:
-    """Rows that follow one another and of which each column lies in one storage, all columns alike: as columns."""
+    """Groups consecutive rows of tensors that one copy per column can move; yields each group as columns.
+
+    In a group each column lies in one storage, in order, and all columns have the same distances.
+    """
     run: list[tuple[torch.Tensor, ...]] = []
     for row in rows:
         if run and not _alike(run[0], run[-1], row):
@@ -218,7 +224,7 @@ def _alike(first: Sequence[torch.Tensor], last: Sequence[torch.Tensor], row: Seq
 
 
 def span(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The bytes of one storage from the first of these to the end of the last; one alone as it is."""
+    """uint8 view of one storage from the first tensor to the end of the last. A single tensor is returned as it is."""
     first, last = tensors[0], tensors[-1]
     if len(tensors) == 1:
         return first
@@ -229,7 +235,7 @@ def span(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def split_like(copied: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """A copy of their ``span`` as copies of each of them."""
+    """Splits a copy of ``span(tensors)`` into copies of the tensors."""
     if len(tensors) == 1:
         return [copied]
     starts = [tensor.data_ptr() - tensors[0].data_ptr() for tensor in tensors]
@@ -238,21 +244,21 @@ def split_like(copied: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[to
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor, or the tensor itself."""
+    """This rank's shard of a sharded tensor, or the tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.data
 
 
 class MovableTensors:
-    """Tensors that keep their identity and get storage on the host or on the device.
+    """Tensors that keep their identity while their storage moves between host and device.
 
-    changed: whether those on the device may hold other values than their places on the host. Who changes them says so:
-    others are not copied back.
+    changed: whether values on the device may differ from those on the host. Code that changes them sets it; unchanged
+        tensors are not copied back.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], copies: Copies, loaded: bool = True):
         """loaded: whether they are on the device now."""
         self._tensors, self._copies = tensors, copies
-        self._on_device = len(tensors) if loaded else 0  # the first of them
+        self._on_device = len(tensors) if loaded else 0  # that many, from the first
         self._host = HostBuffers(tensors) if copies.moves and not loaded else None
         self.changed = self._host is None
         if self._host:
@@ -262,7 +268,7 @@ class MovableTensors:
 
     @property
     def loaded(self) -> bool:
-        """All of them; of one that is closed there are none."""
+        """Whether all tensors are on the device. False once closed."""
         return 0 < self._on_device == len(self._tensors)
 
     @property
@@ -270,7 +276,7 @@ class MovableTensors:
         return sum(local(tensor).nbytes for tensor in self._tensors[: self._on_device])
 
     def refresh(self) -> None:
-        """Begin to bring their places on the host up to date, so that an offload to come has nothing left to copy."""
+        """Starts to copy changed values to the host, so that the next offload has nothing to copy."""
         if self._on_device and self._copies.moves and self.changed:
             self._host = self._host or HostBuffers(self._tensors)
             with self._all_or_nothing(), self._copies.on_side_stream():
@@ -286,7 +292,7 @@ class MovableTensors:
         self._on_device = 0
 
     def onload(self, limit: int | None = None) -> None:
-        """limit: bytes; of what is more the rest stays on the host."""
+        """limit: most bytes on the device. Tensors beyond it stay on the host."""
         count = len(self._tensors) if limit is None else self._first_within(limit)
         if count > self._on_device and self._copies.moves:
             self._to_device(count)
@@ -306,7 +312,7 @@ class MovableTensors:
 
     def _to_device(self, count: int) -> None:
         coming = iter(self._tensors[self._on_device : count])
-        with self._copies.on_side_stream():  # FSDP may have put one that it pads elsewhere
+        with self._copies.on_side_stream():  # FSDP may have moved a shard that it pads
             for (places,) in spans((local(tensor),) for tensor in self._tensors[self._on_device : count]):
                 for storage in split_like(self._copies.to_device(span(places)), places):
                     self._give(next(coming), storage)
@@ -316,7 +322,7 @@ class MovableTensors:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Nothing stays pinned where not all of it could be."""
+        """If not all memory can be pinned, none stays pinned."""
         try:
             yield
         except HostMemoryError:
@@ -331,7 +337,7 @@ class MovableTensors:
 
 
 class MovableModule(MovableTensors):
-    """Parameters, sharded or not, and buffers."""
+    """A module's parameters, sharded or not, and buffers."""
 
     def __init__(self, module: nn.Module, copies: Copies):
         super().__init__([*module.parameters(), *module.buffers()], copies)
@@ -341,7 +347,7 @@ class MovableModule(MovableTensors):
 
     def _to_host(self) -> None:
         super()._to_host()
-        if self._padded:  # FSDP copies them on the host
+        if self._padded:  # FSDP copies padded shards on the host
             self._copies.finish()
         self._update_fsdp()
 
@@ -357,8 +363,8 @@ class MovableModule(MovableTensors):
             give_storage(tensor, storage)
 
     def _update_fsdp(self) -> None:
-        """``_apply`` is what ``Module.to`` calls: there FSDP learns where its shards are now. It swaps a parameter's
-        contents with those of another tensor, for tied parameters once for each of their names."""
+        """Tells FSDP where its shards are now, through ``_apply``, which ``Module.to`` calls. It swaps a parameter's
+        contents with those of another tensor; for tied parameters once for each name."""
         if not self._given:
             return
 
@@ -374,7 +380,7 @@ class MovableModule(MovableTensors):
 
 
 def _is_padded(tensor: torch.Tensor) -> bool:
-    """FSDP pads such a shard to the size of the other ranks'."""
+    """Whether FSDP pads this shard to the size of the other ranks' shards."""
     if not isinstance(tensor, DTensor):
         return False
     placements = zip(tensor.device_mesh.shape, tensor.placements, strict=True)

@@ -1,4 +1,4 @@
-"""AdamW over the masters, with clipping, a learning-rate schedule and refusal of non-finite gradients."""
+"""AdamW over the master weights, with gradient clipping and a learning-rate schedule. Skips non-finite gradients."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from verl.engine.precision import MasterWeights
 if TYPE_CHECKING:
     from verl.config.sections.parts import OptimConfig
 
-BUCKET = 1 << 30  # bytes of state that pass through the device together
+BUCKET = 1 << 30  # bytes of state that are streamed through the device together
 
 
 class Optimizer:
-    """Decoupled weight decay (arXiv:1711.05101) on every parameter. Its state exists from the start.
+    """AdamW with decoupled weight decay (arXiv:1711.05101) on every parameter. Its state is created at once.
 
-    steps: of the schedule, which counts PPO iterations, not updates.
+    steps: position in the schedule, which counts PPO iterations, not updates.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Optimizer:
         total_steps: int,
         home: torch.device,
     ):
-        """home: the device on which its moments are made."""
+        """home: the device on which the moments are created."""
         self.masters, self.config, self.grad_clip, self.total_steps = masters, config, grad_clip, total_steps
         self.warmup_steps = warmup_steps(config, total_steps)
         self.steps = 0
@@ -57,10 +57,13 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, copies: Copies | None = None) -> tuple[float, bool]:
-        """One step on the accumulated gradients, which are then dropped. Gives their norm before clipping, and whether
-        a step was made: with a gradient that is not finite neither parameters nor state change.
+        """Makes one step on the accumulated gradients and drops them.
 
-        copies: when some of ``movable`` is on the host; that passes through the device, ``BUCKET`` bytes at a time.
+        Returns the gradients' norm before clipping, and whether a step was made. If a gradient is not finite, neither
+        parameters nor state change.
+
+        copies: given if some of ``movable`` is on the host. It is then streamed through the device, ``BUCKET`` bytes at
+            a time.
         """
         gradients = self.masters.gradients()
         norm = full(get_total_norm(list(gradients.values())))
@@ -89,12 +92,12 @@ class Optimizer:
         through_device([list(map(local, self._on_host(bucket))) for bucket in buckets], copies, work)
 
     def _on_host(self, names: Sequence[str]) -> list[torch.Tensor]:
-        """Of these parameters, the tensors that live on the host while the optimizer is offloaded."""
+        """The tensors of these parameters that are on the host while the optimizer is offloaded."""
         masters, exp_avg, exp_avg_sq = self._tensors_of(names)
         return [*masters, *exp_avg, *exp_avg_sq] if self.masters.separate else [*exp_avg, *exp_avg_sq]
 
     def _split(self, names: Sequence[str], tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """``tensors`` in the order of ``_on_host`` as masters, exp_avg, exp_avg_sq."""
+        """Splits ``tensors``, in the order of ``_on_host``, into masters, exp_avg, exp_avg_sq."""
         if not self.masters.separate:
             tensors = [*(local(self.masters.by_name[name]) for name in names), *tensors]
         size = len(names)
@@ -128,11 +131,11 @@ class Optimizer:
         self.steps += 1
 
     def movable(self) -> list[torch.Tensor]:
-        """What ``optimizer_offload`` keeps on the host: the moments, and masters that are not the parameters."""
+        """The tensors that ``optimizer_offload`` moves: the moments and separate master weights."""
         return self._on_host(list(self.masters.by_name))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The state by name: ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``, ``step.<parameter>``."""
+        """The optimizer state by name: ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``, ``step.<parameter>``."""
         return {f"{key}.{name}": value for key, values in self.state.items() for name, value in values.items()}
 
 
@@ -155,15 +158,18 @@ def _buckets(names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
-    """``lr_warmup_steps``, or, while that is negative, ``lr_warmup_steps_ratio`` of all steps."""
+    """``lr_warmup_steps``; if that is negative, ``lr_warmup_steps_ratio`` of all steps."""
     if config.lr_warmup_steps >= 0:
         return config.lr_warmup_steps
     return int(config.lr_warmup_steps_ratio * total_steps)
 
 
 def lr_factor(step: int, kind: str, *, warmup: int, total: int, floor: float) -> float:
-    """Share of the learning rate at a step counted from 0: linear from 0 over ``warmup`` steps, then constant, or down
-    to ``floor`` at step ``total`` in a line or half a cosine. The same numbers as transformers' schedules."""
+    """The factor of the learning rate at a step counted from 0. Equals transformers' schedules.
+
+    It rises linearly from 0 over ``warmup`` steps. Then it is constant, or falls to ``floor`` at step ``total``,
+    linearly or along half a cosine.
+    """
     if step < warmup:
         return step / warmup
     progress = min((step - warmup) / max(1, total - warmup), 1.0)

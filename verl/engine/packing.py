@@ -1,9 +1,13 @@
-"""Where tables become tensors: rows are cut into micro-batches, and a micro-batch becomes the tensors of one forward.
+"""Turns tables into tensors: cuts rows into micro-batches, and makes each micro-batch the tensors of one forward.
 
-The only place that knows how sequences lie in a forward. Padded: one row a sequence, filled up on the right to the
-micro-batch's longest; causal attention never looks right, so no real token sees the padding and no attention mask is
-needed. Packed: all end to end in one row, of which attention is told where each begins (``verl.engine.attention``). A
-response's last token is predicted but never an input, so a sequence takes ``prompt + response - 1`` positions.
+Only this module knows how sequences lie in a forward:
+
+- Padded: one row per sequence, padded on the right to the longest of the micro-batch. Causal attention never looks to
+  the right, so no real token sees the padding and no attention mask is needed.
+- Packed: all sequences end to end in one row. Attention gets the boundaries (``verl.engine.attention``).
+
+The last token of a response is predicted but is never an input, so a sequence takes ``prompt + response - 1``
+positions.
 """
 
 from __future__ import annotations
@@ -21,30 +25,33 @@ from verl.data.ragged import Ragged
 from verl.data.schema import ragged
 from verl.plan import MicroBatching
 
-# The longest sequence of a packed row is told rounded up to this: few values, and the kernel needs a bound only.
+# The length of the longest packed sequence is rounded up to a multiple of this. The kernel needs only a bound, and few
+# distinct values mean few compiled variants.
 LENGTH_STEP = 256
-# What a padded forward costs whatever its size, with or without backward, in tokens. CPU: the slope of CPU time over
-# the number of forwards that rows of 32 tokens go through (1 to 32, one thread): 60 to 110 tokens for 0.76 M
-# parameters, 40 for 8 M, 25 for 34 M. CUDA: 8,800 for 0.5B, measured likewise on an H100 for log-probs, when launches
-# took longer; about 1,500 for 1.5B, from the same tokens in 4 packed micro-batches and in 2. If it is off by a factor
-# of two, a cut costs 5 % too much.
+# Fixed cost of a padded forward, with or without backward, in tokens.
+# CPU: slope of CPU time over the number of forwards for rows of 32 tokens (1 to 32 forwards, one thread). Measured: 60
+#   to 110 tokens for 0.76 M parameters, 40 for 8 M, 25 for 34 M.
+# CUDA: 8,800 for 0.5B (log-probs on an H100, when kernel launches took longer); about 1,500 for 1.5B (the same tokens
+#   in 4 and in 2 packed micro-batches).
+# If the value is off by a factor of two, a cut costs 5 % too much.
 FORWARD_TOKENS = {"cpu": 64, "cuda": 2048}
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows with T response tokens in all.
+    """The tensors of one forward, over rows with T response tokens in all.
 
     input_ids: int64, (B, L); B is 1 when packed.
-    positions: int64, (T,): for each response token, the place in the flattened (B * L) of the token before it, whose
+    positions: int64, (T,). For each response token, the index in the flattened (B * L) of the token before it, whose
         hidden state predicts it.
     targets: int64, (T,): the response tokens.
-    tokens: int64 numpy, (T,): their places among all response tokens of the table.
-    columns: the table's token columns, (T,) each: floats as float32, flags and ids as they are; and ``row_ids``,
-        int64, the row of the table that each token belongs to.
-    layout: what a model's forward needs besides ``input_ids``, under transformers' names: nothing when padded; when
-        packed ``position_ids``, int64 (1, L), from 0 in each sequence; ``cu_seq_lens_q`` and ``_k``, int32 (N + 1,),
-        where the N sequences begin and end; ``max_length_q`` and ``_k``, the longest, rounded up.
+    tokens: int64 numpy, (T,): their indices among all response tokens of the table.
+    columns: the table's token columns, (T,) each. Floats are float32; flags and ids keep their dtype. ``row_ids``
+        (int64) is the row of the table that each token belongs to.
+    layout: further arguments of a model's forward, under transformers' names. Empty when padded. When packed:
+        position_ids: int64 (1, L), from 0 in each sequence.
+        cu_seq_lens_q, cu_seq_lens_k: int32 (N + 1,), the boundaries of the N sequences.
+        max_length_q, max_length_k: the longest sequence, rounded up.
     """
 
     input_ids: torch.Tensor
@@ -56,7 +63,7 @@ class MicroBatch:
 
 
 class Packer:
-    """A table's token columns, ready to be cut into micro-batches. Needs ``prompt_ids`` and ``response_ids``."""
+    """Cuts a table with the columns ``prompt_ids`` and ``response_ids`` into micro-batches."""
 
     def __init__(self, table: pa.Table, device: torch.device, packed: bool = False):
         self.device, self.packed = device, packed
@@ -68,7 +75,7 @@ class Packer:
         self.columns = _token_columns(table, self.responses)
 
     def micro_batches(self, batching: MicroBatching) -> list[np.ndarray]:
-        """Row indices of each micro-batch, longest rows first. Rows without a response are in none."""
+        """Row indices of each micro-batch, longest rows first. Rows without a response are left out."""
         rows = np.flatnonzero(self.responses.lengths)
         lengths = self.prompts.lengths[rows] + self.responses.lengths[rows]
         longest_first = np.argsort(-lengths, kind="stable")
@@ -78,7 +85,7 @@ class Packer:
         return [rows[cut] for cut in _cuts(lengths, batching, FORWARD_TOKENS[self.device.type])]
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row with a response: the tokens of its forward, and those of them that predict."""
+        """(input tokens, response tokens) of each row with a response, int64 (R,) each."""
         rows = np.flatnonzero(self.responses.lengths)
         responses = self.responses.lengths[rows]
         return self.prompts.lengths[rows] + responses - 1, responses
@@ -107,7 +114,7 @@ class Packer:
         )
 
     def filler(self) -> MicroBatch:
-        """Tokens of nobody's: the forward (and backward, with zero loss) of a rank that has run out of rows."""
+        """Two dummy tokens, for a rank that has no rows left while others still run forwards. Its loss is zero."""
         zeros = torch.zeros(2, dtype=torch.int64, device=self.device)
         layout = self._layout(np.array([2])) if self.packed else {}
         return MicroBatch(zeros[None], zeros[:1], zeros[:1], np.empty(0, np.int64), {}, layout)
@@ -122,7 +129,11 @@ class Packer:
         }
 
     def column(self, tokens: Sequence[np.ndarray], values: Sequence[torch.Tensor]) -> pa.ListArray:
-        """float32 token column in the table's order from each micro-batch's ``tokens`` and values, shape (T,)."""
+        """A float32 token column in the table's order.
+
+        tokens: ``MicroBatch.tokens`` of each micro-batch.
+        values: its values, (T,) each.
+        """
         flat = np.empty(len(self.responses.values), np.float32)
         flat[np.concatenate(tokens)] = torch.cat(list(values)).float().cpu().numpy()
         return self.responses.like(flat).to_column()
@@ -145,17 +156,23 @@ def _token_columns(table: pa.Table, responses: Ragged) -> dict[str, np.ndarray]:
 
 
 def _cuts(lengths: np.ndarray, batching: MicroBatching, forward_tokens: int) -> list[slice]:
-    """Of rows sorted by length, longest first, the consecutive slices that cost least: each its tokens, padding among
-    them, and ``forward_tokens``. Of equals the one with larger slices first. Cuts between rows out of order could not
-    cost less: rows dealt in order to slices of the same sizes, those with the longest rows first, make none longer.
+    """The cheapest consecutive slices of rows that are sorted by length, longest first.
 
-    Without a token limit tokens cost nothing: fewest slices, each but the last of ``micro_batch_size`` rows.
+    A slice costs its tokens, padding included, plus ``forward_tokens``. If two cuts cost the same, the one whose first
+    slices are larger wins. Rows in another order cannot cost less: sorting the rows over slices of the same sizes makes
+    no slice longer.
+
+    Without a token limit tokens cost nothing. Then the fewest slices win, each but the last of ``micro_batch_size``
+    rows.
     """
     count = len(lengths)
     most, price = np.full(count, batching.micro_batch_size or count), np.zeros(count, np.int64)
     if batching.max_tokens is not None:
         most, price = np.minimum(most, np.maximum(batching.max_tokens // lengths, 1)), lengths
-    costs, ends = np.zeros(count + 1, np.int64), np.zeros(count, np.int64)  # of the rows from each on; of its slice
+    costs, ends = (
+        np.zeros(count + 1, np.int64),
+        np.zeros(count, np.int64),
+    )  # of each row: cost from it on, end of its slice
     for start in reversed(range(count)):
         stops = np.arange(min(start + most[start], count), start, -1)
         cost = forward_tokens + (stops - start) * price[start] + costs[stops]
@@ -169,10 +186,11 @@ def _cuts(lengths: np.ndarray, batching: MicroBatching, forward_tokens: int) -> 
 
 
 def _bins(lengths: np.ndarray, batching: MicroBatching) -> list[list[int]]:
-    """First-fit decreasing: each row, longest first, goes to the first micro-batch that has room for it."""
+    """Row indices of each micro-batch by first-fit decreasing: each row, longest first, goes to the first micro-batch
+    that has room for it."""
     max_rows = batching.micro_batch_size or len(lengths)
     bins: list[list[int]] = []
-    room = np.zeros(len(lengths), np.int64)  # tokens that each micro-batch can still take; none once its rows are full
+    room = np.zeros(len(lengths), np.int64)  # tokens that still fit into each micro-batch; 0 if it has max_rows
     for row, length in enumerate(lengths):
         fits = np.flatnonzero(room[: len(bins)] >= length)
         if len(fits):

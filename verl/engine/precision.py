@@ -1,9 +1,10 @@
-"""What the optimizer steps: float32 masters, whatever the forward computes in.
+"""Master weights: the float32 tensors that the optimizer updates, whatever dtype forwards have.
 
-float32, and sharded models in any precision (FSDP2 keeps float32 shards and casts on gathering): the parameters are
-their own masters. bfloat16 in one process: the parameters are bfloat16, and a separate float32 copy is stepped. Then
-each micro-batch's bfloat16 gradient is added to the master's float32 gradient as soon as it is whole, and freed, so
-that summing many micro-batches, and steps smaller than bfloat16 resolves, are not rounded away.
+- float32 models, and sharded models of any dtype: the parameters are the master weights. FSDP2 keeps float32 shards and
+  casts them when it gathers.
+- bfloat16 in one process: the parameters are bfloat16, the master weights a separate float32 copy. Gradient
+  accumulation is in float32: each micro-batch's bfloat16 gradient is added to a float32 sum and freed. So neither sums
+  over many micro-batches nor steps below bfloat16's resolution are rounded away.
 """
 
 from __future__ import annotations
@@ -22,21 +23,26 @@ if TYPE_CHECKING:
 
 
 def compute_dtype(name: DType, device: torch.device) -> torch.dtype:
-    """Of a config's ``dtype``: auto is float32 on a CPU and bfloat16 elsewhere."""
+    """The dtype of forwards for a config's ``dtype``: auto is float32 on a CPU, else bfloat16."""
     return getattr(torch, resolve_dtype(name, device.type))
 
 
 class MasterWeights:
-    """by_name: the masters under the module's parameter names (tied parameters once). home: where separate ones live.
-    separate: whether the parameters are others."""
+    """The master weights of a module.
+
+    by_name: master weights by parameter name; tied parameters once.
+    separate: whether they are copies, and not the parameters themselves.
+    """
 
     def __init__(
         self, module: nn.Module, compute_dtype: torch.dtype, sharded: bool, device: torch.device, home: torch.device
     ):
-        """module: its parameters float32; in one process they become ``compute_dtype`` here, and go to ``device``."""
+        """module: has float32 parameters. In one process they are cast to ``compute_dtype`` and moved to ``device``.
+        home: the device of separate master weights.
+        """
         self.params = dict(module.named_parameters())
         self.separate = compute_dtype != torch.float32 and not sharded
-        self._sums: dict[str, torch.Tensor] = {}  # gradients of separate masters
+        self._sums: dict[str, torch.Tensor] = {}  # accumulated gradients of separate master weights
         if not self.separate:
             self.by_name: dict[str, torch.Tensor] = dict(self.params)
             return
@@ -54,7 +60,8 @@ class MasterWeights:
         param.grad = None
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Accumulated since the last ``drop_gradients``, float32, on the device, of the parameters that have any."""
+        """Gradients by name, accumulated since the last ``drop_gradients``: float32, on the device. Parameters without
+        a gradient are left out."""
         if self.separate:
             return self._sums
         return {name: param.grad for name, param in self.params.items() if param.grad is not None}
@@ -66,7 +73,10 @@ class MasterWeights:
 
     @torch.no_grad()
     def copy_to_params(self, values: Mapping[str, torch.Tensor] | None = None) -> None:
-        """The masters' values become the parameters' (after a step or a load). values: what some of them hold."""
+        """Copies separate master weights into the parameters, after a step or a load.
+
+        values: copies of some master weights on the device, by name; None for all master weights themselves.
+        """
         if self.separate:
             for name, master in (self.by_name if values is None else values).items():
                 self.params[name].copy_(master)

@@ -1,7 +1,7 @@
-"""Log-probabilities and entropy from hidden states, without ever holding tokens x vocabulary.
+"""Log-probabilities and entropy from hidden states, without a (tokens, vocabulary) tensor.
 
-A block of logits at a time; the backward computes each block again. Both read a block once: the numbers of the forward
-are saved (two a token), from which the gradient of a logit follows on its own.
+Logits exist one block at a time, and the backward recomputes each block. Forward and backward read a block once: the
+forward saves two numbers per token, which are enough for the gradient of each logit.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ def token_statistics(
     block: int | None = None,
     fused: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """``log_probs``: of ``log_softmax(logits / temperature)`` at the targets, and ``entropy`` of that distribution, in
-    nats: float32 (T,) each. hidden (T, H); targets int64 (T,). fused: the work on a block compiled to one kernel."""
+    """``log_probs`` of ``log_softmax(logits / temperature)`` at the targets and, if wanted, ``entropy`` of that
+    distribution in nats: float32 (T,) each.
+
+    hidden: (T, H).
+    targets: int64 (T,).
+    block: logits in memory at a time; None for the default of the device.
+    fused: whether torch compiles the work on a block.
+    """
     block = BLOCK[hidden.device.type] if block is None else block
     tokens = max(1, block // head.weight.shape[0])
     log_probs, entropies = _TokenStatistics.apply(
@@ -75,7 +81,7 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 class _Sum:
-    """A parameter's gradient summed over blocks, in float32 where there are several."""
+    """A parameter's gradient summed over blocks, in float32 if there are several."""
 
     def __init__(self, parameter: torch.Tensor, parts: int):
         self.dtype = parameter.dtype
@@ -90,8 +96,7 @@ class _Sum:
 
 
 def _measure(logits, targets, temperature: float, entropy: bool):
-    """logits (n, V) -> log-probs at the targets, logarithms of the sums of exponentials, entropies (zeros, if not asked
-    for): (n,) each."""
+    """Log-probs at the targets, log-sum-exps, and entropies (zeros unless wanted) of logits (n, V): (n,) each."""
     scaled = logits.float() / temperature
     log_sums = scaled.logsumexp(-1)
     log_probs = scaled.gather(-1, targets[:, None]).squeeze(-1) - log_sums
@@ -102,8 +107,11 @@ def _measure(logits, targets, temperature: float, entropy: bool):
 
 
 def _differentiate(logits, targets, log_sums, entropies, to_log_probs, to_entropies, temperature: float, entropy: bool):
-    """With s the scaled logits, p = exp(s - log-sum) and H the entropy: d log p[y] / ds = [v = y] - p, and
-    dH / ds = -p (log p + H). Gives the gradient of the logits (n, V), in their dtype."""
+    """The gradient of the logits (n, V), in their dtype.
+
+    With s the scaled logits, p = exp(s - log-sum) and H the entropy:
+    d log p[y] / ds = [v = y] - p, and dH / ds = -p (log p + H).
+    """
     shifted = logits.float() / temperature - log_sums[:, None]
     probs = shifted.exp()
     is_target = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]

@@ -34,7 +34,7 @@ def check_loaded(named: Iterable[tuple[str, torch.Tensor]], unexpected: Iterable
 
 
 def broken_tensor(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """What is wrong with the first tensor that holds a number that is not finite, or one over LARGEST; "" if none does."""
+    """What is wrong with the first tensor that holds a number that is not finite or over LARGEST; "" if none does."""
     for name, tensor in named:
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0
         if not math.isfinite(largest):

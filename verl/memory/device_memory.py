@@ -1,4 +1,4 @@
-"""How much of a GPU's memory this process has taken at most: in all, and since a piece of work began."""
+"""Peak GPU memory of this process: since its start, and since a piece of work began."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import ClassVar
 
 import torch
 
-SPARE = 4 << 30  # bytes of a device that stay free where something is left there because it fits
-_before = {"allocated": 0, "reserved": 0}  # until torch's own counters began anew
+SPARE = 4 << 30  # bytes of a device that stay free when tensors are kept there because they fit
+_before = {"allocated": 0, "reserved": 0}  # peaks before torch's counters were last reset
 
 
 def peaks(device: torch.device) -> dict[str, int]:
-    """``allocated`` and ``reserved`` (by torch's allocator, for tensors to come as well): bytes, since it started."""
+    """Peak bytes since the process started: ``allocated`` by tensors and ``reserved`` by torch's allocator."""
     now = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
     return {name: max(_before[name], now[name]) for name in now}
 
 
 class Peak:
-    """The bytes that tensors took at most since this was made. One may begin while others go on."""
+    """Peak bytes of tensors since this object was created. Several may overlap."""
 
     _going_on: ClassVar[weakref.WeakSet[Peak]] = weakref.WeakSet()
 

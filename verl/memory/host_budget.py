@@ -1,4 +1,4 @@
-"""What a run holds in the host memory of each machine: worked out from sizes and settings, before a model is built.
+"""The host memory that a run needs on each machine, computed from sizes and settings before a model is built.
 
 A model with AdamW takes, in bytes a parameter (``verl/engine/precision.py``, ``optim.py``, ``offload.py``):
 
@@ -8,8 +8,8 @@ A model with AdamW takes, in bytes a parameter (``verl/engine/precision.py``, ``
     several devices                   4          8: the float32 shards are their own masters
     not trained                     2 or 4       -
 
-On a CPU nothing moves: all of that is in host memory throughout, and in an update float32 gradients. What the processes
-themselves take, the engine's, and samples are not counted.
+On a CPU nothing is offloaded: all of it is in host memory all the time, and float32 gradients during an update. Memory
+of the processes themselves, of the rollout engine and of samples is not counted.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from verl.config.sections.models import Config, FSDPConfig, SFTConfig
 
 WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes
-# As in verl/engine, which imports torch: of a rank, while its optimizer's state moves to where it stays, and while it
-# writes a checkpoint.
+# Bytes of a rank while its optimizer state moves to the host, and while it writes a checkpoint. The same values as in
+# verl/engine, which imports torch.
 PIECE, FILES = 1 << 30, 2 << 30
 
 FSDP = {
@@ -41,7 +41,11 @@ FSDP = {
 
 @dataclass(frozen=True)
 class Model:
-    """section: key of its FSDP settings. exports: whether checkpoints hold it as a Hugging Face folder, too."""
+    """A model to be built.
+
+    section: key of its FSDP settings.
+    exports: whether checkpoints also hold it as a Hugging Face folder.
+    """
 
     role: str
     section: str
@@ -53,7 +57,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Devices:
-    """On which all models are."""
+    """The devices of the run; every model is on all of them."""
 
     kind: Literal["cpu", "cuda"]
     nnodes: int = 1
@@ -66,10 +70,12 @@ class Devices:
 
 @dataclass(frozen=True)
 class ModelMemory:
-    """Bytes of one model in the memory of one machine, of all its ranks together.
+    """Bytes of one model in the host memory of one machine, over all its ranks.
 
-    weights, optimizer: for good. building: while it is built, beside what was built before. gradients, exporting: while
-    it is updated and exported, beside what all models hold.
+    weights, optimizer: permanent.
+    building: while it is built, on top of the models built before.
+    gradients: while it is updated, on top of what all models hold.
+    exporting: while it is exported, on top of what all models hold.
     """
 
     role: str
@@ -87,7 +93,11 @@ class ModelMemory:
 
 @dataclass(frozen=True)
 class HostBudget:
-    """Of one machine. models: in the order in which they are built. saving: bytes, while a checkpoint is written."""
+    """The host memory of one machine.
+
+    models: in the order in which they are built.
+    saving: bytes while a checkpoint is written.
+    """
 
     models: tuple[ModelMemory, ...]
     saving: int
@@ -102,7 +112,7 @@ class HostBudget:
         return f"about {gigabytes(self.kept)} for good{beyond}"
 
     def most(self) -> tuple[int, str]:
-        """Bytes, and when it is that."""
+        """The peak in bytes, and when it occurs."""
         moments = [(self.kept, "between stages")]
         before = 0
         for model in self.models:
@@ -115,7 +125,10 @@ class HostBudget:
 
 
 def budget_of(models: Sequence[Model], devices: Devices, *, saves: bool, node: int = 0) -> HostBudget:
-    """saves: whether checkpoints are. node: the machine; the first also has whole models for a while."""
+    """The budget of machine number ``node``. The first one also holds whole models for a while.
+
+    saves: whether checkpoints are written.
+    """
     held = tuple(_memory_of(model, devices, first=node == 0) for model in models)
     state = max((devices.per_node * _share(model, devices) * 12 for model in models if model.trained), default=0)
     return HostBudget(held, min(2 * int(state), FILES * devices.per_node) if saves else 0)
@@ -124,10 +137,10 @@ def budget_of(models: Sequence[Model], devices: Devices, *, saves: bool, node: i
 def _memory_of(model: Model, devices: Devices, first: bool) -> ModelMemory:
     on_cpu, alone = devices.kind == "cpu", devices.count == 1
     computed = resolve_dtype(model.settings.dtype, devices.kind)
-    separate = model.trained and computed != "float32" and alone  # its masters are not its parameters
+    separate = model.trained and computed != "float32" and alone  # master weights are a copy
     here = devices.per_node * _share(model, devices)
     read = "float32" if model.trained else computed
-    mapped = model.size.dtype in (None, read)  # then the model that is read is pages of its files, which take no memory
+    mapped = model.size.dtype in (None, read)  # then weights are mapped pages of the files, which need no memory
     whole = 0 if mapped or not first else model.size.parameters * WIDTHS[read]
     weights = optimizer = 0
     if (on_cpu and not (mapped and alone and not model.trained)) or (model.settings.param_offload and not on_cpu):
@@ -148,18 +161,18 @@ def _memory_of(model: Model, devices: Devices, first: bool) -> ModelMemory:
 
 
 def _share(model: Model, devices: Devices) -> float:
-    """Of its parameters, those that one rank holds."""
+    """The number of its parameters that one rank holds."""
     size = model.settings.fsdp_size
     return model.size.parameters / (size if 0 < size < devices.count else devices.count)
 
 
 def fsdp_settings(config: Config) -> dict[str, FSDPConfig]:
-    """By role, those that the run does not have among them."""
+    """FSDP settings by role, also of roles that the run does not build."""
     return {role: reduce(getattr, section.split("."), config) for role, section in FSDP.items()}  # type: ignore[misc]
 
 
 def budget_of_run(config: Config, plan: RunPlan, node: int = 0) -> HostBudget | None:
-    """None: not all sizes of models are known."""
+    """The budget of a PPO run; None if the size of a model is unknown."""
     if plan.roles.keys() - plan.models.keys():
         return None
     settings = fsdp_settings(config)
@@ -180,6 +193,6 @@ def budget_of_run(config: Config, plan: RunPlan, node: int = 0) -> HostBudget | 
 
 
 def budget_of_sft(config: SFTConfig, size: ModelSize, kind: Literal["cpu", "cuda"]) -> HostBudget:
-    """One model on one device, whose weights are in use all the time."""
+    """The budget of an SFT run: one model on one device. Its weights are never offloaded."""
     settings = config.fsdp_config.model_copy(update={"param_offload": False})
     return budget_of([Model("model", "fsdp_config", settings, size, trained=True)], Devices(kind), saves=True)
