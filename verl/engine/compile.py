@@ -63,8 +63,8 @@ class CompiledLayers:
             for layer, forward in self._forwards
         ]
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-        # Without it, Inductor makes one code for micro-batches that are large enough to fuse the norms' sums over tokens,
-        # and another for smaller ones, in the step in which the first of those comes: 4 s with 0.5B on an H200.
+        # Without it, Inductor makes one code for micro-batches large enough to fuse the norms' sums over tokens, and
+        # another for smaller ones, in the step in which the first of those comes: 4 s with 0.5B on an H200.
         torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
         torch._dynamo.config.specialize_float = True  # else a norm's epsilon is an input, computed by a CPU kernel
         if checkpointing:  # a warning about in-place operations, which no layer has on its attention's output
