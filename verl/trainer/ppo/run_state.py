@@ -14,6 +14,7 @@ from verl.trainer.checkpoints import Checkpoint, Checkpoints, SaveError
 from verl.trainer.ppo.feed import Feed
 from verl.trainer.ppo.stages import Stages
 from verl.trainer.ppo.step_log import StepLog
+from verl.trainer.ppo.worker import SEQUENCES
 from verl.trainer.soundness import broken_log_probs
 
 
@@ -50,7 +51,7 @@ class RunState:
     def _check_models(self, step: int, table: pa.Table) -> None:
         """Diverged if a parameter is broken, or what a model computes for a few rows of the step."""
         workers = self._stages.runtime.workers
-        rows = table.slice(0, workers.world_size)
+        rows = table.select(SEQUENCES).slice(0, workers.world_size)
         for role, method, column in self._forwards:
             with self._stages.loaded(role):
                 why = next(filter(None, workers.call("broken_parameter", role).result()), "")
