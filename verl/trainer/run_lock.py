@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -29,6 +30,7 @@ class RunLock:
         self._lock = FileLock(folder / LOCK)
 
     def __enter__(self) -> RunLock:
+        self._made = not self._folder.exists()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._acquire()
@@ -43,6 +45,15 @@ class RunLock:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         (self._folder / OWNER).unlink(missing_ok=True)
         self._lock.release()
+        if self._made:
+            self._remove_if_empty()
+
+    def _remove_if_empty(self) -> None:
+        """A run that was refused leaves no folder behind."""
+        with contextlib.suppress(OSError):
+            if {path.name for path in self._folder.iterdir()} <= {LOCK}:
+                (self._folder / LOCK).unlink(missing_ok=True)
+                self._folder.rmdir()
 
     def _acquire(self) -> None:
         try:
