@@ -47,7 +47,7 @@ def test_a_misspelt_file_name_gets_the_nearest_one(gsm8k):
 
 
 def test_of_a_missing_folder_the_part_that_exists_is_named(tmp_path):
-    assert f"good up to {tmp_path}" in only_problem(str(tmp_path / "not" / "here" / "train.parquet")).fix
+    assert f"the path exists up to {tmp_path}" in only_problem(str(tmp_path / "not" / "here" / "train.parquet")).fix
 
 
 def test_a_folder_is_answered_with_the_files_in_it(gsm8k):
