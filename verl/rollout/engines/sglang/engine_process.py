@@ -98,7 +98,7 @@ class Server(EngineServer):
     async def outputs(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        request = GenerateReqInput(
+        sent = GenerateReqInput(
             rid=request.id,
             input_ids=request.prompt_ids,
             image_data=list(request.images) or None,
@@ -107,7 +107,7 @@ class Server(EngineServer):
             stream=request.stream,
         )
         reported = 0
-        async for output in self._manager.generate_request(request, None):
+        async for output in self._manager.generate_request(sent, None):
             meta = output["meta_info"]
             ids, log_probs = output["output_ids"], meta["output_token_logprobs"]
             finish = (meta["finish_reason"] or {}).get("type")
