@@ -83,7 +83,7 @@ def test_comparing_log_probs_before_the_first_step_changes_nothing(small, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("received", "said", "message"),
+    ("sampled", "said", "message"),
     [
         (1.0, 1.0, "engine's log-probs are of temperature 1,"),
         (0.05, None, "draws from another distribution than it reports"),

@@ -61,9 +61,13 @@ def test_an_interrupt_of_the_caller_cancels_the_coroutine_before_it_goes_on(loop
         finally:
             ended.append(True)
 
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        loop.run(wait())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it
+    try:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(wait())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended == [True]
     assert loop.run(value(5)) == 5
 
